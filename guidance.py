@@ -1,7 +1,5 @@
 """Denoisers made of denoisers: classifier-free guidance (Ho and Salimans 2022). Pure functions on tensors."""
 
-import torch
-
 
 def default_channels(in_channels):
     """How many channels of eps are guided. The original release guides three of the autoencoder's four, and its published

@@ -272,9 +272,7 @@ class DiT(nn.Module):
         y holds the labels and then the null class, only the first half of x is read, and both halves of the result hold
         the same guided eps. New code calls `guidance.guided_eps`."""
         if len(x) % 2:
-            raise ValueError(
-                f"forward_with_cfg needs a doubled batch, [conditional; unconditional], not {len(x)} images"
-            )
+            raise ValueError(f"forward_with_cfg needs a doubled batch, [conditional; unconditional], not {len(x)} images")
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
         cond, uncond = out.chunk(2)

@@ -151,9 +151,7 @@ class GaussianDiffusion:
     def _p_from_output(self, output, x, t, clip_denoised=True, denoised_fn=None):
         if self.variance == "learned":
             if output.shape[1] != 2 * x.shape[1]:
-                raise ValueError(
-                    f"a model with learned variance gives {2 * x.shape[1]} channels, not {output.shape[1]}"
-                )
+                raise ValueError(f"a model with learned variance gives {2 * x.shape[1]} channels, not {output.shape[1]}")
             output, fraction = output.chunk(2, dim=1)
             fraction = (fraction + 1) / 2  # from [-1, 1]; IDDPM, eq. 15
             high, low = self.at("log_beta", t, x), self.at("posterior_log_variance", t, x)
@@ -208,9 +206,7 @@ class GaussianDiffusion:
         shape: (N, C, ...). noise: x_T, by default drawn. device: by default the noise's, or the model's. progress: show a
         bar. The others as in `p_mean_variance`. Each step draws one torch.randn_like(x), the last too. Returns x_0."""
         return samplers.last(
-            self.p_sample_loop_progressive(
-                model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress
-            )
+            self.p_sample_loop_progressive(model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress)
         )
 
     def p_sample_loop_progressive(
