@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+from errors import UserError
 from models import DiT_models
 
 BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -31,15 +32,15 @@ RELEASED = {
 NAMES = " and ".join(RELEASED)
 
 
-class DownloadError(ValueError):
+class DownloadError(UserError):
     """A released checkpoint that could not be had; one line with the address, what is wrong and the way out."""
 
 
 def released_checkpoint(image_size):
-    """The name of the released checkpoint for images of `image_size` pixels; ValueError if there is none."""
+    """The name of the released checkpoint for images of `image_size` pixels; DownloadError if there is none."""
     name = f"DiT-XL-2-{image_size}x{image_size}.pt"
     if name not in RELEASED:
-        raise ValueError(f"image size {image_size}: only {NAMES} were released; give a checkpoint of your own")
+        raise DownloadError(f"image size {image_size}: only {NAMES} were released; give a checkpoint of your own")
     return name
 
 

@@ -1,4 +1,4 @@
-"""download.py against a server on this machine that breaks off, cannot resume, and lies. Nothing is fetched from outside."""
+"""download.py against a server on this machine that breaks off, cannot resume, and lies. Nothing leaves this machine."""
 
 import io
 import re
@@ -38,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
         server, asked = self.server, self.headers["Range"]
         server.ranges.append(asked)
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and server.can_resume else None
-        if not self.path == f"/models/{NAME}":
+        if self.path != f"/models/{NAME}":
             return self.send_error(404)
         if start is not None and start >= len(server.body):
             return self.send_error(416)

@@ -1,0 +1,136 @@
+"""What the tests of whole commands share: tiny runs, in this process or in forked ones, with a file to look at each."""
+
+import multiprocessing
+import os
+import signal
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a network fails at once
+torch.set_num_threads(1)  # the numbers are small, and forked processes may not use OpenMP's threads
+
+# A DiT of 30 thousand parameters on the digits, a few steps long
+TINY = (
+    "--data-path digits --vae none --image-size 8 --num-classes 10 --hidden-size 16 --depth 1 --num-heads 2 "
+    "--patch-size 2 --global-batch-size 12 --lr 1e-3 --device cpu --log-every 2 --num-workers 0"
+).split()
+
+
+def call(main, *argv):
+    """Run a command's main. Returns its exit status."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        main([str(word) for word in argv])
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    return 0
+
+
+def _rank(main, argv, rank, world_size, port, output):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    with open(f"{output}.{rank}", "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        os._exit(_status(main, argv))
+
+
+def _status(main, argv):
+    try:
+        return call(main, *argv)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        return 99
+
+
+class Ranks:
+    """The same command on several processes, as torchrun would start them."""
+
+    def __init__(self, main, argv, world_size, output):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        fork = multiprocessing.get_context("fork")
+        self.output, self.world_size = output, world_size
+        self.processes = [
+            fork.Process(target=_rank, args=(main, argv, rank, world_size, port, output)) for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout=120):
+        """Exit statuses in the order of ranks; -9 for a process that was killed."""
+        for process in self.processes:
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                raise AssertionError(f"still running after {timeout} s:\n{self.text()}")
+        return [process.exitcode for process in self.processes]
+
+    def text(self, rank=0):
+        return open(f"{self.output}.{rank}").read()
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """ranks(main, argv, world_size) starts a command on several processes."""
+    started = []
+
+    def start(main, argv, world_size=1):
+        started.append(Ranks(main, argv, world_size, tmp_path / f"output{len(started)}"))
+        return started[-1]
+
+    yield start
+    for process in (p for run in started for p in run.processes if p.is_alive()):
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A checkpoint of a short run on the digits, EMA and all."""
+    import train
+
+    folder = tmp_path_factory.mktemp("tiny")
+    assert call(train.main, *TINY, "--max-steps", 4, "--run-dir", folder / "run") == 0
+    return folder / "run/checkpoints/0000004.pt"
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Three classes of four pictures each, of different sizes."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for label, name in enumerate(["ant", "bee", "cat"]):
+        (root / name).mkdir()
+        for i in range(4):
+            pixels = random.integers(0, 256, (20 + i, 24 + label, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_vae(tmp_path_factory):
+    """A folder with a small random AutoencoderKL of the Stable Diffusion kind: 4 latent channels, a factor of 8."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
+    vae = AutoencoderKL(
+        latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, **blocks
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
