@@ -37,7 +37,7 @@ class DownloadError(UserError):
 
 
 def released_checkpoint(image_size):
-    """The name of the released checkpoint for images of `image_size` pixels; DownloadError if there is none."""
+    """The name of the released checkpoint for images of `image_size` pixels. Raises DownloadError where there is none."""
     name = f"DiT-XL-2-{image_size}x{image_size}.pt"
     if name not in RELEASED:
         raise DownloadError(f"image size {image_size}: only {NAMES} were released; give a checkpoint of your own")
@@ -47,11 +47,11 @@ def released_checkpoint(image_size):
 def find_model(name_or_path):
     """The state dict of a checkpoint, {key: tensor} on the CPU: the EMA weights where the file holds them, else the file's
     own. One of the two released names, where no such file exists, is taken from `pretrained_models/` in the current folder,
-    downloaded when missing. Raises DownloadError or checkpoint.CheckpointError, both ValueErrors."""
+    downloaded when missing. Raises DownloadError or checkpoint.CheckpointError, both UserErrors."""
     path = Path(name_or_path)
     if not path.exists():
         path = download(str(path))
-    return checkpoint.weights(checkpoint.load(path))
+    return checkpoint.weights(checkpoint.load(path), path)
 
 
 def download(name, folder="pretrained_models"):
@@ -124,7 +124,7 @@ def check(path, make_model):
     """Raises ValueError if `path` is not a checkpoint with exactly the keys and shapes of make_model()'s state dict."""
     with torch.device("meta"):  # shapes without memory
         expected = {key: tuple(tensor.shape) for key, tensor in make_model().state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in checkpoint.weights(checkpoint.load(path)).items()}
+    found = {key: tuple(tensor.shape) for key, tensor in checkpoint.weights(checkpoint.load(path), path).items()}
     for key in [*expected, *found]:
         if found.get(key) != expected.get(key):
             raise ValueError(f"{key} is {found.get(key, 'missing')}, must be {expected.get(key, 'absent')}")

@@ -372,7 +372,11 @@ def check_unchanged(trainer, dataset, state, path, folder):
     before = checkpoint.options(state)
     config = checkpoint.model_config(state, path)
     mine = checkpoint.model_config({"model": trainer.model.state_dict(), "args": now})
-    differing = [f"model {name} {config[name]}, now {mine[name]}" for name in config if config[name] != mine[name]]
+    differing = [
+        f"model {name} {config[name]}, now {mine[name]}"
+        for name in config
+        if config[name] != mine[name] and name != "class_dropout_prob"
+    ]
     if differing:  # no option can make these fit
         raise UserError(f"{path}: another model ({'; '.join(differing)})")
     changed = [

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
+import traceback
 
 import numpy as np
 import pytest
@@ -41,6 +43,7 @@ def _rank(main, argv, rank, world_size, port, output):
     with open(f"{output}.{rank}", "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file  # pytest's own captures would swallow it
         torch.set_num_threads(1)
         os._exit(_status(main, argv))
 
@@ -49,8 +52,6 @@ def _status(main, argv):
     try:
         return call(main, *argv)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         return 99
 

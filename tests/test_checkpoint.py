@@ -1,0 +1,195 @@
+"""checkpoint.py: complete or absent, recognised when damaged, and never a way to run code."""
+
+import argparse
+import os
+import pickle
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_models import SMALL
+
+import checkpoint
+from checkpoint import CheckpointError
+from models import BLOCKS, DiT, DiT_models
+
+STATE = {"model": {"w": torch.arange(5000.0)}, "step": 7, "args": {"lr": 1e-4, "betas": [0.9, 0.999]}}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoint.save(tmp_path / "0000007.pt", STATE)
+    return tmp_path / "0000007.pt"
+
+
+def test_round_trip_is_exact_and_needs_no_code(saved):
+    state = torch.load(saved, weights_only=True)
+    assert torch.equal(state["model"]["w"], STATE["model"]["w"])
+    assert (state["step"], state["args"]) == (7, STATE["args"])
+    checkpoint.verify(saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["0000007.pt"], "no temporary file may be left"
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
+def test_truncated_files_are_recognised(saved, keep):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    for check in (checkpoint.verify, checkpoint.load):
+        with pytest.raises(CheckpointError, match=r"0000007\.pt"):
+            check(saved)
+
+
+def test_any_flipped_byte_of_a_tensor_is_recognised(saved):
+    whole = saved.read_bytes()
+    start = whole.find(STATE["model"]["w"].numpy().tobytes())
+    assert start > 0
+    for offset in random.Random(0).sample(range(20_000), 40):
+        damaged = bytearray(whole)
+        damaged[start + offset] ^= 1 << (offset % 8)
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="checksum"):
+            checkpoint.verify(saved)
+
+
+def test_the_newest_whole_checkpoint_is_used(tmp_path):
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path / f"{step:07d}.pt", {**STATE, "step": step})
+    damaged = bytearray((tmp_path / "0000004.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "0000004.pt").write_bytes(damaged)
+    (tmp_path / "0000003.pt").write_bytes(b"PK\3\4")
+    (tmp_path / "notes.pt").write_bytes(b"not one of ours")
+    warnings = []
+    path, state = checkpoint.load_newest(tmp_path, warnings.append)
+    assert (path.name, state["step"]) == ("0000002.pt", 2)
+    assert ["0000004.pt" in warnings[0], "0000003.pt" in warnings[1]] == [True, True]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_that_carries_code_is_refused_without_running_it(tmp_path, monkeypatch, legacy):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Bomb()}, "bad.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"bad\.pt: refused, it carries code"):
+        checkpoint.load("bad.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_what_is_not_a_checkpoint_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": 1}))
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("list.pt", "text.pt", "text.safetensors", "absent.pt", "."):
+        with pytest.raises(CheckpointError):
+            checkpoint.load(tmp_path / name)
+    torch.save({"a": 1}, tmp_path / "dict.pt")
+    with pytest.raises(CheckpointError, match="neither weights"):
+        checkpoint.weights(checkpoint.load(tmp_path / "dict.pt"))
+
+
+def test_files_of_the_original_release_load(tmp_path):
+    weights = DiT(**SMALL).state_dict()
+    args = argparse.Namespace(model="DiT-S/2", num_classes=10, image_size=64, vae="ema")
+    torch.save({"model": weights, "ema": weights, "opt": {}, "args": args}, tmp_path / "0400000.pt")
+    state = checkpoint.load(tmp_path / "0400000.pt")
+    assert checkpoint.options(state)["vae"] == "ema"
+    assert checkpoint.weights(state).keys() == weights.keys()
+
+
+def test_safetensors_hold_weights(tmp_path):
+    model = DiT_models["DiT-S/8"](input_size=16, num_classes=10)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    state = checkpoint.load(tmp_path / "w.safetensors")
+    model.load_state_dict(checkpoint.weights(state))
+    config = checkpoint.model_config(state)
+    assert checkpoint.describe(config) == "DiT-S/8"
+    assert (config["input_size"], config["num_classes"], config["num_heads"]) == (16, 10, 6)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("change", [{}, {"in_channels": 1, "mlp_ratio": 2.0}, {"learn_sigma": False, "num_classes": 0}])
+def test_a_model_is_rebuilt_from_its_weights(block, change):
+    model = DiT(**{**SMALL, **change}, block=block)
+    config = checkpoint.model_config({"ema": model.state_dict(), "args": {"num_heads": 4}})
+    DiT(**config).load_state_dict(model.state_dict())
+    assert config["block"] == block
+
+
+def test_heads_that_no_table_names_must_be_recorded():
+    with pytest.raises(CheckpointError, match="heads"):
+        checkpoint.model_config(DiT(**SMALL).state_dict())
+
+
+def _in_fork(action):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            os._exit(0)
+        except CheckpointError as error:
+            os._exit(17 if "earlier checkpoints are untouched" in str(error) else 18)
+        except BaseException:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_and_says_so(saved):
+    def write_beyond_the_limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        checkpoint.save(saved, {"model": {"w": torch.zeros(100_000)}})
+
+    before = saved.read_bytes()
+    assert _in_fork(write_beyond_the_limit) == 17
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == ["0000007.pt"]
+
+
+def test_a_kill_while_writing_leaves_the_old_file(saved):
+    before = saved.read_bytes()
+    for delay in (0.0, 0.005, 0.02):
+        pid = os.fork()
+        if pid == 0:
+            while True:
+                checkpoint.save(saved, STATE)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        checkpoint.verify(saved)
+        assert saved.read_bytes() == before
+
+
+def test_pruning_waits_for_the_new_one_and_keeps_what_was_asked(tmp_path, monkeypatch):
+    writer = checkpoint.Writer(tmp_path, keep_last=2, keep_every=4)
+    for step in range(1, 8):
+        writer.save(step, STATE)
+    writer.wait()
+    assert [int(p.stem) for p in checkpoint.newest_first(tmp_path)] == [7, 6, 4]
+
+    def no_room(path, state):
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(checkpoint, "save", no_room)
+    writer.save(8, STATE)
+    with pytest.raises(CheckpointError, match="no room"):
+        writer.wait()
+    assert [int(p.stem) for p in checkpoint.newest_first(tmp_path)] == [7, 6, 4], "nothing is pruned for a failed write"
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(tmp_path, monkeypatch):
+    plain_save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: (time.sleep(0.1), plain_save(path, state)))
+    weights, writer = torch.zeros(10), checkpoint.Writer(tmp_path)
+    writer.save(1, {"w": weights})
+    weights += 1
+    writer.wait()
+    assert not checkpoint.load(tmp_path / "0000001.pt")["w"].any(), "training must not change what is being written"

@@ -1,0 +1,381 @@
+"""train.py as a whole: what it leaves, that a stopped run goes on as if it had not stopped, and what mistakes get."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, call
+from reference import assert_golden, fill, golden, normal
+from test_models import SMALL
+
+import checkpoint
+import train
+from models import DiT
+
+TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib"}
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(folder):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in metrics(folder)]
+
+
+def latest(folder):
+    return checkpoint.load(checkpoint.newest_first(folder / "checkpoints")[0])
+
+
+def flat(tree, path=()):
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in flat(value, (*path, key)).items()}
+    return {path: tree}
+
+
+def assert_same_state(a, b):
+    for part in ("model", "ema", "opt"):
+        left, right = flat(a[part]), flat(b[part])
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
+            assert same, f"{part} {key} differs from the undisturbed run's"
+    assert (a["step"], a["images_seen"], a["progress"]) == (b["step"], b["images_seen"], b["progress"])
+
+
+def test_a_run_leaves_what_explains_and_continues_it(tiny_checkpoint):
+    folder = tiny_checkpoint.parents[1]
+    state = torch.load(tiny_checkpoint, weights_only=True)
+    assert state.keys() >= {"model", "ema", "opt", "args", "step"}
+    assert state["step"] == 4
+    assert isinstance(state["args"], dict)
+    assert re.search(
+        r"\(step=0000002\) Train Loss: \d+\.\d{4}, Train Steps/Sec: \d+\.\d{2}", (folder / "log.txt").read_text()
+    )
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[0].keys() >= {"loss", "mse", "vb", "grad_norm", "images_per_second", "peak_memory_gib"}
+    assert rows[0]["loss"] == pytest.approx(rows[0]["mse"] + rows[0]["vb"])
+    options = json.loads((folder / "options.json").read_text())
+    assert (options["lr"], options["label_dropout"], options["hidden_size"]) == (1e-3, 0.1, 16)
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+def test_numbered_folders_count_up(tmp_path):
+    for _ in range(2):
+        assert call(train.main, *TINY, "--max-steps", 1, "--results-dir", tmp_path) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000-DiT-XL-2", "001-DiT-XL-2"]
+    assert (tmp_path / "001-DiT-XL-2/checkpoints/0000001.pt").is_file()
+
+
+FOLDER = "--vae none --image-size 8 --num-classes 3 --hidden-size 16 --depth 1 --num-heads 2 --global-batch-size 4 "
+FOLDER = (FOLDER + "--lr 1e-3 --device cpu --log-every 4 --label-dropout 0.3 --ema-warmup").split()
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 1)])
+def test_two_runs_are_bit_for_bit_one(tmp_path, image_folder, ranks, world_size, workers):
+    """Flips, label dropout and workers are on; the stop at 3 is inside an epoch and between two lines of the log."""
+    command = [*FOLDER, "--data-path", image_folder, "--num-workers", workers]
+    for steps, folder in ((9, "whole"), (3, "parts"), (9, "parts")):
+        run = ranks(train.main, [*command, "--max-steps", steps, "--run-dir", tmp_path / folder], world_size)
+        assert run.wait() == [0] * world_size, run.text()
+    assert_same_state(latest(tmp_path / "parts"), latest(tmp_path / "whole"))
+    assert without_timings(tmp_path / "parts") == without_timings(tmp_path / "whole")
+    assert [row["step"] for row in metrics(tmp_path / "parts")] == [4, 8]
+
+
+def test_another_number_of_processes_goes_on_with_the_unseen_images(tmp_path, image_folder, ranks):
+    command = [*FOLDER, "--data-path", image_folder, "--num-workers", 0, "--run-dir", tmp_path]
+    assert ranks(train.main, [*command, "--max-steps", 2], 1).wait() == [0]
+    run = ranks(train.main, [*command, "--max-steps", 4], 2)
+    assert run.wait() == [0, 0], run.text()
+    assert "of 1 processes, now 2" in run.text()
+    state = latest(tmp_path)
+    assert (state["step"], state["images_seen"], len(state["progress"])) == (4, 16, 2)
+    assert metrics(tmp_path)[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_rank_saves_and_exits_cleanly(tmp_path, image_folder, ranks, number):
+    command = [*FOLDER, "--data-path", image_folder, "--num-workers", 1, "--log-every", 1, "--run-dir"]
+    run = ranks(train.main, [*command, tmp_path / "parts", "--max-steps", 100_000], 2)
+    wait_for(lambda: len(metrics(tmp_path / "parts")) > 2)
+    os.kill(run.processes[1].pid, number)
+    assert run.wait() == [0, 0], run.text()
+    status = json.loads((tmp_path / "parts/status.json").read_text())
+    assert status["state"] == "preempted"
+    step = latest(tmp_path / "parts")["step"]
+    assert status["step"] == step == metrics(tmp_path / "parts")[-1]["step"]
+    for folder in ("parts", "whole"):
+        assert ranks(train.main, [*command, tmp_path / folder, "--max-steps", step + 2], 2).wait() == [0, 0]
+    assert_same_state(latest(tmp_path / "parts"), latest(tmp_path / "whole"))
+
+
+def wait_for(condition, seconds=60):
+    for _ in range(seconds * 20):
+        try:
+            if condition():
+                return
+        except (OSError, ValueError):  # the file is not there yet, or half written
+            pass
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def test_a_killed_run_goes_on_and_a_second_run_is_refused(tmp_path, image_folder, ranks, capfd):
+    command = [*FOLDER, "--data-path", image_folder, "--num-workers", 2, "--log-every", 1, "--ckpt-every", 2, "--run-dir"]
+    run = ranks(train.main, [*command, tmp_path / "parts", "--max-steps", 100_000])
+    wait_for(lambda: len(metrics(tmp_path / "parts")) > 5)
+    assert call(train.main, *command, tmp_path / "parts") == 2
+    assert "another run is writing here" in capfd.readouterr().err
+    os.kill(run.processes[0].pid, signal.SIGKILL)
+    assert run.wait() == [-9]
+    step = latest(tmp_path / "parts")["step"]
+    with open(tmp_path / "parts/metrics.jsonl", "a") as file:
+        file.write('{"step": 100, "lo')  # what a kill may leave
+    for folder in ("parts", "whole"):  # at once: the dead run's workers must not hold the lock
+        assert ranks(train.main, [*command, tmp_path / folder, "--max-steps", step + 3]).wait() == [0]
+    assert_same_state(latest(tmp_path / "parts"), latest(tmp_path / "whole"))
+    assert without_timings(tmp_path / "parts") == without_timings(tmp_path / "whole")
+    log = re.findall(r"\(step=(\d+)\)", (tmp_path / "parts/log.txt").read_text())
+    assert log == sorted(set(log)), "no step may stand twice"
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capfd):
+    command = [*TINY, "--ckpt-every", 2, "--run-dir", tmp_path]
+    assert call(train.main, *command, "--max-steps", 4) == 0
+    expected = latest(tmp_path)
+    newest = tmp_path / "checkpoints/0000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert call(train.main, *command, "--max-steps", 4) == 0
+    assert "0000004.pt: truncated or damaged" in capfd.readouterr().out
+    assert_same_state(latest(tmp_path), expected)
+
+
+def test_changed_options_are_named_and_refused(tmp_path, capsys):
+    command = [*TINY, "--run-dir", tmp_path]
+    assert call(train.main, *command, "--max-steps", 2) == 0
+    assert call(train.main, *command, "--max-steps", 4, "--lr", 2e-3, "--label-dropout", 0.2) == 2
+    error = capsys.readouterr().err
+    assert "--label-dropout 0.1, now 0.2" in error
+    assert "--lr 0.001, now 0.002" in error
+    assert "--allow-changes" in error
+    assert call(train.main, *command, "--max-steps", 3, "--lr", 2e-3, "--allow-changes", "--log-every", 1) == 0
+    assert latest(tmp_path)["opt"]["param_groups"][0]["lr"] == 2e-3
+    assert call(train.main, *command, "--block", "adaln", "--allow-changes") == 2
+    assert "block adaln-zero, now adaln" in capsys.readouterr().err
+    assert call(train.main, *command, "--resume", "none") == 2
+
+
+def test_a_finished_run_has_nothing_left_to_do(tiny_checkpoint, capfd):
+    before = tiny_checkpoint.read_bytes()
+    assert call(train.main, *TINY, "--max-steps", 4, "--run-dir", tiny_checkpoint.parents[1]) == 0
+    assert "Nothing left to do" in capfd.readouterr().out
+    assert tiny_checkpoint.read_bytes() == before
+
+
+def test_a_named_checkpoint_starts_another_run(tiny_checkpoint, tmp_path):
+    assert call(train.main, *TINY, "--max-steps", 5, "--resume", tiny_checkpoint, "--run-dir", tmp_path) == 0
+    assert latest(tmp_path)["step"] == 5
+
+
+def test_non_finite_updates_are_skipped_and_stop_the_run(tmp_path, capfd):
+    command = [*TINY, "--run-dir", tmp_path, "--ckpt-every", 1, "--max-bad-steps", 3, "--max-steps", 50, "--log-every", 1]
+    assert call(train.main, *command, "--lr", 1e30) == 1
+    error = capfd.readouterr().err
+    assert re.search(r"step \d+: loss or gradient not finite, 3 updates in a row skipped", error)
+    assert "the last good checkpoint is" in error
+    assert "digits[" in error, "the batch must be named"
+    state = latest(tmp_path)
+    assert all(value.isfinite().all() for value in [*state["model"].values(), *state["ema"].values()])
+    assert any(row["skipped_steps"] for row in metrics(tmp_path))
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def make_trainer(world_args=(), **model_options):
+    _, args = train.parse_args([*TINY, *world_args])
+    args.precision = "fp32"
+    context = train.distributed.setup("cpu")
+    return train.Trainer(args, context, DiT(**{**SMALL, **model_options}), train.latents.load("none"))
+
+
+def test_a_bad_gradient_changes_nothing_and_a_good_one_does():
+    trainer = make_trainer()
+    trainer.step = 5
+    trainer.descend(sum(p.square().sum() for p in trainer.ema.weights))
+    before = {key: value.clone() for key, value in flat(trainer.optimizer.state_dict()["state"]).items()}
+    weights = [p.clone() for p in trainer.ema.weights]
+    assert not trainer.descend(sum((p * float("nan")).sum() for p in trainer.ema.weights))
+    assert all(torch.equal(p, w) for p, w in zip(trainer.ema.weights, weights, strict=True))
+    after = flat(trainer.optimizer.state_dict()["state"])
+    assert all(torch.equal(after[key], value) for key, value in before.items()), "moments and step count must stay"
+    assert trainer.descend(sum(p.square().sum() for p in trainer.ema.weights))
+    assert not torch.equal(trainer.ema.weights[0], weights[0])
+
+
+def test_gradient_clipping_limits_the_norm():
+    trainer = make_trainer(["--clip-grad-norm", "0.5"])
+    trainer.descend(sum(p.square().sum() for p in trainer.ema.weights))
+    assert trainer.grad_norm > 1
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.ema.weights])
+    assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+def test_thirty_updates_of_the_trainer_match_the_reference():
+    """What train.py runs, not a copy of it: the fused optimizer and average give the reference's numbers."""
+    data = golden("train")
+    trainer = make_trainer(["--lr", "1e-3", "--ema-decay", "0.99"], class_dropout_prob=0.3)
+    fill(trainer.model).train()
+    trainer.ema.module.load_state_dict(trainer.model.state_dict())
+    losses = []
+    for i in range(30):
+        x, noise = normal(f"batch{i}", 8, 4, 8, 8) * 0.5, normal(f"noise{i}", 8, 4, 8, 8)
+        t = torch.from_numpy(np.random.RandomState(i).randint(0, 1000, 8))
+        y = torch.from_numpy(np.random.RandomState(1000 + i).randint(0, 10, 8))
+        torch.manual_seed(i)
+        loss = trainer.diffusion.training_losses(trainer.parallel_model, x, t, {"y": y}, noise)["loss"].mean()
+        trainer.descend(loss)
+        losses.append(loss.item())
+    assert_golden(losses, data["losses"], "losses", tol=2e-4)
+    for key in data:
+        if key != "losses":
+            kind, name = key.split(":")
+            module = trainer.ema.module if kind == "ema" else trainer.model
+            assert_golden(module.state_dict()[name], data[key], key, tol=2e-4)
+
+
+def test_a_checkpoint_of_the_original_release_resumes(tmp_path, tiny_checkpoint):
+    """Its optimizer state is that of a plain AdamW over all parameters, its options a Namespace, its step in the name."""
+    state = checkpoint.load(tiny_checkpoint)
+    options = argparse.Namespace(model="DiT-XL/2", num_classes=10, image_size=8, vae="ema", num_heads=2)
+    model = DiT(**checkpoint.model_config(state))
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    plain.load_state_dict({**state["opt"], "param_groups": plain.state_dict()["param_groups"]})
+    old = {"model": state["model"], "ema": state["ema"], "opt": plain.state_dict(), "args": options}
+    torch.save(old, tmp_path / "0000004.pt")
+    command = [*TINY, "--run-dir", tmp_path / "run", "--resume", tmp_path / "0000004.pt", "--max-steps", 6]
+    assert call(train.main, *command, "--allow-changes") == 0
+    assert latest(tmp_path / "run")["step"] == 6
+
+
+def test_files_that_go_bad_while_training_are_named_and_the_work_is_saved(tmp_path, image_folder, ranks):
+    shutil.copytree(image_folder, tmp_path / "images")
+    command = [*FOLDER, "--data-path", tmp_path / "images", "--num-workers", 2, "--log-every", 1, "--run-dir"]
+    run = ranks(train.main, [*command, tmp_path / "run", "--max-steps", 100_000], 2)
+    wait_for(lambda: len(metrics(tmp_path / "run")) > 2)
+    (tmp_path / "images/bee/1.png").unlink()
+    assert run.wait() == [2, 2], run.text()
+    assert "bee/1.png: the file is gone" in run.text(0)
+    assert "train" not in run.text(1).lower() or "error" not in run.text(1), "rank 0 alone prints the line"
+    assert "Traceback" not in run.text(0) + run.text(1)
+    assert latest(tmp_path / "run")["step"] >= 2
+
+
+def test_a_dead_data_worker_is_reported(tmp_path, image_folder, ranks):
+    command = [*FOLDER, "--data-path", image_folder, "--num-workers", 1, "--log-every", 1, "--max-steps", 100_000]
+    run = ranks(train.main, [*command, "--run-dir", tmp_path / "run"])
+    wait_for(lambda: len(metrics(tmp_path / "run")) > 2)
+    children = Path(f"/proc/{run.processes[0].pid}/task/{run.processes[0].pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert run.wait() == [2], run.text()
+    assert "a data worker died" in run.text()
+    assert "Traceback" not in run.text()
+
+
+def test_latents_of_an_autoencoder_are_trained_on(tmp_path, image_folder, small_vae):
+    sizes = "--image-size 16 --num-classes 3 --hidden-size 16 --depth 1 --num-heads 2 --global-batch-size 4 --device cpu"
+    command = ["--data-path", image_folder, "--vae", small_vae, *sizes.split(), "--num-workers", 0, "--max-steps", 2]
+    assert call(train.main, *command, "--log-every", 1, "--run-dir", tmp_path) == 0
+    config = checkpoint.model_config(latest(tmp_path))
+    assert (config["in_channels"], config["input_size"], config["num_classes"]) == (4, 2, 3)
+
+
+def test_unconditional_training_has_the_null_class_alone(tmp_path):
+    assert call(train.main, *TINY, "--num-classes", 0, "--max-steps", 2, "--run-dir", tmp_path) == 0
+    assert latest(tmp_path)["model"]["y_embedder.embedding_table.weight"].shape == (1, 16)
+
+
+def test_bf16_follows_the_float32_losses(tmp_path):
+    for precision in ("fp32", "bf16"):
+        assert call(train.main, *TINY, "--precision", precision, "--max-steps", 20, "--run-dir", tmp_path / precision) == 0
+    a, b = ([row["loss"] for row in metrics(tmp_path / precision)] for precision in ("fp32", "bf16"))
+    assert a != b, "bf16 must change the arithmetic"
+    assert max(abs(x - y) / x for x, y in zip(a, b, strict=True)) < 0.01, "1 % is the band"
+
+
+def bad(words, *argv):
+    return pytest.param([str(a) for a in argv], words, id=" ".join(map(str, argv))[-50:])
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        bad("no such folder", "--data-path", "nowhere"),
+        bad("holds no folders", "--data-path", "empty"),
+        bad("no images in any", "--data-path", "classes"),
+        bad("broken.png: not a readable image", "--data-path", "broken", "--image-size", 8),
+        bad("has 10 classes; pass --num-classes 10", "--num-classes", 9),
+        bad("pass --image-size 8", "--image-size", 16),
+        bad("pass --vae none", "--vae", "ema"),
+        bad("number of heads 3", "--num-heads", 3),
+        bad("6 and 9 are the nearest that fit", "--patch-size", 3),
+        bad("100000: more than the 1797 images", "--global-batch-size", 100_000, "--epochs", 1),
+        bad("argument --lr: -1 is not a number, more than 0", "--lr", -1),
+        bad("argument --max-steps: 0 is not a whole number, 1 or more", "--max-steps", 0),
+        bad("unrecognized arguments: --learning-rate", "--learning-rate", 1),
+        bad("invalid choice", "--model", "DiT-M/2"),
+        bad("needs --run-dir", "--resume", "auto"),
+        bad("absent.pt: no such file", "--resume", "absent.pt"),
+        bad("truncated or damaged", "--resume", "text.pt"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capfd, extra, words):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "classes/a", "broken/a"):
+        Path(folder).mkdir(parents=True)
+    Path("broken/a/broken.png").write_bytes(b"\x89PNG")
+    Path("text.pt").write_text("hello")
+    assert call(train.main, *TINY, "--max-steps", 2, *extra) == 2
+    captured = capfd.readouterr()
+    error = [line for line in captured.err.splitlines() if "error:" in line]
+    assert len(error) == 1, captured.err
+    assert words in error[0]
+    assert "Traceback" not in captured.err
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused_once(ranks):
+    run = ranks(train.main, [*TINY, "--global-batch-size", 9, "--max-steps", 1], 2)
+    assert run.wait() == [2, 2]
+    assert "--global-batch-size 9: not a multiple of the 2 processes; 10 is" in run.text(0)
+    assert run.text(1) == "", "rank 0 alone prints the line"
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(tmp_path, image_folder):
+    """The real launcher: two workers, one of them killed; --max-restarts starts both again, and they go on."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--standalone"]
+    options = [*FOLDER, "--data-path", image_folder, "--num-workers", "0", "--log-every", "1", "--ckpt-every", "5"]
+    command = [*torchrun, "train.py", *options, "--run-dir", tmp_path / "run", "--max-steps", "600"]
+    root = Path(train.__file__).parent
+    run = subprocess.Popen([str(c) for c in command], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: len(metrics(tmp_path / "run")) > 8, seconds=120)
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        output = run.communicate(timeout=240)[0]
+    finally:
+        run.kill()
+    assert run.returncode == 0, output
+    assert "Resumed from" in output
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 601))
