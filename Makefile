@@ -3,6 +3,8 @@
 # make test    run the tests
 PYTHON ?= python3
 VENV := .venv/bin
+# bytecode makes every start after the first several times faster
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test lint clean
 
@@ -13,6 +15,7 @@ setup: .venv/.complete
 	$(PYTHON) -m venv .venv
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check uv
 	$(VENV)/uv pip install --python $(VENV)/python --requirements pyproject.toml --group dev
+	$(VENV)/python -c "import train, sample, sample_ddp, diffusers"
 	touch $@
 
 test: setup

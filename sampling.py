@@ -34,13 +34,14 @@ def check(args):
                 "without --ckpt only the released models can be drawn from: --model DiT-XL/2, --image-size 256 or 512, "
                 "--num-classes 1000; name your own with --ckpt"
             )
-    elif args.cfg_scale != 1 and not has_null_class(args.state):
+        return
+    config = checkpoint.model_config(args.state, args.ckpt)
+    if args.vae == "none" and config["in_channels"] not in (1, 3):
+        raise UserError(
+            f"--vae none: {args.ckpt} has {config['in_channels']} channels, it works on latents; name its autoencoder"
+        )
+    if args.cfg_scale != 1 and config["class_dropout_prob"] == 0 and config["num_classes"]:
         raise UserError(f"--cfg-scale {args.cfg_scale}: {args.ckpt} was trained without null labels; pass --cfg-scale 1")
-
-
-def has_null_class(state):
-    config = checkpoint.model_config(state)
-    return config["class_dropout_prob"] > 0 or config["num_classes"] == 0
 
 
 def class_names(args):

@@ -10,6 +10,7 @@ The recipe is the paper's (section 4): AdamW, constant learning rate 1e-4, no we
 import argparse
 import contextlib
 import math
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -128,6 +129,8 @@ def run(trainer, dataset, folder, stop, source):
         return 0
 
     batches = iter(read_batches(trainer, dataset, total_steps))
+    # a worker's death would raise anywhere, in the middle of an update too; next_batch finds it out by itself
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     progress, bad_steps = trainer.progress, BadSteps(args.max_bad_steps)
     writer = checkpoint.Writer(Path(args.run_dir) / "checkpoints", args.keep_last, args.keep_every)
     outcome = "failed"

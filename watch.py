@@ -21,7 +21,7 @@ class Progress:
 
     def restart(self):
         self.sums = torch.zeros(len(self.NAMES), dtype=self.dtype, device=self.device)
-        self.steps = self.images = 0
+        self.steps = self.timed_steps = self.images = 0
         self.start = time.perf_counter()
 
     def add(self, losses, grad_norm, finite, images):
@@ -29,6 +29,7 @@ class Progress:
         row = [losses[name].mean() for name in ("loss", "mse", "vb")] + [grad_norm, torch.ones_like(grad_norm)]
         self.sums += torch.where(finite, torch.stack(row).detach(), 0.0)
         self.steps += 1
+        self.timed_steps += 1
         self.images += images
 
     def state(self):
@@ -36,12 +37,10 @@ class Progress:
         return {"sums": self.sums.tolist(), "steps": self.steps}
 
     def restore(self, states, context):
-        """Take up this rank's sums; on another number of processes rank 0 takes up those of all."""
-        mine = states[context.rank : context.rank + 1]
-        if len(states) != context.world_size:
-            mine = states if context.is_main else []
-        for state in mine:
-            self.sums += torch.tensor(state["sums"], dtype=self.dtype, device=self.device)
+        """Take up this rank's sums; on another number of processes every rank takes up the mean of all."""
+        states = [states[context.rank]] if len(states) == context.world_size else states
+        for state in states:
+            self.sums += torch.tensor(state["sums"], dtype=self.dtype, device=self.device) / len(states)
         self.steps = states[0]["steps"]
 
     def summarise(self, context):
@@ -53,7 +52,7 @@ class Progress:
             name: total / counted if counted else float("nan") for name, total in zip(self.NAMES, totals, strict=False)
         }
         values["skipped_steps"] = self.steps - round(counted / len(gathered))
-        values["steps_per_second"] = self.steps / seconds
+        values["steps_per_second"] = self.timed_steps / seconds
         values["images_per_second"] = sum(images for _, images in gathered) / seconds
         values["peak_memory_gib"] = peak_memory(self.device) / 2**30
         self.restart()
