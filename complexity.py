@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -331,7 +332,7 @@ def print_comparison(rows):
 def read_results(path):
     """Points of a JSON file: a report of evaluate.py, whose model is read from the name that sample_ddp.py gave the
     samples, or an object or a list of objects with "model" and "fid" (and keys of `OVERRIDES`, "image_size", "label").
-    Returns a list of dicts with label, gmacs, fid. Raises ValueError with the reason."""
+    Returns a list of (label, model on the meta device, fid). Raises ValueError with the reason."""
     try:
         entries = json.loads(Path(path).read_text())
         return [result_point(entry) for entry in (entries if isinstance(entries, list) else [entries])]
@@ -358,7 +359,7 @@ def result_point(entry):
     differences = [f"{name.replace('_', ' ')} {value}".removeprefix("block ") for name, value in overrides.items()]
     differences += [f"{image_size} px"] if image_size != 256 else []
     label = entry.get("label", ", ".join([entry["model"], *differences]))
-    return {"label": label, "gmacs": forward_macs(model) / 1e9, "fid": entry["fid"]}
+    return label, model, entry["fid"]
 
 
 def correlation(points):
@@ -384,12 +385,13 @@ def draw(path, results, title):
             )
     for patch, marker in markers.items():
         scaling.scatter([], [], 46, color="#666666", marker=marker, label=f"patch size {patch}")
+    middle = np.median([row.gmacs for row in SCALING])
     for n, point in enumerate(results):
-        scaling.scatter(
-            point["gmacs"], point["fid"], 80, color="black", marker="*", zorder=3, label="" if n else "your results"
-        )
+        at, right = (point["gmacs"], point["fid"]), point["gmacs"] > middle
+        scaling.scatter(*at, 80, color="black", marker="*", zorder=3, label="" if n else "your results")
+        where = {"xytext": (-7 if right else 7, 3), "textcoords": "offset points", "ha": "right" if right else "left"}
         scaling.annotate(
-            point["label"], (point["gmacs"], point["fid"]), fontsize=8, xytext=(6, 4), textcoords="offset points"
+            point["label"], at, **where, fontsize=8, path_effects=[withStroke(linewidth=3, foreground="white")]
         )
     scaling.set(xscale="log", xlabel="GMACs of a forward pass (the paper's Gflops)", ylabel="FID-50K", title=title)
     scaling.xaxis.set_major_formatter("{x:g}")
@@ -412,7 +414,11 @@ def draw(path, results, title):
 
 def plot(path, files):
     """Draw, and return what was drawn as a dict."""
-    results = [point for file in tqdm(files, desc="counting", unit="file", leave=False) for point in read_results(file)]
+    points = [point for file in files for point in read_results(file)]  # all are checked before the first is counted
+    results = [
+        {"label": label, "gmacs": forward_macs(model) / 1e9, "fid": fid}
+        for label, model, fid in tqdm(points, desc="counting", unit="model", leave=False)
+    ]
     paper = correlation([(row.gmacs, row.fid) for row in SCALING])
     report = {"plot": path, "correlation_paper": paper, "results": results}
     if len(results) >= 3:
