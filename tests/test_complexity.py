@@ -18,10 +18,6 @@ ROOT = Path(__file__).parent.parent
 TINY = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
 
-def command(*options):
-    return subprocess.run([sys.executable, ROOT / "complexity.py", *options], capture_output=True, text=True)
-
-
 def inside(monkeypatch, capsys, *options):
     """The command without a new process: exit status, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["complexity.py", *map(str, options)])
@@ -115,11 +111,12 @@ def test_memory_grows_with_the_batch_and_shrinks_in_bf16():
     assert 0.5 < share < 0.7
 
 
-def test_cost_as_json_and_hours():
+def test_cost_as_json_and_hours(monkeypatch, capsys):
     options = "--model DiT-S/8 --block in-context --depth 2 --image-size 64 --num-classes 10 --precision bf16 --json"
-    done = command(*options.split(), "--images", "3.6e6", "--peak-tflops", "2", "--utilization", "0.5")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    hours = "--images 3.6e6 --peak-tflops 2 --utilization 0.5"
+    status, out, _ = inside(monkeypatch, capsys, *options.split(), *hours.split())
+    assert status == 0
+    report = json.loads(out)
     assert (report["block"], report["depth"], report["tokens"], report["num_classes"]) == ("in-context", 2, 1, 10)
     assert report["training_flops_per_image"] == 6 * report["forward_macs_per_image"]
     assert report["hours"] == pytest.approx(report["training_flops_per_image"] * 1e-9)
@@ -140,7 +137,8 @@ def test_plot_of_the_papers_and_own_results(tmp_path):
     own = [{"model": "DiT-S/8", "fid": 9, "block": "adaln", "depth": 2}, {"model": "DiT-S/8", "fid": 50, "label": "mine"}]
     (tmp_path / "b.json").write_text(json.dumps(own))
     results = [str(tmp_path / name) for name in ("a.metrics.json", "b.json")]
-    done = command("--plot", str(tmp_path / "scaling.png"), "--json", "--results", *results)
+    options = ["--plot", str(tmp_path / "scaling.png"), "--json", "--results", *results]
+    done = subprocess.run([sys.executable, ROOT / "complexity.py", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert round(report["correlation_paper"], 2) == -0.93, "section 5 of the paper reports -0.93"
