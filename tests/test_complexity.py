@@ -1,0 +1,208 @@
+"""complexity.py against the paper's tables, closed forms and what autograd keeps on a real device."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import complexity
+from complexity import PUBLISHED, TOLERANCE, activation_bytes, build, correlation, forward_macs, training_memory
+from models import BLOCKS, DiT
+
+ROOT = Path(__file__).parent.parent
+TINY = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+def inside(monkeypatch, capsys, *options):
+    """The command without a new process: exit status, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["complexity.py", *map(str, options)])
+    status = 0
+    try:
+        complexity.main()
+    except SystemExit as error:
+        status = int(error.code or 0)
+    return status, *capsys.readouterr()
+
+
+def linear_macs(block, tokens, width, depth, mlp_ratio):
+    """The products of the blocks, written out from the paper's description of the designs."""
+    t = tokens + 2 * (block == "in-context")
+    macs = t * width * width * (4 + 2 * mlp_ratio) + 2 * t * t * width
+    macs += {"adaln-zero": 6, "adaln": 4}.get(block, 0) * width * width
+    if block == "cross-attention":
+        macs += (2 * t + 2 * 2) * width * width + 2 * t * 2 * width
+    return depth * macs
+
+
+def test_every_published_count_is_reproduced(monkeypatch, capsys):
+    status, out, _ = inside(monkeypatch, capsys, "--table", "--json")
+    rows = json.loads(out)
+    assert len(rows) == 16
+    assert {row["model"] for row in rows} >= {f"DiT-{size}/{p}" for size in ("S", "B", "L", "XL") for p in (2, 4, 8)}
+    assert {row["block"] for row in rows if row["model"] == "DiT-XL/2"} == set(BLOCKS)
+    for row in rows:
+        name = f"{row['model']} {row['block']} {row['image_size']} px"
+        tolerance = 0.07 if row["image_size"] == 512 else 0.03
+        assert abs(row["counted_gmacs"] - row["gmacs"]) <= tolerance, f"{name} is not the paper's design"
+        assert round(row["counted_parameters"] / 1e6) == row["parameters"], f"{name} is not the paper's design"
+    assert status == 0
+
+
+def test_table_shows_a_row_out_of_tolerance_and_exits_with_1(monkeypatch, capsys):
+    wrong = [PUBLISHED[0], PUBLISHED[1]._replace(gmacs=1.45), PUBLISHED[0]._replace(parameters=34)]
+    monkeypatch.setattr(complexity, "PUBLISHED", wrong)
+    status, out, _ = inside(monkeypatch, capsys, "--table")
+    assert status == 1
+    assert [line.endswith("OUT OF TOLERANCE") for line in out.splitlines()[2:]] == [False, True, True]
+    assert TOLERANCE == {256: 0.03, 512: 0.07}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_overrides_change_every_design_as_the_formula_says(block):
+    sizes = {"hidden_size": 48, "depth": 3, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2.0}
+    model = build("DiT-S/2", input_size=16, block=block, **sizes)
+    assert model.blocks[0].attn.num_heads == 4
+    macs = linear_macs(block, tokens=16, width=48, depth=3, mlp_ratio=2)
+    macs += 16 * 48 * 4 * 16  # patch convolution
+    macs += 256 * 48 + 48 * 48  # timestep embedding
+    macs += 16 * 48 * 8 * 16 + (2 * 48 * 48 if block.startswith("adaln") else 0)  # final layer
+    assert forward_macs(model) == macs, "attention or a linear layer is not counted as it should be"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_activations_are_what_autograd_keeps_on_a_real_device(block, precision):
+    model = DiT(**TINY, block=block)
+    own, saved = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, t, y = torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        out = model(x, t, y)
+    expected = sum(nbytes for pointer, nbytes in saved.items() if pointer not in own)
+    del out
+    counted = activation_bytes(build("DiT-S/2", **TINY, block=block), 2, precision)
+    # the GPU's attention kernel pads its sums to 32 queries, the CPU's does not
+    assert expected <= counted <= 1.01 * expected
+
+
+def test_memory_grows_with_the_batch_and_shrinks_in_bf16():
+    model = build("DiT-S/4")
+    small, large = (training_memory(model, batch, "fp32") for batch in (8, 16))
+    assert small["activations"] * 1.99 < large["activations"] < small["activations"] * 2.01
+    everything, learned = sum(p.numel() for p in model.parameters()), complexity.trainable(model)
+    fixed = {"weights": 4 * everything, "ema": 4 * everything, "gradients": 4 * learned, "optimizer": 8 * learned}
+    assert all(small[part] == large[part] == nbytes for part, nbytes in fixed.items())
+    assert small["total"] == sum(fixed.values()) + small["activations"]
+    assert training_memory(model, 8, "tf32") == small, "TF32 rounds inside products, nothing is stored in it"
+    # the residual stream and the norms stay float32, and copies of the weights come on top
+    share = activation_bytes(model, 64, "bf16") / activation_bytes(model, 64, "fp32")
+    assert 0.5 < share < 0.7
+
+
+def test_cost_as_json_and_hours(monkeypatch, capsys):
+    options = "--model DiT-S/8 --block in-context --depth 2 --image-size 64 --num-classes 10 --precision bf16 --json"
+    hours = "--images 3.6e6 --peak-tflops 2 --utilization 0.5"
+    status, out, _ = inside(monkeypatch, capsys, *options.split(), *hours.split())
+    assert status == 0
+    report = json.loads(out)
+    assert (report["block"], report["depth"], report["tokens"], report["num_classes"]) == ("in-context", 2, 1, 10)
+    assert report["training_flops_per_image"] == 6 * report["forward_macs_per_image"]
+    assert report["hours"] == pytest.approx(report["training_flops_per_image"] * 1e-9)
+    assert report["training_memory_bytes"]["total"] > 16 * report["parameters"]
+
+
+def test_cost_as_text_of_a_pixel_model(monkeypatch, capsys):
+    options = ["--model", "DiT-S/2", "--image-size", 8, "--downsampling", 1, "--channels", 1, "--num-classes", 0]
+    status, out, _ = inside(monkeypatch, capsys, *options, "--depth", 1, "--batch-size", 4)
+    assert status == 0
+    assert out.splitlines()[0] == "DiT-S/2, adaln-zero, depth 1, 8 px, 16 tokens, 0 classes"
+    assert re.search(r"in all, fp32, batch 4 +0\.\d\d GiB\n$", out), "without a peak no hours are printed"
+
+
+def test_plot_of_the_papers_and_own_results(tmp_path):
+    report = {"fid": 30.0, "samples": {"path": "samples/DiT-S-8-0400000-size-512-vae-ema-cfg-1.0-seed-0.npz"}}
+    (tmp_path / "a.metrics.json").write_text(json.dumps(report))
+    own = [{"model": "DiT-S/8", "fid": 9, "block": "adaln", "depth": 2}, {"model": "DiT-S/8", "fid": 50, "label": "mine"}]
+    (tmp_path / "b.json").write_text(json.dumps(own))
+    results = [str(tmp_path / name) for name in ("a.metrics.json", "b.json")]
+    options = ["--plot", str(tmp_path / "scaling.png"), "--json", "--results", *results]
+    done = subprocess.run([sys.executable, ROOT / "complexity.py", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert round(report["correlation_paper"], 2) == -0.93, "section 5 of the paper reports -0.93"
+    points = report["results"]
+    assert [point["label"] for point in points] == ["DiT-S/8, 512 px", "DiT-S/8, adaln, depth 2", "mine"]
+    assert points[0]["gmacs"] > 3.9 * points[2]["gmacs"] > 3.9 * points[1]["gmacs"]
+    assert report["correlation_results"] == pytest.approx(correlation([(p["gmacs"], p["fid"]) for p in points]))
+    with Image.open(tmp_path / "scaling.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 100, "an empty picture"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.metrics.json", "b.json", "scaling.png"]
+
+
+def test_correlation_is_of_the_logarithm():
+    assert correlation([(1, 30), (10, 20), (100, 10)]) == pytest.approx(-1)
+    assert correlation([(1, 1), (10, 2), (1000, 4)]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "DiT-M/2"], "DiT-S/2"),
+        (["--num-heads", "5"], "number of heads 5"),
+        (["--patch-size", "3"], "patch size 3"),
+        (["--hidden-size", "90", "--num-heads", "5"], "multiple of 4"),
+        (["--image-size", "100"], "image size 100 is not a multiple of 8"),
+        (["--block", "adaln-one"], "cross-attention"),
+        (["--depth", "0"], "--depth: 0"),
+        (["--mlp-ratio", "nan"], "--mlp-ratio: nan"),
+        (["--utilization", "60"], "--utilization 60"),
+        (["--results", "a.json"], "--plot"),
+        (["--plot", "a.pdf"], ".png"),
+        (["--plot", "nowhere/a.png"], "folder"),
+        (["--table", "--depth", "3"], "--depth"),
+        (["--table", "--batch-size", "3"], "--batch-size"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(options, words, monkeypatch, capsys):
+    status, out, err = inside(monkeypatch, capsys, *options)
+    assert (status, out) == (2, "")
+    assert words in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting"),
+        ("[3]", '"fid"'),
+        ('{"model": "DiT-S/8"}', '"fid"'),
+        ('{"model": "DiT-S/8", "fid": NaN}', '"fid"'),
+        ('{"model": "DiT-S/3", "fid": 3}', "DiT-S/3"),
+        ('{"model": "DiT-S/8", "fid": 3, "num_heads": 7}', "number of heads 7"),
+        ('{"model": "DiT-S/8", "fid": 3, "num_heads": 0}', "zero"),
+        ('{"fid": 3, "samples": {"path": "samples/cats.npz"}}', "cats.npz"),
+        ('{"fid": 3, "samples": "cats"}', "no attribute"),
+        (None, "No such file"),
+    ],
+)
+def test_wrong_results_are_refused_with_file_and_reason(text, words, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "own.json"
+    if text is not None:
+        file.write_text(text)
+    status, _, err = inside(monkeypatch, capsys, "--plot", tmp_path / "a.png", "--results", file)
+    assert status == 2
+    assert str(file) in err.splitlines()[-1]
+    assert words in err.splitlines()[-1]
+    assert not (tmp_path / "a.png").exists()
