@@ -1,0 +1,291 @@
+"""Diffusion Transformers: Peebles and Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023), Figure 3.
+
+    x_t -> patches -> tokens -> N blocks -> final layer -> eps and the covariance's interpolation, of x_t's size
+
+A noised latent becomes a sequence of tokens; `depth` transformer blocks process it under the condition, which is the
+timestep t and the class y; a linear layer turns each token back into a patch. How the condition reaches the blocks is the
+`block` design, of which the paper compares four. Shapes: N batch, C channels, H = W input side, P patch side,
+T = (H / P)^2 tokens, D width.
+
+    model = DiT_models["DiT-XL/2"](input_size=32, num_classes=1000)
+    eps_and_variance = model(x_t, t, y)      # (N, 2C, H, W)
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from torch import nn
+
+import guidance
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Embeddings of the position, the timestep and the class
+
+
+def position_embedding(width, grid_size):
+    """Fixed 2D sine-cosine embedding, computed in float64. Returns (T, D): the first half of D encodes the column, the
+    second the row, each as [sin, cos] of position / 10000^(i / (D/4))."""
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    angles = np.arange(grid_size)[:, None] * frequencies  # (grid, D/4)
+    one_axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, D/2)
+    row, column = np.divmod(np.arange(grid_size**2), grid_size)
+    return torch.from_numpy(np.concatenate([one_axis[column], one_axis[row]], axis=1))
+
+
+class TimestepEmbedder(nn.Module):
+    """t: (N,) in [0, 1000), fractions allowed -> (N, D): a 256-dimensional sinusoid, then a two-layer MLP."""
+
+    frequency_size = 256
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.frequency_size, width), nn.SiLU(), nn.Linear(width, width))
+        half = self.frequency_size // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t):
+        angles = t[:, None].float() * self.frequencies  # (N, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    """y: (N,) int64 -> (N, D), through a table whose last row, `null_class`, stands for "no class".
+
+    In training each label is replaced by the null class with probability `dropout` (Ho and Salimans 2022), which is what
+    makes guidance possible. Without dropout there is no null row, unless there are no classes at all."""
+
+    def __init__(self, num_classes, width, dropout):
+        super().__init__()
+        self.null_class, self.dropout = num_classes, dropout
+        self.embedding_table = nn.Embedding(num_classes + (dropout > 0 or num_classes == 0), width)
+
+    def forward(self, y):
+        if self.training and self.dropout > 0:
+            y = y.masked_fill(torch.rand(len(y), device=y.device) < self.dropout, self.null_class)
+        return self.embedding_table(y)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The four block designs: section 3.2 and Figure 3 of the paper, from right to left
+
+
+class InContextBlock(nn.Module):
+    """The standard ViT block, and what all designs share. The condition is two of the tokens."""
+
+    num_modulations = 0  # vectors of (N, D) that the design regresses from the condition
+
+    def __init__(self, width, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        # an adaptive design brings scale and shift from the condition, so its norms have none of their own
+        norm = partial(nn.LayerNorm, width, elementwise_affine=self.num_modulations == 0, eps=1e-6)
+        self.norm1 = norm()
+        self.attn = Attention(width, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = norm()
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        if self.num_modulations:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
+
+    def forward(self, x, c):  # x: (N, T + 2, D) tokens; c is unused
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the tokens x: (N, T, D) to a short sequence c: (N, 2, D)."""
+
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, c):
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T, d)
+        k, v = self.kv(c).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # each (N, 2, heads, d)
+        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))  # (N, heads, T, d)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttentionBlock(InContextBlock):
+    """Self-attention, cross-attention to (t_emb, y_emb), MLP."""
+
+    def __init__(self, width, num_heads, mlp_ratio=4.0):
+        super().__init__(width, num_heads, mlp_ratio)
+        self.norm_cross = nn.LayerNorm(width, eps=1e-6)
+        self.cross_attn = CrossAttention(width, num_heads)
+
+    def forward(self, x, c):  # c: (N, 2, D)
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm_cross(x), c)
+        return x + self.mlp(self.norm2(x))
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+class AdaLNBlock(InContextBlock):
+    """Scale and shift of both norms are regressed from c = t_emb + y_emb."""
+
+    num_modulations = 4
+
+    def forward(self, x, c):  # c: (N, D)
+        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).unsqueeze(1).chunk(4, dim=-1)  # each (N, 1, D)
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class DiTBlock(InContextBlock):
+    """adaLN-Zero: also a gate on each branch, all zero at first, so that every block starts as the identity."""
+
+    num_modulations = 6
+
+    def forward(self, x, c):  # c: (N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+BLOCKS = {
+    "adaln-zero": DiTBlock,
+    "adaln": AdaLNBlock,
+    "cross-attention": CrossAttentionBlock,
+    "in-context": InContextBlock,
+}
+
+
+class FinalLayer(nn.Module):
+    """Norm (adaptive where the blocks' norms are), then a linear map of each token to its patch."""
+
+    def __init__(self, width, patch_size, out_channels, adaptive):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=not adaptive, eps=1e-6)
+        self.linear = nn.Linear(width, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)) if adaptive else None
+
+    def forward(self, x, c):
+        x = self.norm_final(x)
+        if self.adaLN_modulation is not None:
+            x = modulate(x, *self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1))
+        return self.linear(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class DiT(nn.Module):
+    """A diffusion model with a transformer for its backbone.
+
+    input_size: side of x in latent cells (pixels / 8 for the Stable Diffusion autoencoder). class_dropout_prob: share of
+    labels replaced by the null class in training. num_classes: 0 for an unconditional model. learn_sigma: also predict
+    the interpolation of log-variances, as C more channels. block: one of `BLOCKS`.
+    Raises ValueError for sizes that cannot be built.
+    """
+
+    def __init__(
+        self,
+        input_size=32,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        mlp_ratio=4.0,
+        class_dropout_prob=0.1,
+        num_classes=1000,
+        learn_sigma=True,
+        block="adaln-zero",
+    ):
+        super().__init__()
+        if block not in BLOCKS:
+            raise ValueError(f"block {block!r} is not one of {', '.join(BLOCKS)}")
+        if input_size % patch_size:
+            raise ValueError(f"input size {input_size} is not a multiple of the patch size {patch_size}")
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden size {hidden_size} is not a multiple of the number of heads {num_heads}")
+        if hidden_size % 4:
+            raise ValueError(f"hidden size {hidden_size} is not a multiple of 4, which the position embedding needs")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.num_classes, self.null_class, self.learn_sigma, self.block = num_classes, num_classes, learn_sigma, block
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(BLOCKS[block](hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        adaptive = BLOCKS[block].num_modulations > 0
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))  # the patch convolution as a linear layer
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        grid_size = self.input_size // self.patch_size
+        self.pos_embed.data.copy_(position_embedding(self.pos_embed.shape[-1], grid_size))
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        zero = [self.final_layer.linear]
+        if self.block == "adaln-zero":
+            zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x, t, y):
+        """x: (N, C, H, W) noised latents. t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0, num_classes], the
+        last for "no class". Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with
+        learn_sigma=False eps alone."""
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # each (N, D)
+        if BLOCKS[self.block].num_modulations:
+            c = t_emb + y_emb  # (N, D)
+        else:
+            c = torch.stack([t_emb, y_emb], dim=1)  # (N, 2, D)
+        if self.block == "in-context":
+            x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D), the two without a position
+        for block in self.blocks:
+            x = block(x, c)
+        x = x[:, : self.pos_embed.shape[1]]  # the image's tokens
+        return self.unpatchify(self.final_layer(x, c))
+
+    def unpatchify(self, x):
+        """(N, T, P * P * C') -> (N, C', H, W); a token's values run row in patch, column in patch, channel."""
+        side, patch = self.input_size // self.patch_size, self.patch_size
+        x = x.reshape(len(x), side, side, patch, patch, self.out_channels)
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), self.out_channels, side * patch, side * patch)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale):
+        """Classifier-free guidance in the original release's form, for scripts written for it: the batch is doubled,
+        y holds the labels and then the null class, only the first half of x is read, and both halves of the result hold
+        the same guided eps. New code calls `guidance.guided_eps`."""
+        if len(x) % 2:
+            raise ValueError(f"forward_with_cfg needs a doubled batch, [conditional; unconditional], not {len(x)} images")
+        half = x[: len(x) // 2]
+        out = self(torch.cat([half, half]), t, y)
+        cond, uncond = out.chunk(2)
+        channels = guidance.default_channels(self.in_channels)
+        eps = guidance.combine(cond[:, :channels], uncond[:, :channels], cfg_scale)
+        return torch.cat([torch.cat([eps, eps]), out[:, channels:]], dim=1)
+
+
+#        depth    D  heads          DiT paper, Table 1
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+DiT_models = {
+    f"DiT-{size}/{patch}": partial(DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    for size, (depth, width, heads) in SIZES.items()
+    for patch in (2, 4, 8)
+}

@@ -1,0 +1,141 @@
+"""Flags that several commands share, their checks and their error messages. A user's mistake gets one line and status 2."""
+
+import argparse
+import contextlib
+import math
+import sys
+
+import checkpoint
+import distributed
+from errors import UserError
+from models import BLOCKS, DiT_models
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in its help; an error is one line, printed by rank 0 alone."""
+
+    def __init__(self, description):
+        # abbreviations would change their meaning with every new option
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message, status=UserError.status):
+        if distributed.launched_rank() == 0:
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(status)
+
+    @contextlib.contextmanager
+    def reporting(self):
+        """What the user can mend, raised anywhere below, becomes the one line."""
+        try:
+            yield
+        except UserError as error:
+            self.error(error, error.status)
+
+
+def number(kind=float, low=None, high=None, above=None):
+    """An argparse type: a finite int or float in [low, high], or greater than `above`."""
+    bounds = [f"{low} or more" if low is not None else "", f"{high} or less" if high is not None else ""]
+    bounds += [f"more than {above}" if above is not None else ""]
+    wanted = f"{'a whole number' if kind is int else 'a number'}, {' and '.join(filter(None, bounds))}".rstrip(", ")
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        outside = (low is not None and value < low) or (high is not None and value > high)
+        if not math.isfinite(value) or outside or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
+
+
+positive = number(int, low=1)
+count = number(int, low=0)
+
+
+def add_model_options(parser, vae):
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=list(DiT_models), default="DiT-XL/2", metavar="DiT-{S,B,L,XL}/{2,4,8}",
+                       help="size and patch size")  # fmt: skip
+    group.add_argument("--image-size", type=positive, default=256, help="side in pixels")
+    group.add_argument("--num-classes", type=count, default=1000, help="number of classes; 0 is unconditional")
+    group.add_argument("--vae", default=vae, help='autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or '
+                       'hub name of an AutoencoderKL, or "none" for pixels')  # fmt: skip
+
+
+def add_design_options(parser):
+    """Points of the paper's design space beside the twelve models."""
+    group = parser.add_argument_group("design")
+    group.add_argument("--block", choices=list(BLOCKS), default="adaln-zero", help="how the condition enters the blocks")
+    for name, kind, text in (
+        ("hidden-size", positive, "width D"),
+        ("depth", positive, "number of blocks"),
+        ("num-heads", positive, "number of attention heads"),
+        ("patch-size", positive, "side of a patch, in latent cells"),
+        ("mlp-ratio", number(above=0), "width of the MLP's hidden layer, as a multiple of D"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the model's)")
+
+
+def design(args):
+    """The keyword arguments of DiT that `add_design_options` gave, on top of the named model's."""
+    names = ("block", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def add_device_option(parser):
+    parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (default: the best there is)")
+
+
+def check_image_size(image_size, factor, patch_size):
+    """Raises UserError where the autoencoder's downsampling and the patch size do not divide the image."""
+    unit = factor * patch_size
+    if image_size % unit:
+        below = image_size // unit * unit
+        fits = f"{below} and {below + unit} are the nearest that fit" if below else f"{unit} is the smallest that fits"
+        raise UserError(
+            f"--image-size {image_size}: not a multiple of {unit} (autoencoder {factor} times patch {patch_size}); {fits}"
+        )
+
+
+def parse_with_checkpoint(parser, argv=None):
+    """Parse a sampler's command line. What --ckpt records (model, image size, classes, autoencoder) becomes the default of
+    the flags, so that it need not be repeated; a flag that contradicts it is an error. Adds `args.state`, the checkpoint's
+    dict, or None without --ckpt."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--ckpt")
+    ckpt = early.parse_known_args(argv)[0].ckpt
+    recorded, state = {}, None
+    if ckpt is not None:
+        try:
+            state = checkpoint.load(ckpt)
+            recorded = recorded_options(state, ckpt)
+        except checkpoint.CheckpointError as error:
+            parser.error(f"--ckpt {error}")
+        parser.set_defaults(**recorded)
+    args = parser.parse_args(argv)
+    for name, value in recorded.items():
+        given = getattr(args, name)
+        # a path or hub name of the same autoencoder may differ between machines, so --vae may be given anew
+        if given != value and name != "vae":
+            parser.error(f"--{name.replace('_', '-')} {given}: {ckpt} holds {value}; leave the option out to use that")
+    args.state = state
+    return args
+
+
+def recorded_options(state, path):
+    config, recorded = checkpoint.model_config(state, path), checkpoint.options(state)
+    name = checkpoint.describe(config)
+    found = {
+        "model": name if name in DiT_models else recorded.get("model", name),
+        "num_classes": config["num_classes"],
+        "image_size": recorded.get("image_size", 8 * config["input_size"]),
+    }
+    # the released "ema" and "mse" share one latent space and differ in the decoder, which is each command's own choice
+    if recorded.get("vae", "ema") not in ("ema", "mse"):
+        found["vae"] = recorded["vae"]
+    return found

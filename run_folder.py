@@ -1,0 +1,109 @@
+"""A training run's folder, which holds everything needed to continue, explain and repeat it:
+
+options.json   all options, resolved      log.txt         the lines that people parse
+status.json    running, preempted, ...    metrics.jsonl   the numbers, one JSON object a line
+checkpoints/   {step:07d}.pt              .lock           held by the process that writes here
+"""
+
+import fcntl
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+import checkpoint
+from errors import UserError
+
+
+def numbered(results_dir, model):
+    """Make the next `{index:03d}-{model}` in results_dir. Returns its path."""
+    results = Path(results_dir)
+    results.mkdir(parents=True, exist_ok=True)
+    index = max((int(match[0]) + 1 for p in results.iterdir() if (match := re.match(r"\d{3,}(?=-)", p.name))), default=0)
+    while True:
+        folder = results / f"{index:03d}-{model.replace('/', '-')}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another run took the number in between
+            index += 1
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    checkpoint.replace_file(path, lambda file: file.write(text.encode()))
+
+
+def hold(folder):
+    """Lock a folder for this process; keep what is returned open as long. Raises UserError where another process holds it,
+    or it cannot be written to. It is a record lock, which ends with the process and which data workers do not inherit."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115 -- the caller's to close
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is writing here; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
+
+
+class RunFolder:
+    """Rank 0's hold on a run's folder. Raises UserError where another run holds it, or it cannot be written."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._lock = hold(self.path)
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+        self.log_file = self.metrics_file = None
+
+    def start(self, options, step):
+        """Cut the records back to `step`, note the options, and begin to record."""
+        self._cut_back("log.txt", step, lambda line: (m := re.search(r"\(step=(\d+)\)", line)) and int(m[1]))
+        self._cut_back("metrics.jsonl", step, _step_of_metrics)
+        write_json(self.path / "options.json", options)
+        self.log_file = open(self.path / "log.txt", "a", buffering=1)  # noqa: SIM115
+        self.metrics_file = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.mark("running", step)
+
+    def _cut_back(self, name, step, step_of):
+        """Drop everything from the first line of a later step on, so that no step stands twice."""
+        path = self.path / name
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or (step_of(line) or 0) > step:  # half a line is what a kill leaves
+                break
+            kept.append(line)
+        checkpoint.replace_file(path, lambda file: file.write("".join(kept).encode()))
+
+    def mark(self, state, step):
+        """Leave a mark: running, preempted, interrupted, finished or failed."""
+        write_json(self.path / "status.json", {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+
+    def log(self, text):
+        tqdm.write(text)
+        if self.log_file:
+            self.log_file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
+
+    def metrics(self, **values):
+        self.metrics_file.write(json.dumps(values) + "\n")
+
+    def close(self):
+        for file in (self.log_file, self.metrics_file):
+            if file:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+        self._lock.close()
+
+
+def _step_of_metrics(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return None

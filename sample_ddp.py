@@ -1,0 +1,237 @@
+"""Draw many images from a DiT, for evaluation: PNG files and one .npz of all.
+
+    torchrun --nproc_per_node=8 sample_ddp.py --num-fid-samples 50000 --cfg-scale 1.5
+    python sample_ddp.py --ckpt results/000-DiT-S-2/checkpoints/0400000.pt --balanced-labels --num-fid-samples 1000
+
+Image i depends on the seed and on i alone. Run again after an interruption, the command goes on where it stopped.
+"""
+
+import argparse
+import json
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+import checkpoint
+import distributed
+import download
+import options
+import run_folder
+import sampling
+from errors import UserError
+
+
+def parse_args(argv=None):
+    parser = options.Parser(__doc__.split("\n")[0])
+    sampling.add_options(parser, vae="ema", cfg_scale=1.5)
+    add = parser.add_argument_group("set of images").add_argument
+    add("--sample-dir", default="samples", help="where the folder of images and the .npz are made")
+    add("--folder", help="the folder's name (default: one made of the settings)")
+    add("--num-fid-samples", type=options.positive, default=50_000, help="number of images")
+    add("--per-proc-batch-size", type=options.positive, default=32, help="images that a process draws at once")
+    add("--global-seed", type=options.count, default=0, help="seed of labels and noise")
+    add("--balanced-labels", action=argparse.BooleanOptionalAction, default=False,
+        help="image i is of class i modulo the number of classes, instead of a random one")  # fmt: skip
+    return parser, options.parse_with_checkpoint(parser, argv)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    with parser.reporting():
+        sampling.check(args)
+        try:
+            sample(args, distributed.setup(args.device))
+        finally:
+            distributed.close()
+
+
+def sample(args, context):
+    folder, lock = open_folder(args, context)
+    npz = folder.parent / f"{folder.name}.npz"
+    size = (args.num_fid_samples, args.image_size, args.image_size, 3)
+    try:
+        if context.broadcast(npz_shape(npz) == size):
+            say(context, f"Nothing left to do: {npz} holds {args.num_fid_samples:,} images")
+            return
+        if context.is_main and args.state is None:  # the other ranks find it downloaded
+            download.find_model(download.released_checkpoint(args.image_size))
+        context.barrier()
+        model, space = sampling.load_model(args)
+        model, space = model.to(context.device), space.place(context.device)
+        sampling.use_tf32(context.device, args.tf32)
+        say(context, f"{args.model}, {args.num_fid_samples:,} images to {folder}, {context.describe()}")
+
+        batches = context.broadcast(unfinished(args, folder))
+        while batches:
+            draw(args, context, model, space, folder, batches)
+            damaged = context.broadcast(write_npz(npz, folder, args) if context.is_main else None)
+            batches = unfinished(args, folder, missing=damaged)
+        say(context, f"{npz}: arr_0 {size} uint8, arr_1 labels")
+    finally:
+        if lock:
+            lock.close()
+
+
+def say(context, text):
+    if context.is_main:
+        print(text, flush=True)
+
+
+def labels(args, indices):
+    if args.balanced_labels:
+        return [index % max(args.num_classes, 1) for index in indices]
+    return [sampling.image_label(args.global_seed, index, args.num_classes) for index in indices]
+
+
+def batch_indices(args, batch):
+    first = batch * args.per_proc_batch_size
+    return range(first, min(first + args.per_proc_batch_size, args.num_fid_samples))
+
+
+def unfinished(args, folder, missing=None):
+    """Numbers of the batches that hold a missing image. Batches are drawn whole, as an undisturbed run would: the sums in
+    a matrix product may depend, in the last bit, on what else is in the batch."""
+    if missing is None:
+        there = {path.name for path in folder.glob("*.png")}
+        missing = [i for i in range(args.num_fid_samples) if f"{i:06d}.png" not in there]
+    return sorted({index // args.per_proc_batch_size for index in missing})
+
+
+@torch.inference_mode()
+def draw(args, context, model, space, folder, batches):
+    """Draw the given batches, every world_size-th on this process, while threads write the files."""
+    total = sum(len(batch_indices(args, batch)) for batch in batches)
+    bar = tqdm(total=total, desc="Sampling", unit="image", disable=not context.is_main)
+    shape = (model.in_channels, model.input_size, model.input_size)
+    pending = []
+    with ThreadPoolExecutor(4) as writers:
+        for batch in batches[context.rank :: context.world_size]:
+            indices = batch_indices(args, batch)
+            noise = sampling.image_noise(args.global_seed, indices, args.num_sampling_steps, shape).to(context.device)
+            y = torch.tensor(labels(args, indices), device=context.device)
+            images = sampling.draw(
+                model, space, y, noise[0], lambda x, i, noise=noise: noise[1 + i], args.cfg_scale, args.num_sampling_steps
+            )
+            for done in pending:
+                done.result()
+            pixels = sampling.to_uint8(images)
+            pending = [writers.submit(write_png, folder / f"{i:06d}.png", p) for i, p in zip(indices, pixels, strict=True)]
+            bar.update(min(len(indices) * context.world_size, total - bar.n))
+        for done in pending:
+            done.result()
+    context.barrier()
+    bar.close()
+
+
+def write_png(path, pixels):
+    try:
+        checkpoint.replace_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the images so far are kept") from None
+
+
+def write_npz(npz, folder, args):
+    """Stream the PNG files into `arr_0` (N, H, W, 3) uint8 and the labels into `arr_1`, as numpy.savez would, holding one
+    image at a time. Returns the indices of images that are missing or damaged; only if there are none is `npz` there."""
+    size, number = args.image_size, args.num_fid_samples
+    bad = []
+
+    def member(archive, name, shape, dtype, rows):
+        with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:  # of 1980: the same bytes always
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for row in rows:
+                file.write(row.tobytes())
+
+    def images():
+        for i in tqdm(range(number), desc="Writing npz", unit="image"):
+            pixels = read_png(folder / f"{i:06d}.png", size)
+            if pixels is None:
+                bad.append(i)
+                pixels = np.zeros((size, size, 3), np.uint8)
+            yield pixels
+
+    def write(file):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            member(archive, "arr_0", (number, size, size, 3), np.uint8, images())
+            member(archive, "arr_1", (number,), np.int64, (np.int64(labels(args, [i])[0]) for i in range(number)))
+        if bad:
+            raise _DamagedError
+
+    try:
+        checkpoint.replace_file(npz, write)
+    except _DamagedError:
+        print(f"{len(bad)} damaged or missing images are drawn again, the first is {bad[0]:06d}.png", file=sys.stderr)
+    except OSError as error:
+        raise UserError(f"{npz}: cannot be written ({error.strerror}); the images in {folder} are kept") from None
+    return bad
+
+
+class _DamagedError(Exception):
+    """Keeps `replace_file` from giving an incomplete file its name."""
+
+
+def read_png(path, size):
+    """(size, size, 3) uint8, or None where the file is not a whole image of that size."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return pixels if pixels.shape == (size, size, 3) else None
+
+
+def npz_shape(npz):
+    """The shape of `arr_0`, or None where there is no such file."""
+    try:
+        with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            return np.lib.format.read_array_header_1_0(file)[0]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def open_folder(args, context):
+    """(folder, lock): the set's folder, held by rank 0. What it was made with stands in its options.json; a run with other
+    settings is refused. An error of rank 0 is every rank's."""
+    name = Path(args.ckpt).stem if args.ckpt else "pretrained"
+    vae = args.vae.strip("/").replace("/", "-")
+    model, size = args.model.replace("/", "-"), args.image_size
+    default = f"{model}-{name}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+    folder, lock, error = Path(args.sample_dir) / (args.folder or default), None, None
+    if context.is_main:
+        try:
+            lock = run_folder.hold(folder)
+            check_settings(args, folder / "options.json")
+        except UserError as problem:
+            error = str(problem)
+    error = context.broadcast(error)
+    if error:
+        raise UserError(error)
+    return folder, lock
+
+
+def check_settings(args, path):
+    free = ("state", "ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["checkpoint_crc32"] = checkpoint.checksum(args.ckpt) if args.ckpt else "released"
+    if path.exists():
+        before = json.loads(path.read_text())
+        differing = [f"{k} {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
+        if differing:
+            raise UserError(
+                f"{path.parent}: its images were made with {'; '.join(differing)}; choose another --sample-dir or --folder"
+            )
+    elif any(path.parent.glob("*.png")):
+        raise UserError(f"{path.parent}: holds images of unknown settings; choose another --sample-dir or --folder")
+    run_folder.write_json(path, settings)
+
+
+if __name__ == "__main__":
+    main()

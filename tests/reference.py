@@ -1,0 +1,52 @@
+"""What the reference numbers in golden/ were made with: golden/README.md. Imported by the tests."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+OPTIONS = {
+    "default": {},
+    "fixed_large": {"learn_sigma": False},
+    "xstart": {"predict_xstart": True},
+    "kl": {"use_kl": True},
+    "cosine": {"noise_schedule": "squaredcos_cap_v2"},
+}
+
+
+def golden(name):
+    return np.load(GOLDEN / f"{name}.npz")
+
+
+def normal(key, *shape):
+    values = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def fill(model):
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name != "pos_embed":
+                std = 0.1 if tensor.ndim == 1 else 1 / np.sqrt(np.prod(tensor.shape[1:]))
+                tensor.copy_(normal(name, *tensor.shape) * float(std))
+    return model.eval()
+
+
+def stub(learn_sigma):
+    """The model of diffusion.npz and loops.npz, which sees the timesteps of the full process."""
+
+    def model(x, t):
+        eps = 0.7 * torch.tanh(x) + 0.1 * t.view(-1, 1, 1, 1) / 1000
+        return torch.cat([eps, 0.9 * torch.cos(x)], dim=1) if learn_sigma else eps
+
+    return model
+
+
+def assert_golden(actual, expected, what, tol=1e-5):
+    actual = np.asarray(actual.detach() if isinstance(actual, torch.Tensor) else actual, dtype=np.float64)
+    expected = np.asarray(expected, dtype=np.float64)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, the reference has {expected.shape}"
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= tol, f"{what}: off by {error:.2e} of the largest value, allowed {tol:.0e}"

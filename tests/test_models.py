@@ -1,0 +1,202 @@
+"""models.py against the reference's numbers, the paper's tables and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_golden, fill, golden, normal
+
+from models import BLOCKS, SIZES, CrossAttention, DiT, DiT_models, DiTBlock
+
+SMALL = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 96,
+    "depth": 3,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+# Trainable and frozen parameters, 1000 classes, 256 px
+PARAMETERS = {
+    "S/2": 32_963_360,
+    "S/4": 32_945_024,
+    "S/8": 33_148_160,
+    "B/2": 130_512_416,
+    "B/4": 130_475_648,
+    "B/8": 130_881_536,
+    "L/2": 458_102_816,
+    "L/4": 458_053_760,
+    "L/8": 458_594_816,
+    "XL/2": 675_129_632,
+    "XL/4": 675_074_432,
+    "XL/8": 675_683_072,
+}
+
+
+def golden_models():
+    names = [key.removesuffix(":forward") for key in golden("models") if key.endswith(":forward")]
+    return [pytest.param(n, marks=pytest.mark.slow) if "XL" in n or "B" in n else n for n in names]
+
+
+@pytest.mark.parametrize("name", golden_models())
+@torch.no_grad()
+def test_forward_and_guidance_match_the_reference(name):
+    data = golden("models")
+    model_name, size = name.split("@")
+    size = int(size)
+    model = fill(DiT_models[model_name](input_size=size))
+    tol = 2e-4 if "XL" in name else 1e-5
+    x = normal("x", 2, 4, size, size)
+    out = model(x, torch.tensor([17, 803]), torch.tensor([207, 1000]))
+    assert_golden(out[:, :, ::4, ::4], data[f"{name}:forward"], f"{name} forward", tol)
+    y = torch.tensor([207, 360, 1000, 1000])
+    out = model.forward_with_cfg(torch.cat([x, x]), torch.full((4,), 500), y, 4.0)
+    assert_golden(out[:, :, ::4, ::4], data[f"{name}:cfg4"], f"{name} forward_with_cfg", tol)
+    assert sum(p.numel() for p in model.parameters()) == data[f"{name}:params"]
+    keys = [f"{key} {tuple(tensor.shape)}" for key, tensor in model.state_dict().items()]
+    assert keys == list(data[f"{name}:keys"]), "the state dict's keys are what lets released checkpoints load"
+    assert_golden(model.pos_embed[0, ::7, ::5], data[f"{name}:pos_embed"], f"{name} pos_embed")
+
+
+@torch.no_grad()
+def test_small_model_matches_the_reference():
+    data, model = golden("small"), fill(DiT(**SMALL))
+    x, t, y = normal("small", 6, 4, 8, 8), torch.tensor([0, 1, 10, 500, 998, 999]), torch.tensor([0, 1, 2, 3, 4, 10])
+    assert_golden(model(x, t, y), data["forward"], "forward")
+    assert_golden(model.forward_with_cfg(x, t, y, 1.5), data["cfg"], "forward_with_cfg")
+
+
+def test_initialisation_from_a_seed_matches_the_reference():
+    data = golden("init")
+    for name, seed in sorted({tuple(key.split(":")[:2]) for key in data}):
+        torch.manual_seed(int(seed))
+        for key, tensor in DiT_models[name]().state_dict().items():
+            v = tensor.double().flatten()
+            statistics = torch.stack([v.sum(), (v**2).sum(), v[0], v[-1]])
+            expected = data[f"{name}:{seed}:{key}"]
+            # a sum of millions of draws cancels: its rounding is judged by the tensor's size, not by the sum
+            scale = max(np.abs(expected).max(), 1.0)
+            error = np.abs(statistics.numpy() - expected).max() / scale
+            assert error <= 1e-5, f"{name} seed {seed}: {key} is not drawn as the reference draws it ({error:.1e})"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_papers(name):
+    with torch.device("meta"):
+        model = DiT_models[f"DiT-{name}"]()
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    depth, width, heads = SIZES[name.split("/")[0]]
+    assert (len(model.blocks), model.pos_embed.shape[-1], model.blocks[0].attn.num_heads) == (depth, width, heads)
+
+
+def test_new_adaln_zero_block_is_the_identity():
+    model = DiT(**SMALL)
+    x, c = torch.randn(2, 16, 96), torch.randn(2, 96)
+    for block in model.blocks:
+        assert torch.equal(block(x, c), x), "adaLN-Zero gates must start at zero"
+    assert isinstance(model.blocks[0], DiTBlock)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_design_answers_to_timestep_and_class_after_a_step(block):
+    torch.manual_seed(0)
+    model = DiT(**SMALL, block=block, class_dropout_prob=0.0)
+    x, target = torch.randn(4, 4, 8, 8), torch.randn(4, 8, 8, 8)
+    t, y = torch.tensor([1, 300, 600, 900]), torch.arange(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert not model(x, t, y).any(), "the output layer starts at zero"
+    for _ in range(2):  # the first step moves the output layer alone
+        optimizer.zero_grad()
+        F.mse_loss(model(x, t, y), target).backward()
+        optimizer.step()
+    model.eval()
+    out = model(x, t, y)
+    assert (out - model(x, t.flip(0), y)).abs().amax() > 1e-4, f"{block} ignores t"
+    assert (out - model(x, t, y.flip(0))).abs().amax() > 1e-4, f"{block} ignores y"
+
+
+def test_in_context_tokens_carry_no_position_and_are_removed():
+    model = fill(DiT(**SMALL, block="in-context"))
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.final_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x, t, y = normal("c", 2, 4, 8, 8), torch.tensor([3, 800]), torch.tensor([1, 10])
+    model(x, t, y)
+    tokens, final = seen
+    assert tokens.shape == (2, 16 + 2, 96)
+    assert torch.equal(tokens[:, 16], model.t_embedder(t)), "t_emb must enter as it is, without a position"
+    assert torch.equal(tokens[:, 17], model.y_embedder(y)), "y_emb must enter as it is, without a position"
+    assert final.shape == (2, 16, 96), "the decoder must see the image's tokens alone"
+
+
+def test_cross_attention_matches_the_softmax_formula_over_two_tokens():
+    attention = CrossAttention(24, num_heads=3).double()
+    x, c = torch.randn(2, 5, 24).double(), torch.randn(2, 2, 24).double()
+    out = torch.zeros(2, 5, 24).double()
+    q, (k, v) = attention.q(x), attention.kv(c).chunk(2, dim=-1)
+    for head in range(3):
+        part = slice(8 * head, 8 * head + 8)
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / 8**0.5).softmax(-1)
+        assert weights.shape == (2, 5, 2)
+        out[..., part] = weights @ v[..., part]
+    torch.testing.assert_close(attention(x, c), attention.proj(out), rtol=1e-10, atol=1e-12)
+
+
+def test_cross_attention_blocks_get_exactly_the_two_embeddings():
+    model = fill(DiT(**SMALL, block="cross-attention"))
+    seen = []
+    for block in model.blocks:
+        block.cross_attn.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    t, y = torch.tensor([3]), torch.tensor([1])
+    model(normal("c", 1, 4, 8, 8), t, y)
+    expected = torch.stack([model.t_embedder(t), model.y_embedder(y)], dim=1)
+    assert len(seen) == 3
+    assert all(torch.equal(c, expected) for c in seen)
+
+
+def test_label_dropout_is_for_training_and_has_its_rate():
+    model = DiT(**SMALL, class_dropout_prob=0.3)
+    table = model.y_embedder.embedding_table
+    y = torch.zeros(20_000, dtype=torch.int64)
+    torch.manual_seed(0)
+    null = (model.y_embedder(y) == table.weight[10]).all(1).double().mean()
+    assert abs(null - 0.3) < 0.015  # 4.6 standard deviations
+    assert torch.equal(model.eval().y_embedder(y), table(y))
+
+
+def test_label_table_has_a_null_row_only_where_it_is_needed():
+    assert DiT(**SMALL, class_dropout_prob=0.0).y_embedder.embedding_table.num_embeddings == 10
+    assert DiT(**SMALL, class_dropout_prob=0.1).y_embedder.embedding_table.num_embeddings == 11
+    unconditional = DiT(**{**SMALL, "num_classes": 0}, class_dropout_prob=0.0)
+    assert unconditional.y_embedder.embedding_table.num_embeddings == 1
+    assert unconditional.null_class == 0
+
+
+def test_unpatchify_puts_every_value_where_the_patch_convolution_read_it():
+    """A token's values run row in patch, column in patch, channel."""
+    model = DiT(input_size=6, patch_size=2, in_channels=3, hidden_size=8, depth=1, num_heads=1, learn_sigma=False)
+    image = torch.arange(3 * 36.0).view(1, 3, 6, 6)
+    tokens = torch.empty(1, 9, 12)
+    for token in range(9):
+        row, column = divmod(token, 3)
+        for i in range(2):
+            for j in range(2):
+                for channel in range(3):
+                    value = image[0, channel, 2 * row + i, 2 * column + j]
+                    tokens[0, token, (i * 2 + j) * 3 + channel] = value
+    assert torch.equal(model.unpatchify(tokens), image)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"num_heads": 5}, "number of heads 5"),
+        ({"patch_size": 3}, "patch size 3"),
+        ({"hidden_size": 90, "num_heads": 5}, "multiple of 4"),
+        ({"block": "adaln-one"}, "adaln-zero, adaln, cross-attention, in-context"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_the_reason(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        DiT(**{**SMALL, **wrong})

@@ -1,0 +1,446 @@
+"""Train a DiT on images: an image folder (one folder a class), or scikit-learn's digits.
+
+    torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+    python train.py --data-path digits --vae none --image-size 8 --num-classes 10 --model DiT-S/2 --max-steps 1500
+
+The recipe is the paper's (section 4): AdamW, constant learning rate 1e-4, no weight decay, batch 256, horizontal flips, EMA
+0.9999. The same command with --run-dir, given again, goes on where it stopped.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+import checkpoint
+import data
+import distributed
+import latents
+import options
+import run_folder
+import seeds
+from data import center_crop_arr  # noqa: F401 -- known to users as train.center_crop_arr
+from diffusion import create_diffusion
+from ema import EMA
+from errors import RunError, UserError
+from models import DiT_models
+from watch import BadSteps, Progress, StopSignals
+
+# What may differ between a run and its continuation; every other option changes the result.
+FREE = {
+    "data_path", "results_dir", "run_dir", "resume", "allow_changes", "epochs", "max_steps", "log_every", "ckpt_every",
+    "keep_last", "keep_every", "num_workers", "device", "max_bad_steps", "class_names",
+}  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = options.Parser(__doc__.split("\n")[0])
+    parser.add_argument("--data-path", required=True, help='an image folder, one folder a class; or "digits"')
+    parser.add_argument("--results-dir", default="results", help="where numbered run folders are made")
+    parser.add_argument("--run-dir", help="an explicit run folder, in place of a numbered one; resumes what is there")
+    options.add_model_options(parser, vae="ema")
+    options.add_design_options(parser)
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=options.positive, default=1400, help="passes over the data")
+    add("--max-steps", type=options.positive, help="stop after this many updates, if that is earlier")
+    add("--global-batch-size", type=options.positive, default=256, help="images an update, over all processes")
+    add("--global-seed", type=options.count, default=0, help="seed of everything random")
+    add("--lr", type=options.number(above=0), default=1e-4, help="learning rate, constant")
+    add("--betas", type=options.number(low=0, high=0.999999), nargs=2, default=[0.9, 0.999], help="AdamW's")
+    add("--weight-decay", type=options.number(low=0), default=0.0, help="AdamW's")
+    add("--clip-grad-norm", type=options.number(above=0), help="scale gradients down to this norm (default: off)")
+    add("--ema-decay", type=options.number(low=0, high=1), default=0.9999, help="of the averaged weights")
+    add("--ema-warmup", action="store_true", help="start from a low decay, for short runs")
+    add("--label-dropout", type=options.number(low=0, high=1), default=0.1, help="share of labels made null, for guidance")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
+    add("--precision", choices=["fp32", "tf32", "bf16"],
+        help="of matrix products (default: bf16 on GPUs that have it, else fp32)")  # fmt: skip
+    options.add_device_option(parser)
+    add("--num-workers", type=options.count, default=4, help="processes that read images, per training process")
+    add("--skip-bad-images", action="store_true", help="replace unreadable images by the next readable one")
+    add("--max-bad-steps", type=options.positive, default=10, help="stop after so many non-finite updates in a row")
+
+    add = parser.add_argument_group("record").add_argument
+    add("--log-every", type=options.positive, default=100, help="steps between lines of the log")
+    add("--ckpt-every", type=options.positive, default=50_000, help="steps between checkpoints")
+    add("--keep-last", type=options.count, default=0, help="checkpoints to keep; 0 keeps all")
+    add("--keep-every", type=options.count, default=0, help="also keep those whose step this divides")
+    add("--resume", help='"auto" (the latest whole one in --run-dir, if any), "none", or a checkpoint\'s path '
+        "(default: auto with --run-dir, else none)")  # fmt: skip
+    add("--allow-changes", action="store_true", help="resume although options that change the result differ")
+    args = parser.parse_args(argv)
+
+    args.resume = args.resume or ("auto" if args.run_dir else "none")
+    if args.resume == "auto" and not args.run_dir:
+        parser.error("--resume auto: needs --run-dir, the folder to look in")
+    if args.data_path == "digits" and args.vae != "none":
+        parser.error("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    stop = StopSignals()
+    with parser.reporting():
+        try:
+            status = train(args, distributed.setup(args.device), stop)
+        finally:
+            distributed.close()
+    sys.exit(status)
+
+
+def train(args, context, stop):
+    """Train as args say. Returns the exit status: 0 when finished or preempted, 130 after Ctrl-C."""
+    dataset = data.load(args.data_path, args.image_size, args.global_seed, args.flip, args.skip_bad_images)
+    check_data(args, dataset, context)
+    space = latents.load(args.vae, dataset.channels)
+    model = build_model(args, space)
+    args.precision = args.precision or default_precision(context.device)
+    folder = open_folder(args, context)
+    try:
+        trainer = Trainer(args, context, model, space.place(context.device))
+        source = resume(trainer, dataset, folder)
+        return run(trainer, dataset, folder, stop, source)
+    finally:
+        if folder:
+            folder.close()
+
+
+def run(trainer, dataset, folder, stop, source):
+    args, context = trainer.args, trainer.context
+    say = folder.log if folder else lambda text: None
+    total_steps = args.epochs * len(dataset) // args.global_batch_size
+    total_steps = min(total_steps, args.max_steps or total_steps)
+    if folder:
+        folder.start({**vars(args), "world_size": context.world_size, "torch": torch.__version__}, trainer.step)
+    introduce(trainer, dataset, source, say)
+    if trainer.step >= total_steps:
+        say(f"Nothing left to do at step {trainer.step} of {total_steps}; raise --max-steps or --epochs to go on")
+        if folder:
+            folder.mark("finished", trainer.step)
+        return 0
+
+    batches = iter(read_batches(trainer, dataset, total_steps))
+    progress, bad_steps = trainer.progress, BadSteps(args.max_bad_steps)
+    writer = checkpoint.Writer(Path(args.run_dir) / "checkpoints", args.keep_last, args.keep_every)
+    outcome = "failed"
+
+    def save():
+        state = trainer.state(dataset)  # all ranks take part: each has its share of the sums
+        if folder:
+            writer.save(trainer.step, state)
+
+    bar = tqdm(total=total_steps, initial=trainer.step, desc="Training", unit="step", disable=not context.is_main)
+    try:
+        while trainer.step < total_steps:
+            batch, failure = next_batch(batches)
+            bad_steps.count(say)
+            stopping, failed, diverged = context.any([stop.requested, failure is not None, bad_steps.too_many])
+            if failed:
+                save()
+                raise UserError(next(filter(None, context.gather(failure))))
+            if diverged:
+                indices = [index for part in context.gather(bad_steps.batch) for index in part]
+                raise RunError(
+                    f"step {bad_steps.step}: loss or gradient not finite, {args.max_bad_steps} updates in a row skipped; "
+                    f"{last_checkpoint(writer)}; lower --lr, or look at its batch: {', '.join(map(dataset.name, indices))}"
+                )
+            if stopping:
+                outcome = "interrupted" if any(context.gather(stop.by_hand)) else "preempted"
+                save()
+                break
+            finite = trainer.update(batch)
+            bad_steps.note(trainer.step, batch["index"].tolist(), finite)
+            for line in filter(None, batch["replaced"]):
+                say(f"Skipped {line}")
+            bar.update()
+            if trainer.step % args.log_every == 0:
+                values = progress.summarise(context)
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                speed = values["steps_per_second"]
+                say(f"(step={trainer.step:07d}) Train Loss: {values['loss']:.4f}, Train Steps/Sec: {speed:.2f}")
+                if folder:
+                    epoch = round(trainer.images_seen / len(dataset), 4)
+                    folder.metrics(step=trainer.step, epoch=epoch, **values)
+            if trainer.step % args.ckpt_every == 0 or trainer.step == total_steps:
+                save()
+        else:
+            outcome = "finished"
+        writer.wait()
+    except BaseException as error:
+        with contextlib.suppress(checkpoint.CheckpointError):  # the error under way is the one to tell
+            writer.wait()
+        if folder:
+            say(f"Stopped at step {trainer.step}: {error or type(error).__name__}")
+        raise
+    finally:
+        bar.close()
+        if folder:
+            folder.mark(outcome, trainer.step)
+    context.barrier()
+    if outcome == "finished":
+        say(f"Done: {trainer.step} steps, run folder {args.run_dir}")
+        return 0
+    say(f"Stopped ({outcome}), saved at step {trainer.step}; the same command goes on from there")
+    return 130 if outcome == "interrupted" else 0
+
+
+class Trainer:
+    """What an update changes - the weights, their average, the optimizer, the position in the data - and how."""
+
+    def __init__(self, args, context, model, space):
+        self.args, self.context, self.space, device = args, context, space, context.device
+        self.model = model.to(device).train()
+        self.ema = EMA(model, args.ema_decay, args.ema_warmup)
+        self.diffusion = create_diffusion("")
+        # all parameters, the frozen one too: its place is part of the state's layout in existing checkpoints
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True
+        )
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
+        self.parallel_model = model
+        if context.world_size > 1:
+            ids = [device] if device.type == "cuda" else None  # the local device, not the global rank
+            self.parallel_model = DistributedDataParallel(
+                model, device_ids=ids, gradient_as_bucket_view=True, static_graph=True
+            )
+        self.step = self.images_seen = 0
+        self.progress = Progress(device)
+
+    def update(self, batch):
+        """One step of the recipe on this rank's part of the batch. Returns whether it was finite, on the device."""
+        args, device = self.args, self.context.device
+        # noise, timesteps and null labels belong to (seed, step, rank): there is no random state to save or to lose
+        torch.manual_seed(seeds.torch_seed(args.global_seed, seeds.TRAINING_STEP, self.step, self.context.rank))
+        images = data.to_model_range(batch["image"].to(device, non_blocking=True))
+        y = batch["label"].to(device, non_blocking=True)
+        if args.num_classes == 0:
+            y = torch.zeros_like(y)
+        x_0 = self.space.encode(images)
+        t = torch.randint(self.diffusion.num_timesteps, (len(x_0),), device=device)
+        with self.autocast:
+            losses = self.diffusion.training_losses(self.parallel_model, x_0, t, {"y": y})
+        finite = self.descend(losses["loss"].mean())
+        self.step += 1
+        self.images_seen += args.global_batch_size
+        self.progress.add(losses, self.grad_norm, finite, len(x_0))
+        return finite
+
+    def descend(self, loss):
+        """Follow the loss's gradient, unless it is not finite: then the fused optimizer leaves weights and state alone, on
+        the device, on all ranks alike (they share the averaged gradient), and the host need not know."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        weights = self.ema.weights
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
+        if self.args.clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.args.clip_grad_norm, self.grad_norm)
+        finite = self.grad_norm.isfinite()
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        self.ema.update(self.step)
+        return finite
+
+    def state(self, dataset):
+        """The checkpoint's dict. Every rank has to call this."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "args": {name: value for name, value in vars(self.args).items() if value is not None},
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "progress": self.context.gather(self.progress.state()),
+            "data": data_identity(dataset),
+        }
+
+    def restore(self, state):
+        """Take up a checkpoint of ours, or of the original release, which holds neither step nor position."""
+        self.model.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["ema"])
+        hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        saved = {**state["opt"], "param_groups": [
+            {**theirs, **ours} for theirs, ours in zip(state["opt"]["param_groups"], hyperparameters, strict=True)
+        ]}  # fmt: skip
+        self.optimizer.load_state_dict(saved)
+        self.step = state["step"]
+        self.images_seen = state.get("images_seen", self.step * self.args.global_batch_size)
+        if "progress" in state:
+            self.progress.restore(state["progress"], self.context)
+
+
+def check_data(args, dataset, context):
+    """Refuse, before anything slow, what cannot be trained on."""
+    if args.global_batch_size % context.world_size:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: not a multiple of the {context.world_size} processes; "
+            f"{math.ceil(args.global_batch_size / context.world_size) * context.world_size} is"
+        )
+    if args.num_classes and len(dataset.classes) > args.num_classes:
+        raise UserError(
+            f"--num-classes {args.num_classes}: {args.data_path} has {len(dataset.classes)} classes; "
+            f"pass --num-classes {len(dataset.classes)}, or 0 to ignore them"
+        )
+    if args.epochs * len(dataset) < args.global_batch_size:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: more than the {args.epochs * len(dataset)} images of all "
+            f"epochs; lower it, or raise --epochs"
+        )
+    args.class_names = dataset.classes
+
+
+def build_model(args, space):
+    """The DiT that args name, initialised from --global-seed; notes its resolved sizes in args."""
+    design = options.design(args)
+    patch_size = design.get("patch_size", DiT_models[args.model].keywords["patch_size"])
+    options.check_image_size(args.image_size, space.factor, patch_size)
+    torch.manual_seed(args.global_seed)
+    try:
+        model = DiT_models[args.model](
+            input_size=args.image_size // space.factor,
+            in_channels=space.channels,
+            class_dropout_prob=args.label_dropout,
+            num_classes=args.num_classes,
+            **design,
+        )
+    except ValueError as error:
+        raise UserError(f"--model {args.model} with these overrides: {error}") from None
+    args.hidden_size, args.depth, args.patch_size = model.pos_embed.shape[-1], len(model.blocks), patch_size
+    args.num_heads = model.blocks[0].attn.num_heads
+    return model
+
+
+def default_precision(device):
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def open_folder(args, context):
+    """Rank 0's RunFolder, None on the others; sets args.run_dir on all. An error of rank 0 is every rank's."""
+    folder, error = None, None
+    if context.is_main:
+        try:
+            args.run_dir = str(args.run_dir or run_folder.numbered(args.results_dir, args.model))
+            folder = run_folder.RunFolder(args.run_dir)
+            if args.resume == "none" and checkpoint.newest_first(folder.path / "checkpoints"):
+                raise UserError(f"--resume none: {folder.path} holds checkpoints; choose another --run-dir, or resume")
+        except (UserError, OSError) as problem:
+            error = str(problem)
+    args.run_dir, error = context.broadcast((args.run_dir, error))
+    if error:
+        raise UserError(error)
+    return folder
+
+
+def resume(trainer, dataset, folder):
+    """Restore the checkpoint that --resume names, if any. Returns its path."""
+    args, context = trainer.args, trainer.context
+    path, state = None, None
+    if args.resume == "auto":
+        if folder:
+            path, state = checkpoint.load_newest(folder.path / "checkpoints", folder.log)
+        path = context.broadcast(path)
+    elif args.resume != "none":
+        path = Path(args.resume)
+        if context.is_main and path.is_file():
+            checkpoint.verify(path)
+    if path is None:
+        return None
+    state = state or checkpoint.load(path, mmap=False)
+    if "opt" not in state:
+        raise UserError(f"--resume {path}: holds weights alone, no optimizer state to go on from")
+    if "step" not in state:
+        if not path.stem.isdecimal():
+            raise UserError(f"--resume {path}: records no step; name it as the release does, such as 0400000.pt")
+        state["step"] = int(path.stem)
+    check_unchanged(trainer, dataset, state, path, folder)
+    trainer.restore(state)
+    return path
+
+
+def check_unchanged(trainer, dataset, state, path, folder):
+    """Refuse to continue with options that change the result, unless --allow-changes."""
+    args, now = trainer.args, {**vars(trainer.args)}
+    before = checkpoint.options(state)
+    config = checkpoint.model_config(state, path)
+    mine = checkpoint.model_config({"model": trainer.model.state_dict(), "args": now})
+    differing = [f"model {name} {config[name]}, now {mine[name]}" for name in config if config[name] != mine[name]]
+    if differing:  # no option can make these fit
+        raise UserError(f"{path}: another model ({'; '.join(differing)})")
+    changed = [
+        f"--{name.replace('_', '-')} {before.get(name)}, now {now.get(name)}"
+        for name in sorted(before.keys() & now.keys() - FREE)
+        if before[name] != now[name] and now[name] is not None
+    ]
+    if "data" in state and state["data"] != data_identity(dataset):
+        images, crc = state["data"]
+        changed.append(f"--data-path held {images:,} images (checksum of names {crc:08x}), now other ones")
+    if changed and not args.allow_changes:
+        raise UserError(f"{path}: made with {'; '.join(changed)}; use the same, or pass --allow-changes")
+    say = folder.log if folder else lambda text: None
+    for change in changed:
+        say(f"Changed on resuming: {change}")
+    ranks = len(state.get("progress", []))
+    if ranks not in (0, trainer.context.world_size):
+        say(
+            f"The checkpoint is of {ranks} processes, now {trainer.context.world_size}: it goes on with the images "
+            "not yet seen in this epoch, in the same order; noise, timesteps and dropped labels, drawn per process, "
+            "and the order of summation differ, so the result is not bit for bit that of an undisturbed run"
+        )
+
+
+def data_identity(dataset):
+    """Number of images and CRC-32 of their relative names and labels."""
+    return [len(dataset), zlib.crc32("\n".join(dataset.fingerprint()).encode())]
+
+
+def introduce(trainer, dataset, source, say):
+    args = trainer.args
+    parameters = sum(p.numel() for p in trainer.ema.weights)
+    say(f"{args.model} ({args.block}), {parameters:,} trainable parameters, {args.precision}, {trainer.context.describe()}")
+    say(f"{len(dataset):,} images of {len(dataset.classes)} classes from {args.data_path}; run folder {args.run_dir}")
+    if source:
+        say(f"Resumed from {source} at step {trainer.step}")
+    on_cpu = trainer.context.device.type == "cpu"
+    if args.precision == "bf16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        say("--precision bf16: this CPU has no bfloat16 instructions, fp32 will be far faster")
+
+
+def read_batches(trainer, dataset, total_steps):
+    args, context = trainer.args, trainer.context
+    stop = trainer.images_seen + (total_steps - trainer.step) * args.global_batch_size
+    order = data.GlobalOrder(
+        len(dataset), args.global_batch_size, args.global_seed, context.rank, context.world_size, trainer.images_seen, stop
+    )
+    return data.loader(dataset, order, args.num_workers, pin_memory=context.device.type == "cuda")
+
+
+def next_batch(batches):
+    """(batch, None), or (None, what went wrong in one line): another rank may be waiting, so an error is not raised yet."""
+    try:
+        return next(batches), None
+    except data.DataError as error:  # from a worker, it comes with the worker's traceback around it
+        return None, str(error).strip().split("DataError: ")[-1].split("\n")[0]
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return None, f"{str(error).split(chr(10))[0]} (a data worker died; is there memory for --num-workers?)"
+
+
+def last_checkpoint(writer):
+    with contextlib.suppress(checkpoint.CheckpointError):
+        writer.wait()
+    found = checkpoint.newest_first(writer.folder)
+    return f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
+
+
+if __name__ == "__main__":
+    main()
