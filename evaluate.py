@@ -1,14 +1,13 @@
 """Measure samples against a reference: FID, sFID, Inception Score, precision and recall, as in the paper's tables.
 
     python evaluate.py VIRTUAL_imagenet256_labeled.npz samples/NAME.npz
-    torchrun --nproc-per-node gpu evaluate.py REFERENCE SAMPLES     # the work shared by all GPUs
+    torchrun --nproc_per_node=gpu evaluate.py REFERENCE SAMPLES     # the work shared by all GPUs
     python evaluate.py --reproduce                                  # the commands behind Tables 2 and 3
 
 Each input is a .npz (arr_0: uint8 images (N, H, W, 3); or mu, sigma, mu_s, sigma_s, or both) or a folder of images.
 Writes the numbers, and what they were made from, to SAMPLES.metrics.json.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -18,9 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+import checkpoint
 import distributed
+import options
+import run_folder
+from errors import UserError
 from image_sets import checksum, open_images
 from inception import SPATIAL, Features, extract, gaussians, inception_weights, load_inception
 from metrics import Statistics, frechet_distance, inception_score, precision_recall
@@ -40,88 +42,89 @@ PUBLISHED = {  # (pixels, cfg_scale): METRICS of DiT-XL/2; DiT paper, Tables 2 (
 REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", metavar="REFERENCE", nargs="?", help=".npz file or folder to compare with")
-    parser.add_argument("samples", metavar="SAMPLES", nargs="?", help=".npz file or folder of the images to measure")
-    parser.add_argument(
-        "--inception-weights",
-        metavar="PATH",
-        help="the network's state dict (default: torch-fidelity's file, downloaded on first use)",
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=64, help="images per process and forward pass (default: %(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU of this process where there is one)")
-    parser.add_argument(
-        "--cache",
-        metavar="FOLDER",
-        help="keep features here, 13 kB an image, and use them again for the same images and weights (default: off)",
-    )
-    parser.add_argument(
-        "--reproduce",
-        action="store_true",
-        help="print the two commands behind each row of the paper's Tables 2 and 3, the published numbers, and below "
-        "them the measured ones where they exist",
-    )
-    args = parser.parse_args()
+def parse_args(argv=None):
+    parser = options.Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("reference", metavar="REFERENCE", nargs="?", help=".npz file or folder of images to compare with")
+    add("samples", metavar="SAMPLES", nargs="?", help=".npz file or folder of the images to measure")
+    add("--inception-weights", metavar="PATH", help="the network's state dict; without it, torch-fidelity's is downloaded")
+    add("--batch-size", type=options.positive, default=64, help="images per process and forward pass")
+    add("--cache", metavar="FOLDER", help="keep features here, 13 kB an image and 33 MB a set, and use them again for the "
+        "same images and weights")  # fmt: skip
+    add("--reproduce", action="store_true", help="print the two commands behind each row of the paper's Tables 2 and 3, "
+        "the published numbers, and below them the measured ones where there are any")  # fmt: skip
+    options.add_device_option(parser)
+    args = parser.parse_args(argv)
     if args.samples is None and not (args.reproduce and args.reference is None):
-        parser.error("REFERENCE and SAMPLES are both needed (or --reproduce alone)")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
+        parser.error("REFERENCE and SAMPLES: both are needed, or --reproduce alone")
+    if args.inception_weights and not Path(args.inception_weights).is_file():
+        parser.error(f"--inception-weights {args.inception_weights}: no such file; without the option it is downloaded")
+    if args.samples and not os.access(report_path(args.samples).parent, os.W_OK):
+        parser.error(f"SAMPLES {args.samples}: its folder is missing or cannot be written to, as the .metrics.json needs")
     return parser, args
 
 
-def main():
-    parser, args = parse_args()
+def main(argv=None):
+    parser, args = parse_args(argv)
     if args.samples is None:
-        return print(reproduction())
-    ctx = distributed.setup(args.device)
-    try:
-        inputs = {name: open_images(getattr(args, name)) for name in ("reference", "samples")}
-        weights = inception_weights(args.inception_weights) if ctx.is_main else None
-        warnings = check(**inputs) if ctx.is_main else []
-        checksums = ctx.is_main and {
-            **{name: checksum(images.path, images.files) for name, images in inputs.items()},
-            "inception_weights": checksum(weights),
-        }
-        weights, checksums = broadcast([weights, checksums], ctx)  # others wait here for the download
-        network = load_inception(weights, ctx.device)
-        features = {
-            name: features_of(
-                images, network, ctx, args, f"{checksums[name][:16]}-{checksums['inception_weights'][:16]}"
-            )
-            for name, images in inputs.items()
-        }
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    finally:
-        ctx.close()
-    if ctx.is_main:
-        warnings += check_predictions(features["samples"])
-        numbers = measure(inputs, features, ctx.device)
-        output = write_report(args, ctx, numbers, inputs, checksums, warnings)
-        for line in warnings:
-            print(f"warning: {line}", file=sys.stderr)
-        print(table({f"{len(inputs['samples'])} images": [numbers[name] for name in METRICS]}))
-        print(f"written to {output}")
-        if args.reproduce:
-            print("\n" + reproduction(Path(args.samples)))
+        print(reproduction())
+        return
+    with parser.reporting():
+        try:
+            evaluate(args, distributed.setup(args.device))
+        finally:
+            distributed.close()
 
 
-def broadcast(objects, ctx):
-    """The list `objects` of rank 0, on every rank."""
-    if ctx.world_size > 1:
-        dist.broadcast_object_list(objects, device=ctx.device)
-    return objects
+def evaluate(args, context):
+    inputs = {name: open_images(getattr(args, name)) for name in ("reference", "samples")}
+    weights, checksums, warnings = on_main(context, lambda: prepare(args, inputs))
+    network = load_inception(weights, context.device)
+    features = {}
+    for name, images in inputs.items():
+        key = f"{checksums[name][:16]}-{checksums['inception_weights'][:16]}"
+        features[name] = features_of(images, network, context, args, key)
+    if not context.is_main:
+        return
+    warnings += check_predictions(features["samples"])
+    numbers = measure(inputs, features, context.device)
+    output = write_report(args, context, numbers, inputs, weights, checksums, warnings)
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    print(table({f"{len(inputs['samples'])} images": [numbers[name] for name in METRICS]}))
+    print(f"written to {output}")
+    if args.reproduce:
+        print("\n" + reproduction(Path(args.samples)))
+
+
+def on_main(context, work):
+    """What work() returns on rank 0, on every rank; so is a UserError of it."""
+    result = error = None
+    if context.is_main:
+        try:
+            result = work()
+        except UserError as problem:
+            error = str(problem)
+    result, error = context.broadcast((result, error))
+    if error:
+        raise UserError(error)
+    return result
+
+
+def prepare(args, inputs):
+    """Once for all ranks: the network's file, checksums of all that goes in, and warnings about it."""
+    warnings = check(**inputs)
+    weights = inception_weights(args.inception_weights)
+    checksums = {name: checksum(images.path, images.files) for name, images in inputs.items()}
+    return weights, {**checksums, "inception_weights": checksum(weights)}, warnings
 
 
 def check(reference, samples):
-    """Warnings about what a number from these two sets would mean. Raises ValueError where it would mean nothing."""
+    """Warnings about what a number from these two sets would mean. Raises UserError where it would mean nothing."""
     for images in (reference, samples):
         images.check()
         if 0 < len(images) <= NEIGHBOURS:
-            raise ValueError(f"{images.path}: {len(images)} images; at least {NEIGHBOURS + 1} are needed")
+            raise UserError(f"{images.path}: {len(images)} images; at least {NEIGHBOURS + 1} are needed")
     warnings = []
     if 0 < len(samples) < PAPER_SAMPLES:
         warnings.append(
@@ -160,15 +163,15 @@ def check_predictions(features):
     ]
 
 
-def features_of(images, network, ctx, args, key):
+def features_of(images, network, context, args, key):
     """Features of a set on rank 0, None elsewhere or without images; read from and written to --cache under `key`."""
     if not len(images):
         return None
     path = Path(args.cache) / f"{key}.npz" if args.cache else None
-    (cached,) = broadcast([bool(path and path.exists())], ctx)
+    cached = context.broadcast(bool(path and path.exists()))
     if cached:
-        return load_features(path, ctx.device) if ctx.is_main else None
-    features = extract(network, images, ctx, args.batch_size, progress=f"features of {images.path.name}")
+        return load_features(path, context.device) if context.is_main else None
+    features = extract(network, images, context, args.batch_size, progress=f"features of {images.path.name}")
     if features and path:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_features(features, path)
@@ -176,18 +179,15 @@ def features_of(images, network, ctx, args, key):
 
 
 def save_features(features, path):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     spatial = features.spatial
-    with open(temporary, "wb") as file:
-        np.savez(
-            file,
-            pooled=features.pooled.numpy(),
-            logits=features.logits.numpy(),
-            spatial_count=spatial.count,
-            spatial_mean=spatial.mu,
-            spatial_scatter=spatial.scatter.cpu().numpy(),
-        )
-    os.replace(temporary, path)
+    arrays = {
+        "pooled": features.pooled.numpy(),
+        "logits": features.logits.numpy(),
+        "spatial_count": spatial.count,
+        "spatial_mean": spatial.mu,
+        "spatial_scatter": spatial.scatter.cpu().numpy(),
+    }
+    checkpoint.replace_file(path, lambda file: np.savez(file, **arrays))
 
 
 def load_features(path, device):
@@ -199,7 +199,7 @@ def load_features(path, device):
             spatial.scatter = torch.from_numpy(file["spatial_scatter"]).to(device)
             return Features(torch.from_numpy(file["pooled"]), torch.from_numpy(file["logits"]), spatial)
     except Exception as error:  # a damaged zip raises one of many
-        raise ValueError(f"--cache: {path} cannot be read ({error}); delete it") from error
+        raise UserError(f"--cache: {path} cannot be read ({error}); delete it") from error
 
 
 def measure(inputs, features, device):
@@ -217,7 +217,7 @@ def measure(inputs, features, device):
     return numbers
 
 
-def write_report(args, ctx, numbers, inputs, checksums, warnings):
+def write_report(args, context, numbers, inputs, weights, checksums, warnings):
     report = {
         **numbers,
         **{
@@ -230,11 +230,11 @@ def write_report(args, ctx, numbers, inputs, checksums, warnings):
             }
             for name, images in inputs.items()
         },
-        "inception_weights": {"path": args.inception_weights, "sha256": checksums["inception_weights"]},
+        "inception_weights": {"path": str(weights), "sha256": checksums["inception_weights"]},
         "settings": {
             "batch_size": args.batch_size,
-            "processes": ctx.world_size,
-            "device": torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else str(ctx.device),
+            "processes": context.world_size,
+            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else str(context.device),
             "neighbours": NEIGHBOURS,
             "split_size": SPLIT_SIZE,
         },
@@ -245,14 +245,12 @@ def write_report(args, ctx, numbers, inputs, checksums, warnings):
         "warnings": warnings,
     }
     output = report_path(args.samples)
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, output)
+    run_folder.write_json(output, report)
     return output
 
 
 def report_path(samples):
-    samples = Path(samples)
+    samples = Path(samples).resolve()
     return samples.with_name(samples.name + ".metrics.json")
 
 
@@ -286,9 +284,9 @@ def reproduction(measured=None):
         parts.append(
             f"# Table {2 if size == 256 else 3}: DiT-XL/2, {size} px, "
             f"{f'cfg {cfg_scale}' if cfg_scale != 1 else 'no guidance'}\n"
-            f"torchrun --nproc-per-node gpu sample_ddp.py --image-size {size} --cfg-scale {cfg_scale} "
+            f"torchrun --nproc_per_node=gpu sample_ddp.py --image-size {size} --cfg-scale {cfg_scale} "
             f"--num-sampling-steps 250 --num-fid-samples {PAPER_SAMPLES}\n"
-            f"torchrun --nproc-per-node gpu evaluate.py {REFERENCES[size]} {samples}\n{table(rows)}"
+            f"torchrun --nproc_per_node=gpu evaluate.py {REFERENCES[size]} {samples}\n{table(rows)}"
         )
     return "\n\n".join(parts)
 

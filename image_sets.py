@@ -12,19 +12,21 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
+
+from errors import UserError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 
 def open_images(path):
-    """NpzImages or FolderImages of `path`; raises ValueError naming the file and what is wrong with it."""
+    """NpzImages or FolderImages of `path`; raises UserError naming the file and what is wrong with it."""
     path = Path(path)
     if path.is_dir():
         return FolderImages(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     return NpzImages(path)
 
 
@@ -37,7 +39,7 @@ class NpzImages:
     def __init__(self, path):
         self.path, self.files, self.size, self.labels, self.length = path, [path], None, None, 0
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path}: not a .npz file, or one cut short; write or download it again")
+            raise UserError(f"{path}: not a .npz file, or one cut short; write or download it again")
         try:
             with np.load(path, allow_pickle=False) as file:
                 names = set(file.files)
@@ -45,28 +47,26 @@ class NpzImages:
                 if "arr_1" in names:
                     self.labels = file["arr_1"]
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path}: damaged .npz file ({error}); write or download it again") from error
+            raise UserError(f"{path}: damaged .npz file ({error}); write or download it again") from error
         for name, array in self.statistics.items():
             if array.shape != STATISTICS[name]:
-                raise ValueError(
-                    f"{path}: {name} has shape {array.shape}, the statistics of {STATISTICS[name]} expected"
-                )
+                raise UserError(f"{path}: {name} has shape {array.shape}, the statistics of {STATISTICS[name]} expected")
         for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
             if (mu in names) != (sigma in names):
-                raise ValueError(f"{path}: only one of {mu} and {sigma} is there; give both or neither")
+                raise UserError(f"{path}: only one of {mu} and {sigma} is there; give both or neither")
         if "arr_0" in names:
             self._check_images()
         elif not self.statistics:
-            raise ValueError(f"{path}: holds {sorted(names)}; needs arr_0 (images) or mu and sigma")
+            raise UserError(f"{path}: holds {sorted(names)}; needs arr_0 (images) or mu and sigma")
 
     def _check_images(self):
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
             shape, fortran_order, dtype = _read_header(stream)
             if len(shape) != 4 or shape[3] != 3 or fortran_order or 0 in shape:
-                raise ValueError(f"{self.path}: arr_0 has shape {shape}; must be (N, H, W, 3) in row-major order")
+                raise UserError(f"{self.path}: arr_0 has shape {shape}; must be (N, H, W, 3) in row-major order")
             if dtype != np.uint8:
                 first = np.frombuffer(stream.read(min(shape[0], 16) * int(np.prod(shape[1:])) * dtype.itemsize), dtype)
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: arr_0 is {dtype} with values from {first.min():.4g} to {first.max():.4g} in its "
                     "first images; must be uint8, 0 to 255. Cut to bytes as they are, such images measure as black or "
                     "as noise; for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"
@@ -80,7 +80,7 @@ class NpzImages:
         """Nothing more to check before reading."""
 
     def batches(self, start, stop, batch_size):
-        """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises ValueError for a damaged file."""
+        """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises UserError for a damaged file."""
         image = self.size[0] * self.size[1] * 3
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
@@ -95,7 +95,7 @@ class NpzImages:
                 if stop == self.length:
                     stream.read(1)  # the end of the member: here zipfile compares its checksum
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{self.path}: damaged ({error}); write or download it again") from error
+            raise UserError(f"{self.path}: damaged ({error}); write or download it again") from error
 
 
 class FolderImages:
@@ -108,7 +108,7 @@ class FolderImages:
             key=lambda file: file.relative_to(path).as_posix(),
         )
         if not self.files:
-            raise ValueError(f"{path}: no image in this folder ({' '.join(sorted(EXTENSIONS))})")
+            raise UserError(f"{path}: no image in this folder ({' '.join(sorted(EXTENSIONS))})")
         height, width = _read(self.files[0]).shape[:2]
         self.size = (height, width)
         parents = [file.parent.relative_to(path).as_posix() for file in self.files]
@@ -118,24 +118,24 @@ class FolderImages:
         return len(self.files)
 
     def check(self):
-        """Read the header of every file; raises ValueError for one that is no image or has another size."""
+        """Read the header of every file; raises UserError for one that is no image or has another size."""
         for file in tqdm(self.files, desc=f"checking {self.path.name}", unit="image"):
             try:
                 with Image.open(file) as image:
                     width, height = image.size
             except (OSError, SyntaxError) as error:
-                raise ValueError(f"{file}: not a readable image ({error}); remove or rewrite it") from error
+                raise UserError(f"{file}: not a readable image ({error}); remove or rewrite it") from error
             self._check_size(file, (height, width))
 
     def _check_size(self, file, size):
         if size != self.size:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {size[1]}x{size[0]} pixels, but {self.files[0]} has {self.size[1]}x{self.size[0]}; the "
                 "network squeezes each image to one square, so a number over mixed sizes means little: crop to one size"
             )
 
     def batches(self, start, stop, batch_size):
-        """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises ValueError for a damaged file."""
+        """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises UserError for a damaged file."""
         with ThreadPoolExecutor(self.workers) as pool:
             for first in range(start, stop, batch_size):
                 files = self.files[first : min(first + batch_size, stop)]
@@ -155,10 +155,10 @@ def _read(file):
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{file}: mode {image.mode}, more than 8 bits a channel; save it as 8-bit RGB")
+                raise UserError(f"{file}: mode {image.mode}, more than 8 bits a channel; save it as 8-bit RGB")
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{file}: damaged image ({error}); remove or rewrite it") from error
+        raise UserError(f"{file}: damaged image ({error}); remove or rewrite it") from error
 
 
 def checksum(path, files=None):

@@ -2,7 +2,7 @@
 
 network = load_inception(inception_weights(), device)
 pooled, spatial, logits = network(images)                     # uint8 (N, H, W, 3)
-features = extract(network, open_images(path), ctx, batch_size=64)    # shared by all processes
+features = extract(network, open_images(path), context, batch_size=64)    # shared by all processes
 """
 
 import pickle
@@ -14,29 +14,37 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as port
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from errors import UserError
 from metrics import Statistics, full_precision
 
 POOLED, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
 
 
 def inception_weights(path=None):
-    """Path of the network's weights: `path`, or torch-fidelity's file, downloaded to torch's hub folder if missing."""
+    """Path of the network's weights: `path`, or torch-fidelity's file, downloaded to torch's hub folder if missing.
+
+    Raises UserError when it cannot be had."""
     if path is not None:
         return Path(path)
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(port.URL_INCEPTION_V3).name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         checksum = target.stem.rsplit("-", 1)[1]  # the file's name ends with the first digits of its SHA-256
-        torch.hub.download_url_to_file(port.URL_INCEPTION_V3, target, hash_prefix=checksum)
+        try:
+            torch.hub.download_url_to_file(port.URL_INCEPTION_V3, target, hash_prefix=checksum)
+        except (OSError, RuntimeError) as error:  # no network, or another checksum
+            raise UserError(
+                f"{port.URL_INCEPTION_V3}: download failed ({error}); fetch the file and give it as --inception-weights"
+            ) from error
     return target
 
 
 def load_inception(weights, device="cpu"):
     """The network with the weights of a state-dict file, as InceptionFeatures on `device`.
 
-    Raises ValueError when the file holds anything but tensors, or tensors of another network."""
+    Raises UserError when the file holds anything but tensors, or tensors of another network."""
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         # torch-fidelity's constructor unpickles the file itself, without restriction; it is handed the tensors instead
@@ -44,7 +52,7 @@ def load_inception(weights, device="cpu"):
             network = port.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
     except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{weights}: not the weights of torch-fidelity's InceptionV3 ({reason})") from error
+        raise UserError(f"{weights}: not the weights of torch-fidelity's InceptionV3 ({reason})") from error
     return InceptionFeatures(network).to(device)
 
 
@@ -77,23 +85,30 @@ class Features:
     spatial: Statistics
 
 
-def extract(network, images, ctx, batch_size, progress=None):
-    """Features of all `images` (see image_sets), each process of `ctx` taking its share; `progress` names a bar.
+def extract(network, images, context, batch_size, progress=None):
+    """Features of all `images` (see image_sets), each process of `context` taking its share; `progress` names a bar.
 
-    Returns Features in the images' order on rank 0, None on the others. Raises ValueError for damaged images."""
-    start, stop = share(len(images), ctx.rank, ctx.world_size)
-    pooled, logits, spatial = [], [], Statistics(SPATIAL, ctx.device)
-    with tqdm(total=stop - start, desc=progress, unit="image", disable=progress is None or not ctx.is_main) as bar:
-        for batch in images.batches(start, stop, batch_size):
-            batch_pooled, batch_spatial, batch_logits = network(torch.from_numpy(batch).to(ctx.device))
-            pooled.append(batch_pooled.cpu())
-            logits.append(batch_logits.cpu())
-            spatial.update(batch_spatial)
-            bar.update(len(batch))
-    pooled = gather_rows(torch.cat([torch.empty(0, POOLED), *pooled]), len(images), ctx)
-    logits = gather_rows(torch.cat([torch.empty(0, CLASSES), *logits]), len(images), ctx)
-    spatial = gather_statistics(spatial, ctx)
-    return Features(pooled, logits, spatial) if ctx.is_main else None
+    Returns Features in the images' order on rank 0, None on the others. Raises UserError for damaged images."""
+    start, stop = share(len(images), context.rank, context.world_size)
+    pooled, logits, spatial = [], [], Statistics(SPATIAL, context.device)
+    with tqdm(total=stop - start, desc=progress, unit="image", disable=progress is None or not context.is_main) as bar:
+        try:
+            for batch in images.batches(start, stop, batch_size):
+                batch_pooled, batch_spatial, batch_logits = network(torch.from_numpy(batch).to(context.device))
+                pooled.append(batch_pooled.cpu())
+                logits.append(batch_logits.cpu())
+                spatial.update(batch_spatial)
+                bar.update(len(batch))
+            problem = None
+        except UserError as error:
+            problem = str(error)
+    problems = list(filter(None, context.gather(problem)))  # one rank's error is every rank's, and rank 0 prints it
+    if problems:
+        raise UserError(problems[0])
+    pooled = gather_rows(torch.cat([torch.empty(0, POOLED), *pooled]), len(images), context)
+    logits = gather_rows(torch.cat([torch.empty(0, CLASSES), *logits]), len(images), context)
+    spatial = gather_statistics(spatial, context)
+    return Features(pooled, logits, spatial) if context.is_main else None
 
 
 def gaussians(images, features):
@@ -122,33 +137,33 @@ def share(n, rank, world_size):
     return n * rank // world_size, n * (rank + 1) // world_size
 
 
-def gather_rows(rows, n, ctx):
+def gather_rows(rows, n, context):
     """Concatenate the `share` of n rows that each rank holds, (n_rank, D): (n, D) on rank 0's CPU, else None."""
-    sizes = [stop - start for start, stop in (share(n, r, ctx.world_size) for r in range(ctx.world_size))]
-    parts = [part.cpu() for part in _gather(rows, [(size, rows.shape[1]) for size in sizes], ctx)]
-    return torch.cat(parts) if ctx.is_main else None
+    sizes = [stop - start for start, stop in (share(n, r, context.world_size) for r in range(context.world_size))]
+    parts = list(_gather(rows, [(size, rows.shape[1]) for size in sizes], context))
+    return torch.cat(parts) if context.is_main else None
 
 
-def gather_statistics(statistics, ctx):
+def gather_statistics(statistics, context):
     """Statistics of what all ranks have seen on rank 0, None on the others; one rank's is held beside it at a time."""
     dim = len(statistics.mean)
     packed = torch.cat(
         [statistics.scatter, statistics.mean[None], torch.full_like(statistics.mean[None], statistics.count)]
     )
-    merged = Statistics(dim, ctx.device)
-    for part in _gather(packed, [(dim + 2, dim)] * ctx.world_size, ctx):
-        one = Statistics(dim, ctx.device)
+    merged = Statistics(dim, context.device)
+    for part in _gather(packed, [(dim + 2, dim)] * context.world_size, context):
+        one = Statistics(dim, context.device)
         one.scatter, one.mean, one.count = part[:dim], part[dim], int(part[-1, 0])
         merged.merge(one)
-    return merged if ctx.is_main else None
+    return merged if context.is_main else None
 
 
-def _gather(tensor, shapes, ctx):
-    """Yield each rank's tensor on rank 0, in rank order, and nothing elsewhere; NCCL wants tensors on the device."""
-    tensor = tensor.to(ctx.device).contiguous()
-    if ctx.is_main:
+def _gather(tensor, shapes, context):
+    """Yield each rank's tensor on rank 0, in rank order, and nothing elsewhere. They go from host to host, over gloo."""
+    tensor = tensor.cpu().contiguous()
+    if context.is_main:
         yield tensor
-        for rank in range(1, ctx.world_size):
+        for rank in range(1, context.world_size):
             received = tensor.new_empty(shapes[rank])
             if received.numel():
                 dist.recv(received, rank)

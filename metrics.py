@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 from scipy.linalg import lapack
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 BLOCK = 2**24  # distances held at once: 64 MiB in float32
 

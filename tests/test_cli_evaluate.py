@@ -11,6 +11,7 @@ import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -67,16 +68,15 @@ def images_of(folder, name):
         return file["arr_0"]
 
 
-def main(monkeypatch, *args):
+def main(*args):
     """The command in this process, for speed."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args), "--device", "cpu"])
-    evaluate.main()
+    evaluate.main([*map(str, args), "--device", "cpu"])
 
 
-def fails(monkeypatch, capsys, *args):
+def fails(capsys, *args):
     """The one line that a user's mistake gets."""
     with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, *args)
+        main(*args)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -98,8 +98,8 @@ def measured(folder):
     """One process, batches of 4, features into the cache: its output and report."""
     inputs = folder / "reference.npz", folder / "samples.npz"
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(out), redirect_stderr(err):
-        main(monkeypatch, *inputs, "--batch-size", 4, *network_and_cache(folder))
+    with redirect_stdout(out), redirect_stderr(err):
+        main(*inputs, "--batch-size", 4, *network_and_cache(folder))
     return out.getvalue(), err.getvalue(), report_of(folder / "samples.npz")
 
 
@@ -108,9 +108,7 @@ def test_numbers_are_those_of_the_definitions(folder, measured):
     network = load_inception(folder / "inception.pth")
     reference, samples = (network(torch.from_numpy(images_of(folder, name))) for name in COUNTS)
     fid, sfid = (
-        frechet_distance(
-            *(m for x in pair for m in (x.double().mean(0).numpy(), np.cov(x.double().numpy(), rowvar=False)))
-        )
+        frechet_distance(*(m for x in pair for m in (x.double().mean(0).numpy(), np.cov(x.double().numpy(), rowvar=False))))
         for pair in ((reference[i], samples[i]) for i in (0, 1))
     )
     expected = [fid, sfid, inception_score(samples[2]), *precision_recall(reference[0], samples[0])]
@@ -166,17 +164,17 @@ def test_checksum_of_a_folder_is_that_of_its_sha256sum_listing(folder):
 def test_cached_features_give_the_same_numbers_without_the_network(folder, measured, monkeypatch):
     monkeypatch.setattr(evaluate, "extract", None)  # calling it would raise
     inputs = folder / "reference.npz", folder / "samples.npz"
-    main(monkeypatch, *inputs, *network_and_cache(folder))
+    main(*inputs, *network_and_cache(folder))
     assert numbers(report_of(folder / "samples.npz")) == numbers(measured[2])
     with pytest.raises(TypeError):
-        main(monkeypatch, *inputs, *network_and_cache(folder)[:2])
+        main(*inputs, *network_and_cache(folder)[:2])
 
 
-def test_statistics_of_the_file_replace_those_of_its_images(folder, measured, monkeypatch, tmp_path):
+def test_statistics_of_the_file_replace_those_of_its_images(folder, measured, tmp_path):
     """FID and sFID against unit Gaussians at 0; precision and recall from the images still, or none without images."""
     unit = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "both.npz", images_of(folder, "reference")[:4], **unit)
-    main(monkeypatch, tmp_path / "both.npz", folder / "samples.npz", *network_and_cache(folder))
+    main(tmp_path / "both.npz", folder / "samples.npz", *network_and_cache(folder))
     report = report_of(folder / "samples.npz")
     features = load_inception(folder / "inception.pth")(torch.from_numpy(images_of(folder, "samples")))
     for name, x in zip(("fid", "sfid"), features[:2], strict=True):
@@ -187,27 +185,25 @@ def test_statistics_of_the_file_replace_those_of_its_images(folder, measured, mo
     assert report["precision"] is not None
 
     np.savez(tmp_path / "only.npz", mu=unit["mu"], sigma=unit["sigma"])
-    main(monkeypatch, tmp_path / "only.npz", folder / "samples.npz", *network_and_cache(folder))
+    main(tmp_path / "only.npz", folder / "samples.npz", *network_and_cache(folder))
     only = report_of(folder / "samples.npz")
     assert [only[name] is None for name in evaluate.METRICS] == [False, True, False, True, True]
     assert only["fid"] == pytest.approx(report["fid"], rel=1e-6)
 
 
-def test_warns_of_another_size_and_of_one_class(folder, measured, monkeypatch, capsys, tmp_path):
+def test_warns_of_another_size_and_of_one_class(folder, measured, capsys, tmp_path):
     np.savez(tmp_path / "flat.npz", np.zeros((4, 24, 32, 3), np.uint8), np.full(4, 207))
-    main(monkeypatch, folder / "reference.npz", tmp_path / "flat.npz", *network_and_cache(folder))
+    main(folder / "reference.npz", tmp_path / "flat.npz", *network_and_cache(folder))
     err = capsys.readouterr().err
     assert "40x40 pixels, samples 32x24" in err
     assert "all images have the label 207" in err
     assert "100% of the samples into one class" in err
 
 
-def test_mistakes_in_npz_files_get_one_line(folder, monkeypatch, capsys, tmp_path):
+def test_mistakes_in_npz_files_get_one_line(folder, capsys, tmp_path):
     def mistake(**arrays):
         np.savez(tmp_path / "bad.npz", **arrays)
-        return fails(
-            monkeypatch, capsys, folder / "reference.npz", tmp_path / "bad.npz", "--inception-weights", "unread"
-        )
+        return fails(capsys, folder / "reference.npz", tmp_path / "bad.npz", *network_and_cache(folder))
 
     images = images_of(folder, "samples")
     assert "float32 with values from -1 to 1" in mistake(arr_0=(images > 127).astype(np.float32) * 2 - 1)
@@ -216,9 +212,9 @@ def test_mistakes_in_npz_files_get_one_line(folder, monkeypatch, capsys, tmp_pat
     assert "only one of mu and sigma" in mistake(arr_0=images, mu=np.zeros(2048))
     assert "mu has shape (5,)" in mistake(mu=np.zeros(5), sigma=np.eye(5))
     assert "3 images; at least 4" in mistake(arr_0=images[:3])
-    assert "no such file" in fails(monkeypatch, capsys, tmp_path / "none", tmp_path / "bad.npz")
+    assert "no such file" in fails(capsys, tmp_path / "none", tmp_path / "bad.npz")
     (tmp_path / "text.npz").write_text("no zip")
-    assert "not a .npz file" in fails(monkeypatch, capsys, tmp_path / "text.npz", tmp_path / "bad.npz")
+    assert "not a .npz file" in fails(capsys, tmp_path / "text.npz", tmp_path / "bad.npz")
 
 
 def test_damaged_npz_is_noticed_while_it_is_read(folder, tmp_path):
@@ -239,9 +235,9 @@ def test_damaged_npz_is_noticed_while_it_is_read(folder, tmp_path):
     assert zipfile.ZipFile(tmp_path / "good.npz").testzip() is None
 
 
-def test_mistakes_in_folders_get_one_line(folder, monkeypatch, capsys, tmp_path):
+def test_mistakes_in_folders_get_one_line(folder, capsys, tmp_path):
     def mistake():
-        return fails(monkeypatch, capsys, folder / "reference.npz", tmp_path, "--inception-weights", "unread")
+        return fails(capsys, folder / "reference.npz", tmp_path, *network_and_cache(folder))
 
     assert "no image in this folder" in mistake()
     for i in range(4):
@@ -259,19 +255,33 @@ def test_mistakes_in_folders_get_one_line(folder, monkeypatch, capsys, tmp_path)
         list(open_images(tmp_path).batches(4, 5, 1))
 
 
-def test_weights_that_are_code_or_another_network_are_refused(folder, monkeypatch, capsys, tmp_path):
+def test_mistakes_in_options_get_one_line(folder, monkeypatch, capsys, tmp_path):
+    inputs = folder / "reference.npz", folder / "samples.npz"
+    assert "both are needed" in fails(capsys, inputs[0])
+    assert "none.pth: no such file" in fails(capsys, *inputs, "--inception-weights", "none.pth")
+    assert "its folder is missing" in fails(capsys, inputs[0], tmp_path / "none" / "samples.npz")
+
+    def offline(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "give it as --inception-weights" in fails(capsys, *inputs)
+
+
+def test_weights_that_are_code_or_another_network_are_refused(folder, capsys, tmp_path):
     class Code:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     inputs = folder / "reference.npz", folder / "samples.npz", "--inception-weights", tmp_path / "weights.pth"
     (tmp_path / "weights.pth").write_bytes(pickle.dumps(Code(), protocol=2))
-    assert "weights.pth: not the weights" in fails(monkeypatch, capsys, *inputs)
+    assert "weights.pth: not the weights" in fails(capsys, *inputs)
     torch.save({"code": Code()}, tmp_path / "weights.pth")
-    assert "weights.pth: not the weights" in fails(monkeypatch, capsys, *inputs)
+    assert "weights.pth: not the weights" in fails(capsys, *inputs)
     assert not (tmp_path / "ran").exists()
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "weights.pth")
-    assert "weights.pth: not the weights" in fails(monkeypatch, capsys, *inputs)
+    assert "weights.pth: not the weights" in fails(capsys, *inputs)
 
 
 def test_reproduce_lists_both_tables_and_puts_measured_rows_below(monkeypatch, capsys, tmp_path):
@@ -279,7 +289,7 @@ def test_reproduce_lists_both_tables_and_puts_measured_rows_below(monkeypatch, c
     Path("samples").mkdir()
     row = Path("samples/DiT-XL-2-pretrained-size-256-vae-ema-cfg-1.5-seed-0.npz.metrics.json")
     row.write_text(json.dumps({**dict.fromkeys(evaluate.METRICS, 0.125), "samples": {"images": 50000}}))
-    main(monkeypatch, "--reproduce")
+    main("--reproduce")
     out = capsys.readouterr().out
     assert out.count("sample_ddp.py") == out.count("evaluate.py") == out.count("published") == 6
     assert out.count("measured") == 1
