@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("samples", metavar="SAMPLES", nargs="?", help=".npz file or folder of the images to measure")
     add("--inception-weights", metavar="PATH", help="the network's state dict; without it, torch-fidelity's is downloaded")
     add("--batch-size", type=options.positive, default=64, help="images per process and forward pass")
-    add("--cache", metavar="FOLDER", help="keep features here, 13 kB an image and 33 MB a set, and use them again for the "
+    add("--cache", metavar="FOLDER", help="keep features here, 12 kB an image and 33 MB a set, and use them again for the "
         "same images and weights")  # fmt: skip
     add("--reproduce", action="store_true", help="print the two commands behind each row of the paper's Tables 2 and 3, "
         "the published numbers, and below them the measured ones where there are any")  # fmt: skip
