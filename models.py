@@ -273,7 +273,7 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale):
         """Classifier-free guidance in the original release's form, for scripts written for it: the batch is doubled,
         y holds the labels and then the null class, only the first half of x is read, and both halves of the result hold
-        the same guided eps. New code calls `guidance.guided_eps`."""
+        the same guided eps. New code calls `guidance.guided_denoiser`."""
         if len(x) % 2:
             raise ValueError(f"forward_with_cfg needs a doubled batch, [conditional; unconditional], not {len(x)} images")
         half = x[: len(x) // 2]
