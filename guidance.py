@@ -1,6 +1,21 @@
-"""Denoisers made of denoisers: classifier-free guidance (Ho and Salimans 2022). Pure functions on tensors."""
+"""Denoisers made of denoisers: classifier-free guidance (Ho and Salimans 2022) and its variants. Pure functions on tensors.
+
+A denoiser, for `diffusion.sample`, maps (x_t, t) to the model's output; t, the same for the batch, is a Python number.
+
+    denoiser = guided_denoiser(model, y, null_class, cfg_scale=4.0, interval=(0.1, 0.6))
+"""
+
+import math
 
 import torch
+import torch.nn.functional as F
+
+# scale - 1 as a share of its full value, by s = 1 - t / num_timesteps, from 0 at pure noise to 1 at the image
+SCHEDULES = {
+    "constant": lambda s: 1.0,
+    "linear": lambda s: s,  # Chang et al. 2023 (Muse)
+    "power-cosine": lambda s: (1 - math.cos(math.pi * s**4)) / 2,  # Gao et al. 2023 (MDT), with the power 4
+}
 
 
 def default_channels(in_channels):
@@ -14,12 +29,84 @@ def combine(cond, uncond, cfg_scale):
     return uncond + cfg_scale * (cond - uncond)
 
 
-def guided_eps(model, x_t, t, y, cfg_scale, null_class, channels):
-    """Classifier-free guidance of the first `channels` of eps, from one call of the model on twice the batch.
+def rescale_to(guided, cond, phi):
+    """Lin et al. 2024, eqs. 15 and 16: give each sample's guided prediction the standard deviation of the conditional
+    one, by the share phi in [0, 1]. (N, C, ...) each."""
+    axes = tuple(range(1, cond.ndim))
+    rescaled = guided * (cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    return phi * rescaled + (1 - phi) * guided
 
-    x_t: (N, C, H, W); t, y: (N,). Returns the model's output under y with its eps guided, (N, 2C, H, W) where the variance
-    is learned: the other channels are the conditional ones."""
-    y_both = torch.cat([y, torch.full_like(y, null_class)])
-    cond, uncond = model(torch.cat([x_t, x_t]), torch.cat([t, t]), y_both).chunk(2)
-    guided = combine(cond[:, :channels], uncond[:, :channels], cfg_scale)
-    return torch.cat([guided, cond[:, channels:]], dim=1)
+
+def scale_at(t, cfg_scale, interval=None, schedule="constant", num_timesteps=1000):
+    """The guidance scale at the timestep t, a number: 1 outside of `interval`, in it 1 + (cfg_scale - 1) times the share
+    that `SCHEDULES` gives. interval: (low, high) in t / num_timesteps, both ends included (Kynkäänniemi et al. 2024)."""
+    time = t / num_timesteps
+    if interval is not None and not interval[0] <= time <= interval[1]:
+        return 1.0
+    share = SCHEDULES[schedule](1 - time)
+    return cfg_scale if share == 1 else 1 + (cfg_scale - 1) * share  # not 1 + (cfg_scale - 1), which rounds
+
+
+def guided_denoiser(
+    model,
+    y,
+    null_class,
+    cfg_scale=1.0,
+    channels=None,
+    interval=None,
+    schedule="constant",
+    rescale=0.0,
+    guide=None,
+    num_timesteps=1000,
+):
+    """A denoiser of the condition y, around a model of (x_t, t, y). Where the scale is 1 the model is called once on the
+    batch, elsewhere once on [conditional; unconditional].
+
+    y: (N,) int64 labels, or (N, K) weights as of `mix_classes`. null_class: the label of "no class". cfg_scale, interval,
+    schedule, num_timesteps: see `scale_at`. channels: guide the first so many of eps, or "all"; by default
+    `default_channels`. rescale: phi of `rescale_to`, over the guided channels. guide: a weaker model of (x_t, t, y), to be
+    guided away from in place of the unconditional prediction; it is given y (Karras et al. 2024, autoguidance).
+    The variance's channels are the conditional prediction's. Raises ValueError for values out of range."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"guidance schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(
+            f"guidance interval {interval[0]} to {interval[1]}: give 0 <= LOW < HIGH <= 1, in t / {num_timesteps}"
+        )
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance rescale {rescale} is not in [0, 1]")
+    y_both = None if guide is not None else torch.cat([y, null_like(y, null_class)])
+
+    def call(network, x, t, labels):
+        dtype = torch.int64 if isinstance(t, int) else torch.float32
+        return network(x, torch.full((len(x),), t, dtype=dtype, device=x.device), labels).to(x.dtype)
+
+    def denoise(x_t, t):
+        scale = scale_at(t, cfg_scale, interval, schedule, num_timesteps)
+        if scale == 1:
+            return call(model, x_t, t, y)
+        if guide is not None:
+            cond, weak = call(model, x_t, t, y), call(guide, x_t, t, y)
+        else:
+            cond, weak = call(model, torch.cat([x_t, x_t]), t, y_both).chunk(2)
+        in_channels = x_t.shape[1]
+        guided = {None: default_channels(in_channels), "all": in_channels}.get(channels, channels)
+        eps = combine(cond[:, :guided], weak[:, :guided], scale)
+        if rescale:
+            eps = rescale_to(eps, cond[:, :guided], rescale)
+        return torch.cat([eps, cond[:, guided:]], dim=1)
+
+    return denoise
+
+
+def null_like(y, null_class):
+    """The null class in the form of y: labels or weights."""
+    labels = torch.full((len(y),), null_class, device=y.device)
+    return F.one_hot(labels, y.shape[1]).to(y.dtype) if y.is_floating_point() else labels
+
+
+def mix_classes(y_from, y_to, weight, num_classes):
+    """Weights that interpolate linearly between the embeddings of two labels: what a DiT takes for y in place of labels.
+    y_from, y_to: (N,) int64. weight: of y_to, a number or (N, 1). Returns (N, num_classes + 1) float32."""
+    y_from, y_to = (F.one_hot(y, num_classes + 1).float() for y in (y_from, y_to))
+    return y_from + weight * (y_to - y_from)

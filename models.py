@@ -54,7 +54,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y: (N,) int64 -> (N, D), through a table whose last row, `null_class`, stands for "no class".
+    """y: (N,) int64 -> (N, D), through a table whose last row, `null_class`, stands for "no class". Or y: (N, rows of the
+    table) float, weights of the rows.
 
     In training each label is replaced by the null class with probability `dropout` (Ho and Salimans 2022), which is what
     makes guidance possible. Without dropout there is no null row, unless there are no classes at all."""
@@ -65,6 +66,8 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + (dropout > 0 or num_classes == 0), width)
 
     def forward(self, y):
+        if y.is_floating_point():
+            return y @ self.embedding_table.weight
         if self.training and self.dropout > 0:
             y = y.masked_fill(torch.rand(len(y), device=y.device) < self.dropout, self.null_class)
         return self.embedding_table(y)
@@ -246,8 +249,8 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         """x: (N, C, H, W) noised latents. t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0, num_classes], the
-        last for "no class". Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with
-        learn_sigma=False eps alone."""
+        last for "no class", or (N, num_classes + 1) float weights of their embeddings. Returns (N, 2C, H, W): eps, then the
+        interpolation of log-variances in about [-1, 1]; with learn_sigma=False eps alone."""
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # each (N, D)
         if BLOCKS[self.block].num_modulations:
@@ -270,7 +273,7 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale):
         """Classifier-free guidance in the original release's form, for scripts written for it: the batch is doubled,
         y holds the labels and then the null class, only the first half of x is read, and both halves of the result hold
-        the same guided eps. New code calls `guidance.guided_eps`."""
+        the same guided eps. New code calls `guidance.guided_denoiser`."""
         if len(x) % 2:
             raise ValueError(f"forward_with_cfg needs a doubled batch, [conditional; unconditional], not {len(x)} images")
         half = x[: len(x) // 2]

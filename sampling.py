@@ -5,12 +5,12 @@ import argparse
 import torch
 
 import checkpoint
+import diffusion
 import download
 import guidance
 import latents
 import options
 import seeds
-from diffusion import create_diffusion, samplers
 from errors import UserError
 from models import DiT
 
@@ -94,18 +94,6 @@ def load_model(args):
     return model.eval().requires_grad_(False), space
 
 
-def denoiser(model, y, cfg_scale, channels=None):
-    """The model under labels y: (N,), as a function of (x_t, t), with guidance unless cfg_scale is 1."""
-    if cfg_scale == 1:
-        return lambda x_t, t: model(x_t, t, y)
-    channels = guidance.default_channels(model.in_channels) if channels is None else channels
-
-    def guided(x_t, t):
-        return guidance.guided_eps(model, x_t, t, y, cfg_scale, model.null_class, channels)
-
-    return guided
-
-
 def image_label(seed, index, num_classes):
     """Image `index`'s class, drawn with its own random numbers."""
     return int(seeds.generator(seed, seeds.SAMPLE_LABEL, index).integers(max(num_classes, 1)))
@@ -138,7 +126,6 @@ def use_tf32(device, tf32):
 def draw(model, space, y, noise, step_noise, cfg_scale, num_steps, progress=False):
     """Draw images of classes y: (N,) from noise x_T: (N, C, H, W), with `num_steps` DDPM steps, each of which adds
     step_noise(x, i). Returns decoded images, (N, 3 or C, H, W) in about [-1, 1]."""
-    steps = samplers.ddpm(
-        create_diffusion(str(num_steps)), denoiser(model, y, cfg_scale), noise, progress, step_noise, clip_denoised=False
-    )
-    return space.decode(samplers.last(steps))
+    denoiser = guidance.guided_denoiser(model, y, model.null_class, cfg_scale)
+    steps = diffusion.sample("ddpm", denoiser, noise, num_steps, step_noise=step_noise, progress=progress)
+    return space.decode(diffusion.samplers.last(steps))

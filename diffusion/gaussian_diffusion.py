@@ -97,6 +97,7 @@ class GaussianDiffusion:
             "large_log_variance": np.log(np.append(clipped[0], betas[1:])),
         }
         timestep_map = np.arange(self.num_timesteps) if timestep_map is None else np.asarray(timestep_map)
+        self.timestep_map = timestep_map.tolist()  # on the host, for who must not wait for the device
         self._tables = {name: torch.from_numpy(table) for name, table in tables.items()}
         self._tables["timestep_map"] = torch.from_numpy(timestep_map.astype(np.int64))
         self._placed = {}  # (name, device, dtype) -> the table there: moved once, so that no step copies from the host

@@ -1,0 +1,57 @@
+"""Uses of a trained model that need no training: inversion, inpainting, interpolation. (Starting from a noised image is
+`diffusion.sample` with `init` and `strength`.)"""
+
+import numpy as np
+import torch
+
+from .samplers import as_model, steps_of, with_bar
+
+
+@torch.no_grad()
+def ddim_inversion(diffusion, denoiser, x_0, progress=False):
+    """From an image to the noise from which "ddim" with eta = 0 and the same steps returns to it: DDIM, section 5.4. Each
+    step up takes the eps of the level below, so the way back is exact only in the limit of many steps.
+
+    diffusion: the process of the steps, `create_diffusion("ddim50")`. denoiser, and what is yielded: as `diffusion.sample`,
+    with as many evaluations as steps; `step` counts up, and the last `sample` is x_T. x_0: (N, C, ...)."""
+    steps, timesteps = steps_of(diffusion, x_0), diffusion.timestep_map
+    model = as_model(denoiser, timesteps[:1] + timesteps[:-1])  # the image itself is taken for a sample of step 0
+    x = pred_xstart = x_0
+    for i in with_bar(range(diffusion.num_timesteps), progress):
+        if i == 0:
+            from_image = diffusion.p_mean_variance(model, x, steps[0], clip_denoised=False)["pred_xstart"]
+            x = diffusion.q_sample(x_0, steps[0], diffusion.predict_eps_from_xstart(x, steps[0], from_image))
+        else:
+            out = diffusion.ddim_reverse_sample(model, x, steps[i - 1], clip_denoised=False)
+            x, pred_xstart = out["sample"], out["pred_xstart"]
+        yield {"sample": x, "pred_xstart": pred_xstart, "step": i}
+
+
+def inpainting_denoiser(denoiser, diffusion, x_0, mask):
+    """A denoiser that knows the image where the mask is 1: there it predicts x_0 itself. With every sampler this keeps the
+    known part of x_t distributed as q(x_t | x_0) at each step, which is what RePaint replaces it by (Lugmayr et al. 2022,
+    eq. 8; without its resampling), and leaves x_0 there in the end: a deterministic solver mixes x_0 and x_T at each noise
+    level, DDPM draws from its eq. 7. Where the mask is 0 the model's prediction stays.
+
+    diffusion: the whole process, `create_diffusion("")`. x_0: (N, C, H, W). mask: (N or 1, 1, H, W), 0 or 1."""
+    sigmas = np.sqrt(1 / np.cumprod(1 - diffusion.betas) - 1)
+    known_part = mask.bool()
+
+    def denoise(x_t, t):
+        output = denoiser(x_t, t)
+        sigma = np.interp(t, np.arange(len(sigmas)), sigmas).item()  # linear between timesteps, as diffusers' solvers do
+        eps = ((1 + sigma**2) ** 0.5 * x_t - x_0) / sigma
+        known = torch.cat([eps, torch.full_like(eps, -1.0)], dim=1)  # -1 is the posterior's variance: IDDPM, eq. 15
+        return torch.where(known_part, known[:, : output.shape[1]], output)
+
+    return denoise
+
+
+def slerp(a, b, weight):
+    """Spherical interpolation from a (weight 0) to b (weight 1), sample by sample (Shoemake 1985). Unlike the linear one it
+    keeps the norm of Gaussian noises, which a model expects. a, b: (N, ...). weight: a number, or (N, 1, ...)."""
+    axes = tuple(range(1, a.ndim))
+    norms = (a.square().sum(axes, keepdim=True) * b.square().sum(axes, keepdim=True)).sqrt()
+    turns = torch.acos(((a * b).sum(axes, keepdim=True) / norms).clamp(-1, 1)) / torch.pi
+    # sin(w angle) / sin(angle), by way of sinc for noises that are the same
+    return sum(w * torch.sinc(w * turns) / torch.sinc(turns) * noise for w, noise in ((1 - weight, a), (weight, b)))
