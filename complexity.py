@@ -8,12 +8,12 @@ The paper's "Gflops" are GMACs: 1e9 multiply-accumulates of the matrix products,
 one forward pass of one image. A MAC is two FLOPs.
 """
 
-import argparse
 import json
 import math
 import os
 import re
 import sys
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from models import BLOCKS, DiT_models
+import options
+from models import DiT_models
 
 
 class Published(NamedTuple):
@@ -64,74 +65,38 @@ PUBLISHED = [
 TOLERANCE = {256: 0.03, 512: 0.07}  # GMACs by image size: the paper's own count is not described to the last product
 SCALING = [row for row in PUBLISHED if row.block == "adaln-zero" and row.image_size == 256]  # the twelve models
 DESIGNS = [row for row in PUBLISHED if row.model == "DiT-XL/2" and row.image_size == 256]
-OVERRIDES = ("block", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
 
 
-def whole(minimum):
-    """An argparse type: an int of at least `minimum`."""
-
-    def whole_number(text):
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {minimum}")
-        return int(text)
-
-    return whole_number
-
-
-def positive_number(text):
-    """An argparse type: a finite float above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and finite")
-    return float(text)
-
-
-def add_model_options(parser):
-    """Flags that say which model; what `model_arguments` makes of them goes to the constructors of `DiT_models`."""
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=list(DiT_models), default="DiT-XL/2", metavar="DiT-{S,B,L,XL}/{2,4,8}", help="size/patch size")
-    add("--image-size", type=whole(1), default=256, help="side in pixels")
-    add("--num-classes", type=whole(0), default=1000, help="number of classes; 0 is unconditional")
-    # absent unless given, so that a checkpoint's or the named model's own values are not overruled by a default
-    add("--block", choices=list(BLOCKS), default=argparse.SUPPRESS, help="the blocks' design (default: adaln-zero)")
-    for flag, kind, meaning in [
-        ("--hidden-size", whole(1), "width D"),
-        ("--depth", whole(1), "number of blocks"),
-        ("--num-heads", whole(1), "attention heads"),
-        ("--patch-size", whole(1), "side of a patch in latent cells"),
-        ("--mlp-ratio", positive_number, "hidden width of the MLP in units of D"),
-    ]:
-        add(flag, type=kind, default=argparse.SUPPRESS, help=f"{meaning} (default: the named model's)")
-
-
-def model_arguments(args):
-    """Keyword arguments for the constructor: the overrides that were given, no others."""
-    return {name: getattr(args, name) for name in OVERRIDES if name in args}
-
-
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Parameters, MACs, memory and hours of a model, counted on the meta device; the paper's models beside "
-        "these counts; FID against MACs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    parser = options.Parser(
+        "Parameters, MACs, memory and hours of a model, counted on the meta device; the paper's models beside these "
+        "counts; FID against MACs."
     )
-    add_model_options(parser)
+    options.add_model_options(parser)
+    options.add_design_options(parser)
     add = parser.add_argument_group("cost").add_argument
-    add("--downsampling", type=whole(1), default=8, help="pixels a latent cell, per side; 1 for a model of pixels")
-    add("--channels", type=whole(1), default=4, help="channels of the latent, or of the image for a model of pixels")
-    add("--batch-size", type=whole(1), default=32, help="images at once on one device, for the memory")
+    add("--downsampling", type=options.positive, default=8, help="pixels a latent cell, per side; 1 for a model of pixels")
+    add(
+        "--channels", type=options.positive, default=4, help="channels of the latent, or of the image for a model of pixels"
+    )
+    add("--batch-size", type=options.positive, default=32, help="images at once on one device, for the memory")
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="for the memory; bf16: by autocast")
-    add("--images", type=positive_number, default=400_000 * 256, help="images to train on, for the hours")
+    add("--images", type=options.number(above=0), default=400_000 * 256, help="images to train on, for the hours")
     add(
         "--peak-tflops",
-        type=positive_number,
-        default=argparse.SUPPRESS,
+        type=options.number(above=0),
+        default=SUPPRESS,
         help="peak of all devices together, in TFLOP/s at this precision; without it no hours",
     )
-    add("--utilization", type=positive_number, default=1.0, help="share of the peak that is reached, in (0, 1]")
+    add(
+        "--utilization",
+        type=options.number(above=0, high=1),
+        default=1.0,
+        help="share of the peak that is reached, in (0, 1]",
+    )
     modes = parser.add_argument_group("other modes and output")
     mode = modes.add_mutually_exclusive_group()
     mode.add_argument(
@@ -139,20 +104,18 @@ def parse_args():
         action="store_true",
         help="count the paper's models and print both; exit status 1 where a count is out of tolerance",
     )
-    mode.add_argument("--plot", metavar="FILE.png", default=argparse.SUPPRESS, help="draw FID-50K against GMACs")
+    mode.add_argument("--plot", metavar="FILE.png", default=SUPPRESS, help="draw FID-50K against GMACs")
     modes.add_argument(
         "--results",
         metavar="FILE.json",
         nargs="+",
         default=[],
         help="more points for --plot: reports of evaluate.py, or lists of objects with model and fid, and where they "
-        f"differ from the default {', '.join(OVERRIDES)}, image_size, label",
+        f"differ from the default {', '.join(options.DESIGN)}, image_size, label",
     )
     modes.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     plotting = "plot" in args
-    if args.utilization > 1:
-        parser.error(f"--utilization {args.utilization}: a share of the peak, must be in (0, 1]")
     if args.results and not plotting:
         parser.error("--results: needs --plot FILE.png, where the points are drawn")
     if plotting and not (args.plot.endswith(".png") and Path(args.plot).parent.is_dir()):
@@ -256,7 +219,7 @@ def training_memory(model, batch_size, precision):
 def cost(args):
     """All about one model, as a dict. Raises ValueError for one that cannot be built."""
     side = input_side(args.image_size, args.downsampling)
-    arguments = model_arguments(args)
+    arguments = options.design(args)
     model = build(args.model, input_size=side, in_channels=args.channels, num_classes=args.num_classes, **arguments)
     macs = forward_macs(model)
     flops = 3 * 2 * macs  # the backward pass is two products for each one of the forward pass
@@ -282,7 +245,7 @@ def cost(args):
 
 
 def print_cost(report):
-    changes = [f"{name.replace('_', ' ')} {report[name]}" for name in OVERRIDES[1:] if name in report]
+    changes = [f"{name.replace('_', ' ')} {report[name]}" for name in options.DESIGN[1:] if name in report]
     size = f"{report['image_size']} px, {report['tokens']} tokens, {report['num_classes']} classes"
     print(", ".join([report["model"], report["block"], *changes, size]))
     rows = [
@@ -331,7 +294,7 @@ def print_comparison(rows):
 
 def read_results(path):
     """Points of a JSON file: a report of evaluate.py, whose model is read from the name that sample_ddp.py gave the
-    samples, or an object or a list of objects with "model" and "fid" (and keys of `OVERRIDES`, "image_size", "label").
+    samples, or an object or a list of objects with "model" and "fid" (and keys of `options.DESIGN`, "image_size", "label").
     Returns a list of (label, model on the meta device, fid). Raises ValueError with the reason."""
     try:
         entries = json.loads(Path(path).read_text())
@@ -353,7 +316,7 @@ def result_point(entry):
         entry = {"model": f"DiT-{match[1]}/{match[2]}", "image_size": int(match[3])} | entry
     if entry["model"] not in DiT_models:
         raise ValueError(f"model {entry['model']!r} is not one of {', '.join(DiT_models)}")
-    overrides = {name: entry[name] for name in OVERRIDES if name in entry}
+    overrides = {name: entry[name] for name in options.DESIGN if name in entry}
     image_size = entry.get("image_size", 256)
     model = build(entry["model"], input_size=input_side(image_size), **overrides)
     differences = [f"{name.replace('_', ' ')} {value}".removeprefix("block ") for name, value in overrides.items()]

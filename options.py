@@ -57,14 +57,23 @@ positive = number(int, low=1)
 count = number(int, low=0)
 
 
-def add_model_options(parser, vae):
+def add_model_options(parser, vae=None):
+    """vae: the command's default autoencoder; None for a command that needs none."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=list(DiT_models), default="DiT-XL/2", metavar="DiT-{S,B,L,XL}/{2,4,8}",
                        help="size and patch size")  # fmt: skip
     group.add_argument("--image-size", type=positive, default=256, help="side in pixels")
     group.add_argument("--num-classes", type=count, default=1000, help="number of classes; 0 is unconditional")
-    group.add_argument("--vae", default=vae, help='autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or '
-                       'hub name of an AutoencoderKL, or "none" for pixels')  # fmt: skip
+    if vae:
+        group.add_argument(
+            "--vae",
+            default=vae,
+            help='autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an AutoencoderKL, or '
+            '"none" for pixels',
+        )
+
+
+DESIGN = ("block", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")
 
 
 def add_design_options(parser):
@@ -83,8 +92,7 @@ def add_design_options(parser):
 
 def design(args):
     """The keyword arguments of DiT that `add_design_options` gave, on top of the named model's."""
-    names = ("block", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {name: getattr(args, name) for name in DESIGN if hasattr(args, name)}
 
 
 def add_device_option(parser):
