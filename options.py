@@ -53,6 +53,15 @@ def number(kind=float, low=None, high=None, above=None):
     return parse
 
 
+@contextlib.contextmanager
+def naming(option):
+    """A module's ValueError becomes the user's, with the option's name before it."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
 positive = number(int, low=1)
 count = number(int, low=0)
 

@@ -24,6 +24,7 @@ import download
 import options
 import run_folder
 import sampling
+from diffusion import samplers
 from errors import UserError
 
 
@@ -63,13 +64,14 @@ def sample(args, context):
             download.find_model(download.released_checkpoint(args.image_size))
         context.barrier()
         model, space = sampling.load_model(args)
-        model, space = model.to(context.device), space.place(context.device)
+        model, space, guide = model.to(context.device), space.place(context.device), sampling.load_guide(args)
+        guide = guide.to(context.device) if guide else None
         sampling.use_tf32(context.device, args.tf32)
         say(context, f"{args.model}, {args.num_fid_samples:,} images to {folder}, {context.describe()}")
 
         batches = context.broadcast(unfinished(args, folder))
         while batches:
-            draw(args, context, model, space, folder, batches)
+            draw(args, context, model, space, guide, folder, batches)
             damaged = context.broadcast(write_npz(npz, folder, args) if context.is_main else None)
             batches = unfinished(args, folder, missing=damaged)
         say(context, f"{npz}: arr_0 {size} uint8, arr_1 labels")
@@ -104,20 +106,20 @@ def unfinished(args, folder, missing=None):
 
 
 @torch.inference_mode()
-def draw(args, context, model, space, folder, batches):
+def draw(args, context, model, space, guide, folder, batches):
     """Draw the given batches, every world_size-th on this process, while threads write the files."""
     total = sum(len(batch_indices(args, batch)) for batch in batches)
     bar = tqdm(total=total, desc="Sampling", unit="image", disable=not context.is_main)
     shape = (model.in_channels, model.input_size, model.input_size)
+    noises = 0 if sampling.is_deterministic(args) else args.num_sampling_steps
     pending = []
     with ThreadPoolExecutor(4) as writers:
         for batch in batches[context.rank :: context.world_size]:
             indices = batch_indices(args, batch)
-            noise = sampling.image_noise(args.global_seed, indices, args.num_sampling_steps, shape).to(context.device)
-            y = torch.tensor(labels(args, indices), device=context.device)
-            images = sampling.draw(
-                model, space, y, noise[0], lambda x, i, noise=noise: noise[1 + i], args.cfg_scale, args.num_sampling_steps
-            )
+            noise = sampling.image_noise(args.global_seed, indices, noises, shape).to(context.device)
+            denoise = sampling.denoiser(args, model, torch.tensor(labels(args, indices), device=context.device), guide)
+            steps = sampling.steps(args, denoise, noise[0], lambda x, i, noise=noise: noise[1 + i])
+            images = space.decode(samplers.last(steps))
             for done in pending:
                 done.result()
             pixels = sampling.to_uint8(images)
@@ -221,6 +223,7 @@ def check_settings(args, path):
     free = ("state", "ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["checkpoint_crc32"] = checkpoint.checksum(args.ckpt) if args.ckpt else "released"
+    settings["guide_ckpt"] = args.guide_ckpt and checkpoint.checksum(args.guide_ckpt)
     if path.exists():
         before = json.loads(path.read_text())
         differing = [f"{k} {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]

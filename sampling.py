@@ -21,26 +21,54 @@ def add_options(parser, vae, cfg_scale):
     add("--ckpt", help="a checkpoint of train.py or of the original release, or weights as .safetensors (default: the "
         "released DiT-XL/2 for the image size, downloaded when missing); what it records need not be repeated")  # fmt: skip
     add("--cfg-scale", type=options.number(low=0), default=cfg_scale, help="guidance weight; 1 turns guidance off")
-    add("--num-sampling-steps", type=options.number(int, low=1, high=1000), default=250, help="DDPM steps")
+    add("--num-sampling-steps", type=options.number(int, low=1, high=1000), default=250, help="steps in time")
+    add("--sampler", choices=diffusion.samplers.SAMPLERS, default="ddpm", help="ddpm is the paper's; the last four need "
+        "10 to 30 steps, of which heun evaluates the model twice in each")  # fmt: skip
+    add("--eta", type=options.number(low=0, high=1), default=0.0, help="of ddim: noise a step, 0 none to 1 about ddpm's")
+    add("--spacing", choices=diffusion.samplers.SPACINGS, help="of timesteps, for the last four (default: linspace)")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs")
     options.add_device_option(parser)
+
+    add = parser.add_argument_group("guidance").add_argument
+    add("--cfg-channels", choices=["3", "all"], help="guided channels (default: 3 of four, as published; all of others)")
+    add("--guidance-interval", type=options.number(low=0, high=1), nargs=2, metavar=("LO", "HI"),
+        help="guide only where LO <= t / 1000 <= HI, and save the second pass elsewhere (default: everywhere)")  # fmt: skip
+    add(
+        "--guidance-schedule", choices=list(guidance.SCHEDULES), default="constant", help="how the scale grows to the image"
+    )
+    add("--guidance-rescale", type=options.number(low=0, high=1), default=0.0, help="phi of Lin et al. 2024")
+    add("--guide-ckpt", help="guide away from this weaker model instead of the unconditional one (Karras et al. 2024)")
 
 
 def check(args):
     """What can be refused before a model is built. Raises UserError."""
+    with options.naming(f"--sampler {args.sampler}"):
+        diffusion.check_sampler(args.sampler, args.num_sampling_steps, args.eta, args.spacing)
+    with options.naming("--guidance-interval"):
+        guidance.check_interval(args.guidance_interval)
     if args.ckpt is None:
         if args.model != "DiT-XL/2" or args.image_size not in (256, 512) or args.num_classes != 1000:
             raise UserError(
                 "without --ckpt only the released models can be drawn from: --model DiT-XL/2, --image-size 256 or 512, "
                 "--num-classes 1000; name your own with --ckpt"
             )
-        return
-    config = checkpoint.model_config(args.state, args.ckpt)
+        config = {"in_channels": 4, "input_size": args.image_size // 8, "num_classes": 1000, "learn_sigma": True}
+    else:
+        config = checkpoint.model_config(args.state, args.ckpt)
     if args.vae == "none" and config["in_channels"] not in (1, 3):
         raise UserError(
             f"--vae none: {args.ckpt} has {config['in_channels']} channels, it works on latents; name its autoencoder"
         )
-    if args.cfg_scale != 1 and config["class_dropout_prob"] == 0 and config["num_classes"]:
+    if args.cfg_channels == "3" and config["in_channels"] < 3:
+        raise UserError(f"--cfg-channels 3: the model has {config['in_channels']}; leave the option out")
+    if args.guide_ckpt:
+        if args.cfg_scale == 1:
+            raise UserError("--guide-ckpt: does nothing at --cfg-scale 1; raise that")
+        guide = checkpoint.model_config(checkpoint.load(args.guide_ckpt), args.guide_ckpt)
+        for name in ("in_channels", "input_size", "num_classes", "learn_sigma"):
+            if guide[name] != config[name]:
+                raise UserError(f"--guide-ckpt {args.guide_ckpt}: {name} {guide[name]}, but {args.ckpt} has {config[name]}")
+    elif args.ckpt and args.cfg_scale != 1 and config["class_dropout_prob"] == 0 and config["num_classes"]:
         raise UserError(f"--cfg-scale {args.cfg_scale}: {args.ckpt} was trained without null labels; pass --cfg-scale 1")
 
 
@@ -86,12 +114,24 @@ def load_model(args):
             f"--vae {args.vae}: {space.channels} channels, {args.image_size // space.factor} cells a side at --image-size "
             f"{args.image_size}; {args.ckpt} has {config['in_channels']} and {config['input_size']}"
         )
+    return build(state, config, args.ckpt), space
+
+
+def build(state, config, path):
     model = DiT(**config)
     try:
         model.load_state_dict(checkpoint.weights(state))
     except RuntimeError as error:
-        raise UserError(f"--ckpt {args.ckpt}: its weights do not fit ({str(error).split(chr(10))[1].strip()})") from None
-    return model.eval().requires_grad_(False), space
+        raise UserError(f"{path}: its weights do not fit ({str(error).split(chr(10))[1].strip()})") from None
+    return model.eval().requires_grad_(False)
+
+
+def load_guide(args):
+    """The weaker model that --guide-ckpt names, or None."""
+    if not args.guide_ckpt:
+        return None
+    state = checkpoint.load(args.guide_ckpt)
+    return build(state, checkpoint.model_config(state, args.guide_ckpt), args.guide_ckpt)
 
 
 def image_label(seed, index, num_classes):
@@ -123,9 +163,22 @@ def use_tf32(device, tf32):
         torch.backends.cudnn.allow_tf32 = tf32
 
 
-def draw(model, space, y, noise, step_noise, cfg_scale, num_steps, progress=False):
-    """Draw images of classes y: (N,) from noise x_T: (N, C, H, W), with `num_steps` DDPM steps, each of which adds
-    step_noise(x, i). Returns decoded images, (N, 3 or C, H, W) in about [-1, 1]."""
-    denoiser = guidance.guided_denoiser(model, y, model.null_class, cfg_scale)
-    steps = diffusion.sample("ddpm", denoiser, noise, num_steps, step_noise=step_noise, progress=progress)
-    return space.decode(diffusion.samplers.last(steps))
+def denoiser(args, model, y, guide=None):
+    """The model under labels y: (N,) int64 (or weights of classes), guided as args say, for `diffusion.sample`."""
+    channels = int(args.cfg_channels) if args.cfg_channels == "3" else args.cfg_channels
+    return guidance.guided_denoiser(
+        model, y, model.null_class, args.cfg_scale, channels, args.guidance_interval, args.guidance_schedule,
+        args.guidance_rescale, guide,
+    )  # fmt: skip
+
+
+def steps(args, denoise, noise, step_noise, **options):
+    """The sampler that args name, from x_T: (N, C, H, W): an iterator, see `diffusion.sample`, whose options these are."""
+    return diffusion.sample(
+        args.sampler, denoise, noise, args.num_sampling_steps,
+        eta=args.eta, spacing=args.spacing, step_noise=step_noise, **options,
+    )  # fmt: skip
+
+
+def is_deterministic(args):
+    return args.sampler != "ddpm" and args.eta == 0

@@ -2,8 +2,8 @@
 
     python -m benchmarks.designs --json designs.json
 
-Trains each with train.py, draws from it with sample_ddp.py and judges the samples as the demo does; prints losses and numbers.
-Runs are kept under --folder and gone on with when the command is given again. An hour on one core.
+Trains each with train.py, draws from it with sample_ddp.py and judges the samples as the demo does; prints losses and
+numbers. Runs are kept under --folder and gone on with when the command is given again. An hour on one core.
 """
 
 import argparse

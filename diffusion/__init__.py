@@ -77,12 +77,7 @@ def sample(
         steps, at least one; strength in (0, 1].
     create: `create_diffusion`, or a partial of it with the options that the model was trained with.
     Raises ValueError for an option that the sampler lacks, or an impossible number of steps."""
-    if sampler not in samplers.SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(samplers.SAMPLERS)}")
-    if eta and sampler != "ddim":
-        raise ValueError(f"eta is an option of ddim, not of {sampler}")
-    if spacing is not None and sampler not in samplers.SOLVERS:
-        raise ValueError(f"spacing is an option of {', '.join(samplers.SOLVERS)}, not of {sampler}")
+    check_sampler(sampler, num_steps, eta, spacing)
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength} is not in (0, 1]")
     made = max(1, round(strength * num_steps)) if init is not None else num_steps
@@ -106,3 +101,17 @@ def sample(
         return samplers.ddpm(process, model, x_T, progress, step_noise, **options)
     step_noise = step_noise if eta else lambda x, i: 0.0  # drawing noise per sample is not free
     return samplers.ddim(process, model, x_T, progress, step_noise, eta=eta, **options)
+
+
+def check_sampler(sampler, num_steps, eta=0.0, spacing=None):
+    """Raises ValueError for an option that the sampler lacks, or an impossible number of steps of the 1000."""
+    if sampler not in samplers.SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(samplers.SAMPLERS)}")
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta is an option of ddim, not of {sampler}")
+    if spacing is not None and sampler not in samplers.SOLVERS:
+        raise ValueError(f"spacing is an option of {', '.join(samplers.SOLVERS)}, not of {sampler}")
+    if sampler in samplers.SOLVERS:
+        samplers.solver_scheduler(sampler, create_diffusion("").betas, num_steps, spacing or "linspace")
+    else:
+        space_timesteps(1000, num_steps)

@@ -12,37 +12,22 @@ from reference import fill, golden
 import checkpoint
 import sample
 import sampling
-from diffusion import create_diffusion
 from errors import UserError
 from models import DiT, DiT_models
 
 
-def test_the_scripts_own_random_stream_is_the_originals(tmp_path):
+def test_the_scripts_own_random_stream_is_the_originals(tmp_path, monkeypatch):
     """The golden latents, through what sample.py runs: guided without a doubled sampling batch."""
+    monkeypatch.setattr(sampling, "to_uint8", lambda latents: latents.numpy())
     for key, expected in golden("sample_script").items():
         name, size, seed, steps, cfg_scale, labels = key.split(":")
-        weights = fill(DiT_models[name](input_size=int(size), num_classes=1000)).state_dict()
-        args = argparse.Namespace(
-            seed=int(seed), state={"model": weights}, ckpt="golden", vae="none", image_size=int(size),
-            cfg_scale=float(cfg_scale), num_sampling_steps=int(steps),
-        )  # fmt: skip
-        latents = sample.draw(args, [int(label) for label in labels.split(",")], torch.device("cpu"))
-        assert np.abs(latents.numpy() - expected).max() <= 2e-4 * np.abs(expected).max(), key
-
-
-def test_guidance_is_the_same_as_with_a_doubled_batch():
-    model = fill(DiT(input_size=8, hidden_size=24, depth=1, num_heads=2, num_classes=10))
-    z, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    torch.manual_seed(5)
-    old = create_diffusion("4").p_sample_loop(
-        model.forward_with_cfg, (4, 4, 8, 8), torch.cat([z, z]), clip_denoised=False,
-        model_kwargs={"y": torch.tensor([1, 2, 10, 10]), "cfg_scale": 2.0},
-    )[:2]  # fmt: skip
-    torch.manual_seed(5)
-    space = sampling.latents.load("none")
-    with torch.no_grad():
-        new = sampling.draw(model, space, y, z, lambda x, i: torch.randn(4, 4, 8, 8)[:2], 2.0, 4)
-    torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
+        torch.save(fill(DiT_models[name](input_size=int(size), num_classes=1000)).state_dict(), tmp_path / "golden.pt")
+        argv = ["--ckpt", tmp_path / "golden.pt", "--image-size", 8 * int(size), "--seed", seed, "--cfg-scale", cfg_scale]
+        argv += ["--num-sampling-steps", steps, "--labels", *labels.split(",")]
+        _, args = sample.parse_args([str(word) for word in argv])
+        args.labels, args.vae, args.image_size = [int(label) for label in args.labels], "none", int(size)
+        latents, _ = sample.draw(args, torch.device("cpu"))
+        assert np.abs(latents - expected).max() <= 2e-4 * np.abs(expected).max(), key
 
 
 def test_a_grid_is_written(tiny_checkpoint, tmp_path, capsys):
@@ -101,6 +86,14 @@ def bad(words, *argv):
         bad("other.pt: not a DiT", "--ckpt", "other.pt"),
         bad("text.pt: not a checkpoint", "--ckpt", "text.pt"),
         bad("unrecognized arguments: --sampling-steps", "--sampling-steps", 3),
+        bad("--sampler ddpm: eta is an option of ddim", "--eta", 0.5),
+        bad("--sampler ddim: spacing is an option of", "--sampler", "ddim", "--spacing", "leading"),
+        bad("give 0 <= LO < HI <= 1", "--guidance-interval", 0.5, 0.2),
+        bad("--cfg-channels 3: the model has 1", "--cfg-channels", 3),
+        bad("--guide-ckpt LATENT: in_channels 4", "--guide-ckpt", "LATENT"),
+        bad("--mask: needs --init-image", "--mask", "a.png"),
+        bad("a.jpg: the file is gone", "--init-image", "a.jpg"),
+        bad("needs two --labels or more", "--interpolate", "classes", "--labels", 1),
         bad("--vae VAE: 4 channels", "--vae", "VAE"),
         bad("--vae none: LATENT has 4 channels, it works on latents", "--ckpt", "LATENT", "--vae", "none"),
     ],
@@ -134,3 +127,118 @@ def test_a_model_without_null_labels_cannot_be_guided(tmp_path, capsys):
     assert call(sample.main, *command) == 2
     assert "trained without null labels; pass --cfg-scale 1" in capsys.readouterr().err
     assert call(sample.main, *command, "--cfg-scale", 1) == 0
+
+
+SHORT = ["--num-sampling-steps", "4", "--device", "cpu", "--columns", "3"]
+
+
+@pytest.fixture(scope="module")
+def lively(tiny_checkpoint, tmp_path_factory):
+    """A checkpoint whose predictions are far from zero, and depend on the class."""
+    state = torch.load(tiny_checkpoint, weights_only=True)
+    model = fill(DiT(**checkpoint.model_config(state)))
+    path = tmp_path_factory.mktemp("lively") / "lively.pt"
+    checkpoint.save(path, {**state, "ema": {key: 0.5 * value for key, value in model.state_dict().items()}})
+    return path
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++", "unipc", "heun", "euler"])
+def test_every_sampler_draws(lively, tmp_path, sampler):
+    output = tmp_path / "a.png"
+    command = ["--ckpt", lively, *SHORT, "--sampler", sampler, "--labels", 1, 2, "--output", output]
+    assert call(sample.main, *command) == 0
+    first = output.read_bytes()
+    assert call(sample.main, *command) == 0
+    assert output.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--cfg-scale", 2],
+        ["--guidance-interval", 0.1, 0.6],
+        ["--guidance-schedule", "linear"],
+        ["--guidance-schedule", "power-cosine"],
+        ["--guidance-rescale", 0.7],
+        ["--guide-ckpt", "CKPT"],
+        ["--sampler", "ddim", "--eta", 0.5],
+        ["--sampler", "euler", "--spacing", "trailing"],
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_images(lively, tmp_path, monkeypatch, change):
+    drawn, plain = [], sampling.to_uint8
+    monkeypatch.setattr(sampling, "to_uint8", lambda images: (drawn.append(images), plain(images))[1])
+
+    def images(name, *extra):
+        command = ["--ckpt", lively, *SHORT, "--labels", 1, 2, "--output", tmp_path / name]
+        assert call(sample.main, *command, *extra) == 0
+        return drawn.pop()
+
+    weaker = tmp_path / "weaker.pt"  # with other weights
+    state = torch.load(lively, weights_only=True)
+    state["ema"] = {key: value * 0.9 for key, value in state["ema"].items()}
+    torch.save(state, weaker)
+    base = [option for option in change[:2] if "--sampler" in change] or ["--cfg-scale", 4]
+    change = [weaker if word == "CKPT" else word for word in change]
+    assert not torch.allclose(images("a.png", *base), images("b.png", *change), rtol=1e-3)
+
+
+def test_interpolations_start_and_end_at_their_ends(lively, tmp_path):
+    def pixels(name, *extra):
+        command = ["--ckpt", lively, *SHORT, "--sampler", "ddim", "--output", tmp_path / name]
+        assert call(sample.main, *command, *extra) == 0
+        grid = np.asarray(Image.open(tmp_path / name)).astype(int)
+        return [grid[2:10, left : left + 8] for left in range(2, grid.shape[1] - 8, 10)]
+
+    one, two = pixels("a.png", "--labels", 1)[0], pixels("b.png", "--labels", 2)[0]
+    row = pixels("c.png", "--labels", 1, 2, "--interpolate", "classes")
+    assert np.abs(row[0] - one).max() <= 1
+    assert np.abs(row[2] - two).max() <= 1
+    assert np.abs(row[1] - one).max() > 0
+    other = pixels("d.png", "--labels", 1, "--seed", 0, "--interpolate", "seeds", "--to-seed", 9)
+    assert np.abs(other[0] - one).max() <= 1
+    assert np.abs(other[2] - one).max() > 1
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def read(path):
+    return np.asarray(Image.open(path)).astype(int)[2:10, 2:10, 0]
+
+
+def test_an_image_is_changed_by_its_strength_inverted_and_inpainted(tiny_checkpoint, tmp_path, picture):
+    output = tmp_path / "a.png"
+    command = ["--ckpt", tiny_checkpoint, "--device", "cpu", "--labels", 1, "--cfg-scale", 1, "--output", output]
+    command += ["--init-image", picture]
+    original, distance = np.asarray(Image.open(picture)).astype(int), {}
+    for strength in (0.05, 1.0):
+        assert call(sample.main, *command, "--num-sampling-steps", 20, "--strength", strength) == 0
+        distance[strength] = np.abs(read(output) - original).mean()
+    assert distance[0.05] < 20 < distance[1.0]
+    assert call(sample.main, *command, "--num-sampling-steps", 500, "--sampler", "ddim", "--invert") == 0
+    assert np.abs(read(output) - original).mean() < 6, "inversion must lead back to the image"
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    for sampler in ("ddpm", "dpm-solver++"):
+        assert (
+            call(sample.main, *command, "--num-sampling-steps", 10, "--mask", tmp_path / "mask.png", "--sampler", sampler)
+            == 0
+        )
+        assert np.abs(read(output) - original)[:, :4].max() <= 2, f"{sampler}: what is known must stay"
+        assert np.abs(read(output) - original)[:, 4:].mean() > 10, f"{sampler}: what is white must be redrawn"
+
+
+def test_trajectories_are_written(lively, tmp_path):
+    command = ["--ckpt", lively, *SHORT, "--labels", 1, 2, "--output", tmp_path / "a.png", "--save-trajectory"]
+    assert call(sample.main, *command, tmp_path / "t.gif") == 0
+    assert call(sample.main, *command, tmp_path / "t.png") == 0
+    with Image.open(tmp_path / "t.gif") as gif:
+        assert 1 < gif.n_frames <= 4  # frames that are the same are merged
+    with Image.open(tmp_path / "t.png") as grid:
+        assert grid.size == (2 + 4 * 10, 2 + 2 * 10)
