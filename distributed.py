@@ -47,6 +47,19 @@ class Context:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def on_main(self, work):
+        """What work() returns on rank 0, picklable, on every rank; so is a UserError that it raises."""
+        result = error = None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as problem:
+                error = str(problem)
+        result, error = self.broadcast((result, error))
+        if error:
+            raise UserError(error)
+        return result
+
     def any(self, flags):
         """Whether any rank raised each flag: the or of a small list of booleans, on every rank."""
         if self.world_size == 1:

@@ -78,7 +78,7 @@ def main(argv=None):
 
 def evaluate(args, context):
     inputs = {name: open_images(getattr(args, name)) for name in ("reference", "samples")}
-    weights, checksums, warnings = on_main(context, lambda: prepare(args, inputs))
+    weights, checksums, warnings = context.on_main(lambda: prepare(args, inputs))
     network = load_inception(weights, context.device)
     features = {}
     for name, images in inputs.items():
@@ -95,20 +95,6 @@ def evaluate(args, context):
     print(f"written to {output}")
     if args.reproduce:
         print("\n" + reproduction(Path(args.samples)))
-
-
-def on_main(context, work):
-    """What work() returns on rank 0, on every rank; so is a UserError of it."""
-    result = error = None
-    if context.is_main:
-        try:
-            result = work()
-        except UserError as problem:
-            error = str(problem)
-    result, error = context.broadcast((result, error))
-    if error:
-        raise UserError(error)
-    return result
 
 
 def prepare(args, inputs):
@@ -195,8 +181,8 @@ def load_features(path, device):
     try:
         with np.load(path, allow_pickle=False) as file:
             spatial.count = int(file["spatial_count"])
-            spatial.mean = torch.from_numpy(file["spatial_mean"]).to(device)
-            spatial.scatter = torch.from_numpy(file["spatial_scatter"]).to(device)
+            spatial.mean = torch.from_numpy(file["spatial_mean"]).to(spatial.mean)
+            spatial.scatter = torch.from_numpy(file["spatial_scatter"]).to(spatial.scatter)
             return Features(torch.from_numpy(file["pooled"]), torch.from_numpy(file["logits"]), spatial)
     except Exception as error:  # a damaged zip raises one of many
         raise UserError(f"--cache: {path} cannot be read ({error}); delete it") from error

@@ -19,16 +19,18 @@ class Statistics:
     """Mean and covariance of a stream of vectors, in float64 and one pass: Chan, Golub & LeVeque 1983, eqs. 1.5a, 1.5b.
 
     Sums of squares are kept about the running mean, so a large common offset costs no digits. Two objects over parts
-    of a set merge to the statistics of the whole, up to float64 rounding, in any order and split."""
+    of a set merge to the statistics of the whole, up to float64 rounding, in any order and split. device: where to
+    add up; for "mps", which has no float64, that is the CPU."""
 
     def __init__(self, dim, device="cpu"):
         self.count = 0
+        device = "cpu" if torch.device(device).type == "mps" else device
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)  # (dim,)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of (x - mean)(x - mean)^T
 
     def update(self, x):
         """Add the vectors x: (N, dim), any N and floating type. Returns self."""
-        x = torch.as_tensor(x).to(self.mean)
+        x = torch.as_tensor(x).to(self.mean.device).double()
         if len(x):
             mean = x.mean(0)
             self.scatter.addmm_((x - mean).T, x - mean)
@@ -124,7 +126,7 @@ def precision_recall(reference, samples, k=3, progress=False):
     for rows, distances in _distance_blocks(samples, reference, progress and "precision, recall"):
         inside.append((distances <= radii_reference).any(dim=1))
         covered |= (distances <= radii_samples[rows, None]).any(dim=0)
-    return torch.cat(inside).double().mean().item(), covered.double().mean().item()
+    return torch.cat(inside).sum().item() / len(samples), covered.sum().item() / len(reference)
 
 
 def kth_neighbour_distances(x, k, progress=False):

@@ -11,14 +11,20 @@ from errors import UserError
 from models import BLOCKS, DiT_models
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help, unless there is none, or the help tells it in words."""
+
+    def _get_help_string(self, action):  # what the base class itself overrides
+        told = action.default is None or "(default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in its help; an error is one line, printed by rank 0 alone."""
 
     def __init__(self, description):
         # abbreviations would change their meaning with every new option
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 
     def error(self, message, status=UserError.status):
         if distributed.launched_rank() == 0:

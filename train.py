@@ -36,7 +36,8 @@ from watch import BadSteps, Progress, StopSignals
 # What may differ between a run and its continuation; every other option changes the result.
 FREE = {
     "data_path", "results_dir", "run_dir", "resume", "allow_changes", "epochs", "max_steps", "log_every", "ckpt_every",
-    "keep_last", "keep_every", "num_workers", "device", "max_bad_steps", "class_names",
+    "keep_last", "keep_every", "num_workers", "device", "max_bad_steps", "class_names", "eval_every", "eval_reference",
+    "eval_samples", "eval_cfg_scale", "eval_sampling_steps", "inception_weights",
 }  # fmt: skip
 
 
@@ -76,6 +77,16 @@ def parse_args(argv=None):
     add("--resume", help='"auto" (the latest whole one in --run-dir, if any), "none", or a checkpoint\'s path '
         "(default: auto with --run-dir, else none)")  # fmt: skip
     add("--allow-changes", action="store_true", help="resume although options that change the result differ")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=options.positive, help="steps between measurements of the average's FID (default: none)")
+    add("--eval-reference", metavar="FILE", help="what to compare with: .npz or folder of images, as for evaluate.py")
+    add("--eval-samples", type=options.number(int, low=2), default=10_000, help="images to draw for it; FID falls with "
+        "their number, so compare equal ones only")  # fmt: skip
+    add("--eval-cfg-scale", type=options.number(low=0), default=1.0, help="guidance weight of these; 1 turns guidance off")
+    add("--eval-sampling-steps", type=options.number(int, low=1, high=1000), default=250, help="DDPM steps of these")
+    add("--inception-weights", metavar="PATH", help="the Inception network's state dict (default: torch-fidelity's, "
+        "downloaded)")  # fmt: skip
     args = parser.parse_args(argv)
 
     args.resume = args.resume or ("auto" if args.run_dir else "none")
@@ -83,6 +94,14 @@ def parse_args(argv=None):
         parser.error("--resume auto: needs --run-dir, the folder to look in")
     if args.data_path == "digits" and args.vae != "none":
         parser.error("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
+    if bool(args.eval_every) != bool(args.eval_reference):
+        parser.error("--eval-every and --eval-reference: both are needed, or neither")
+    if args.eval_cfg_scale != 1 and args.label_dropout == 0 and args.num_classes:
+        parser.error(
+            f"--eval-cfg-scale {args.eval_cfg_scale}: guidance needs null labels, and --label-dropout is 0; pass 1"
+        )
+    if args.inception_weights and not Path(args.inception_weights).is_file():
+        parser.error(f"--inception-weights {args.inception_weights}: no such file; without the option it is downloaded")
     return parser, args
 
 
@@ -104,17 +123,22 @@ def train(args, context, stop):
     space = latents.load(args.vae, dataset.channels)
     model = build_model(args, space)
     args.precision = args.precision or default_precision(context.device)
+    evaluator = None
+    if args.eval_every:
+        from evaluation import Evaluator  # with SciPy and torch-fidelity, which take seconds to import
+
+        evaluator = Evaluator(args, context, space)
     folder = open_folder(args, context)
     try:
         trainer = Trainer(args, context, model, space.place(context.device))
         source = resume(trainer, dataset, folder)
-        return run(trainer, dataset, folder, stop, source)
+        return run(trainer, dataset, folder, stop, source, evaluator)
     finally:
         if folder:
             folder.close()
 
 
-def run(trainer, dataset, folder, stop, source):
+def run(trainer, dataset, folder, stop, source, evaluator=None):
     args, context = trainer.args, trainer.context
     say = folder.log if folder else lambda text: None
     total_steps = args.epochs * len(dataset) // args.global_batch_size
@@ -174,6 +198,14 @@ def run(trainer, dataset, folder, stop, source):
                     folder.metrics(step=trainer.step, epoch=epoch, **values)
             if trainer.step % args.ckpt_every == 0 or trainer.step == total_steps:
                 save()
+            if evaluator and trainer.step % args.eval_every == 0:
+                with progress.paused():
+                    fid = evaluator(trainer.ema.module, stop)
+                if fid is not None:
+                    say(f"(step={trainer.step:07d}) FID: {fid:.4f} of {args.eval_samples:,} images")
+                    folder.metrics(step=trainer.step, fid=fid, fid_samples=args.eval_samples)
+                else:
+                    say(f"(step={trainer.step:07d}) FID: not measured, a stop was asked for")
         else:
             outcome = "finished"
         writer.wait()

@@ -1,6 +1,7 @@
 """What is watched while training: the sums between two lines of the log, updates that were skipped, signals to stop."""
 
 import collections
+import contextlib
 import resource
 import signal
 import sys
@@ -31,6 +32,13 @@ class Progress:
         self.steps += 1
         self.timed_steps += 1
         self.images += images
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent inside does not count in the speed."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
 
     def state(self):
         """What an exact continuation of this rank needs."""

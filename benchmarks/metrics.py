@@ -3,7 +3,6 @@
 OMP_NUM_THREADS=2 python benchmarks/metrics.py --json metrics.json
 """
 
-import argparse
 import json
 import platform
 import resource
@@ -14,21 +13,19 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # before this file's own folder: it has the module's name
+import options
 from metrics import Statistics, frechet_distance, inception_score, precision_recall
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--samples", type=int, default=50_000, help="feature vectors of samples")
-    parser.add_argument("--reference", type=int, default=10_000, help="feature vectors of the reference")
-    parser.add_argument("--dim", type=int, default=2048, help="length of a vector")
-    parser.add_argument("--classes", type=int, default=1008, help="logits of the Inception Score")
+    parser, vectors = options.Parser(__doc__.split("\n")[0]), options.number(int, low=4)
+    parser.add_argument("--samples", type=vectors, default=50_000, help="feature vectors of samples")
+    parser.add_argument("--reference", type=vectors, default=10_000, help="feature vectors of the reference")
+    parser.add_argument("--dim", type=options.positive, default=2048, help="length of a vector")
+    parser.add_argument("--classes", type=options.positive, default=1008, help="logits of the Inception Score")
     parser.add_argument("--device", default="cpu", help="where to compute; memory is that of the host")
     parser.add_argument("--json", metavar="FILE", help="write the table here too")
-    args = parser.parse_args()
-    if min(args.samples, args.reference) < 4 or min(args.dim, args.classes) < 1:
-        parser.error("--samples and --reference must be at least 4, --dim and --classes at least 1")
-    return args
+    return parser.parse_args()
 
 
 def peak_gib():

@@ -303,16 +303,17 @@ class GaussianDiffusion:
         return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
 
     @torch.no_grad()
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
+    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, step_noise=samplers.fresh_noise):
         """The whole variational bound, DDPM, eq. 5, one step after the other from the last to the first.
 
-        x_start: (N, C, ...) in [-1, 1]. Returns a dict: `total_bpd` and `prior_bpd` (N,); `vb`, `xstart_mse` and `mse`
-        (N, num_timesteps), bits per dimension and mean squared errors of x_0 and eps, most noise first."""
+        x_start: (N, C, ...) in [-1, 1]. step_noise(x_start, i) gives the noise of step i, in the shape of x_start. Returns
+        a dict: `total_bpd` and `prior_bpd` (N,); `vb`, `xstart_mse` and `mse` (N, num_timesteps), bits per dimension and
+        mean squared errors of x_0 and eps, most noise first."""
         columns = {"vb": [], "xstart_mse": [], "mse": []}
         steps = torch.arange(self.num_timesteps, device=x_start.device)
         for i in reversed(range(self.num_timesteps)):
             t = steps[i].expand(len(x_start))
-            noise = torch.randn_like(x_start)
+            noise = step_noise(x_start, i)
             x_t = self.q_sample(x_start, t, noise)
             term = self._bound_term(self.call_model(model, x_t, t, model_kwargs), x_start, x_t, t, clip_denoised)
             eps = self.predict_eps_from_xstart(x_t, t, term["pred_xstart"])

@@ -6,11 +6,13 @@ import signal
 import socket
 import sys
 import traceback
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a network fails at once
 torch.set_num_threads(1)  # the numbers are small, and forked processes may not use OpenMP's threads
@@ -135,3 +137,30 @@ def small_vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Weights of the Inception network's shapes, drawn at random: tests may not download the real ones."""
+    from torch_fidelity import feature_extractor_inceptionv3 as port
+
+    network = port.FeatureExtractorInceptionV3
+    # its constructor insists on loading weights
+    with (
+        torch.device("meta"),
+        mock.patch.object(port, "load_state_dict_from_url"),
+        mock.patch.object(network, "load_state_dict"),
+    ):
+        inception = network("inception", ["2048"])
+    torch.manual_seed(0)
+    inception.to_empty(device="cpu")
+    for module in inception.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):  # PyTorch's own defaults shrink features to 1e-8
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(inception.state_dict(), path)
+    return path

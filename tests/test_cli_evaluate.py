@@ -5,21 +5,18 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest import mock
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
-from torch_fidelity import feature_extractor_inceptionv3 as port
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
 import evaluate
 from image_sets import checksum, open_images
@@ -31,21 +28,10 @@ COUNTS = {"reference": 11, "samples": 9}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, inception_file):
     """Weights, and two sets of 40x40 images, each as .npz and as folder of PNGs."""
     folder = tmp_path_factory.mktemp("evaluate")
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        network = meta_inception()
-    network.to_empty(device="cpu")
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):  # PyTorch's own defaults shrink features to 1e-8
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.normal_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-    torch.save(network.state_dict(), folder / "inception.pth")
+    shutil.copy(inception_file, folder / "inception.pth")
     for seed, (name, n) in enumerate(COUNTS.items()):
         rng = np.random.default_rng(seed)
         colours = rng.integers(0, 256, (n, 5, 5, 3), dtype=np.uint8)
@@ -55,12 +41,6 @@ def folder(tmp_path_factory):
         for i in rng.permutation(n):  # the order of writing must not matter
             Image.fromarray(images[i]).save(folder / name / f"{i:06d}.png")
     return folder
-
-
-def meta_inception():
-    """torch-fidelity's network without weights; its constructor insists on loading some."""
-    with mock.patch.object(port, "load_state_dict_from_url"), mock.patch.object(Network, "load_state_dict"):
-        return Network("inception", ["2048"])
 
 
 def images_of(folder, name):

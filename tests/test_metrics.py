@@ -164,3 +164,10 @@ def test_full_precision_gives_back_what_it_found():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_mps_which_has_no_float64_adds_up_on_the_cpu():
+    statistics = Statistics(3, torch.device("mps"))
+    assert (statistics.mean.device.type, statistics.mean.dtype) == ("cpu", torch.float64)
+    x = torch.arange(12.0).reshape(4, 3)
+    assert np.array_equal(statistics.update(x).mu, x.double().mean(0).numpy())

@@ -1,0 +1,172 @@
+"""likelihood.py: bounds that are known in closed form, and the whole command on a tiny model."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from PIL import Image
+from reference import normal, stub
+from test_models import SMALL
+
+import likelihood
+from diffusion import create_diffusion
+from models import DiT
+
+X_0 = normal("x0", 5, 4, 8, 8).clamp(-2, 2) * 0.5
+
+
+def test_the_bound_of_a_perfect_model_is_the_entropy_of_gaussian_data():
+    """Data N(0, s^2) has p(x_{t-1} | x_t) in closed form. With it the bound is tight: the entropy of the 8-bit values."""
+    diffusion, s2 = create_diffusion(""), 0.25**2
+    levels = torch.from_numpy(np.random.default_rng(0).normal(0, 0.25, (64, 1, 8, 8))).float()
+    x_0 = ((levels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+    def exact(x_t, t):
+        alpha_bar = diffusion.at("alpha_bar", t, x_t)
+        variance = s2 * (1 - alpha_bar) / (alpha_bar * s2 + 1 - alpha_bar)  # of x_0 given x_t
+        eps = (1 - alpha_bar).sqrt() * x_t / (alpha_bar * s2 + 1 - alpha_bar)
+        step = diffusion.at("posterior_variance", t, x_t) + diffusion.at("posterior_x_start_weight", t, x_t) ** 2 * variance
+        low, high = diffusion.at("posterior_log_variance", t, x_t), diffusion.at("log_beta", t, x_t)
+        fraction = 2 * (step.log() - low) / (high - low) - 1
+        return torch.cat([eps, fraction.expand_as(x_t)], dim=1)
+
+    rows = likelihood.bound(diffusion, exact, x_0, seed=0, indices=range(64))
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * s2) + math.log2(127.5)  # of a density, in bins of width 2 / 255
+    error = rows.sum(1).std().item() / 8
+    assert error < 0.05
+    assert rows.sum(1).mean().item() == pytest.approx(entropy, abs=3 * error)
+
+
+def test_rows_are_the_terms_of_the_diffusion_in_ascending_order():
+    diffusion, model = create_diffusion("7"), stub(True)
+    draws = {}
+
+    def note(x, i):
+        draws[i] = torch.randn_like(x)
+        return draws[i]
+
+    expected = diffusion.calc_bpd_loop(model, X_0, step_noise=note)
+    assert list(draws) == list(range(6, -1, -1))
+    torch.manual_seed(0)
+    plain = diffusion.calc_bpd_loop(model, X_0)
+    torch.manual_seed(0)
+    assert torch.equal(plain["vb"], diffusion.calc_bpd_loop(model, X_0, step_noise=note)["vb"]), "torch's own stream"
+    rows = likelihood.bound(diffusion, model, X_0, 0, range(len(X_0)))
+    assert rows.shape == (len(X_0), 8)
+    torch.testing.assert_close(rows[:, -1], expected["prior_bpd"].double())
+    assert (rows[:, 0] / expected["vb"][:, -1] - 1).abs().max() < 0.2, "the decoder's term comes first"
+    alone = likelihood.bound(diffusion, model, X_0[1:2], 0, [1])
+    torch.testing.assert_close(alone, rows[1:2], msg="an image's noise is its own")
+
+
+def command(ckpt, output, *extra):
+    return ["--ckpt", ckpt, "--data-path", "digits", "--num-images", 7, "--num-timesteps", 6, "--device", "cpu",
+            "--output", output, *extra]  # fmt: skip
+
+
+def report(path):
+    values = json.loads(path.read_text())
+    return {name: values[name] for name in ("total", "prior", "terms")}, values["settings"]
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("likelihood") / "report.json"
+    assert call(likelihood.main, *command(tiny_checkpoint, path, "--batch-size", 3)) == 0
+    return path
+
+
+def test_the_report_adds_up_and_has_its_plot(measured):
+    found, settings = report(measured)
+    terms = found["terms"]
+    assert terms["timestep"] == [0, 200, 400, 599, 799, 999]
+    assert len(terms["mean"]) == len(terms["standard_error"]) == 6
+    assert found["total"]["mean"] == pytest.approx(sum(terms["mean"]) + found["prior"]["mean"])
+    assert 0 < found["total"]["standard_error"] < found["total"]["mean"] < 100
+    assert 0 <= found["prior"]["mean"] < 1e-3
+    assert settings["checkpoint_step"] == 4
+    with Image.open(measured.with_suffix(".png")) as image:
+        assert image.width > 400
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [(3, 2), (7, 1)])
+def test_numbers_do_not_depend_on_processes_and_batches(measured, tiny_checkpoint, tmp_path, ranks, batch, world_size):
+    argv = command(tiny_checkpoint, tmp_path / "report.json", "--batch-size", batch)
+    run = ranks(likelihood.main, argv, world_size)
+    assert run.wait() == [0] * world_size, run.text()
+    found, expected = report(tmp_path / "report.json")[0], report(measured)[0]
+    if batch == 3:
+        assert found == expected, "the same batches on more processes: the same bits"
+    for part in found:
+        assert found[part]["mean"] == pytest.approx(expected[part]["mean"], rel=1e-5)
+    assert run.text().count("bits per dimension") == 1
+
+
+def test_more_images_add_to_fewer():
+    assert likelihood.choose(100, 20, seed=0)[:7] == likelihood.choose(100, 7, seed=0)
+    assert sorted(likelihood.choose(5, 1000, seed=1)) == list(range(5))
+
+
+def save_model(path, names=None, **config):
+    model = DiT(**{**SMALL, **config})
+    options = {"vae": "none", "image_size": model.input_size, "num_heads": SMALL["num_heads"], "class_names": names}
+    torch.save({"model": model.state_dict(), "args": options}, path)
+    return path
+
+
+def pictures(folder, names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), (40 * i, 80, len(name))).save(folder / name / f"{i}.png")
+    return folder
+
+
+def refused(capfd, *argv):
+    assert call(likelihood.main, *argv, "--device", "cpu") == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if "error:" in line]) == 1
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_latents_are_refused_with_the_reason(capfd, tmp_path):
+    ckpt = save_model(tmp_path / "latents.pt", in_channels=4)
+    assert "works on latents" in refused(capfd, "--ckpt", ckpt, "--data-path", "digits")
+
+
+def test_classes_go_by_name_where_names_are_recorded(capfd, tmp_path):
+    ckpt = save_model(tmp_path / "a.pt", ["ant", "bee", "cat"], in_channels=3, num_classes=3, input_size=8)
+    _, args = likelihood.parse_args(["--ckpt", str(ckpt), "--data-path", "x"])
+    folder = pictures(tmp_path / "some", ["bee", "cat"])
+    dataset = likelihood.data.load(folder, 8)
+    assert likelihood.class_numbers(args, dataset) == [1, 2]
+    folder = pictures(tmp_path / "other", ["bee", "dog"])
+    assert "'dog' is no class" in refused(capfd, "--ckpt", ckpt, "--data-path", folder)
+    ckpt = save_model(tmp_path / "b.pt", None, in_channels=3, num_classes=3, input_size=8)
+    assert "2 classes" in refused(capfd, "--ckpt", ckpt, "--data-path", folder)
+
+
+def test_mistakes_get_one_line(capfd, tmp_path, tiny_checkpoint):
+    known = "--ckpt", tiny_checkpoint, "--data-path"
+    assert "images of 3 channels" in refused(capfd, *known, pictures(tmp_path / "colour", ["0", "1"]))
+    assert "no such folder" in refused(capfd, *known, tmp_path / "none")
+    assert "name a .json file" in refused(capfd, *known, "digits", "--output", tmp_path / "a.txt")
+    assert "its folder is missing" in refused(capfd, *known, "digits", "--output", tmp_path / "none/a.json")
+    assert "1 is not a whole number, 2 or more" in refused(capfd, *known, "digits", "--num-timesteps", 1)
+    assert "absent.pt: no such file" in refused(capfd, "--ckpt", tmp_path / "absent.pt", "--data-path", "digits")
+
+
+def test_a_damaged_image_is_named_once_on_every_rank(tmp_path, ranks):
+    ckpt = save_model(tmp_path / "a.pt", ["ant"], in_channels=3, num_classes=1, input_size=8)
+    folder = pictures(tmp_path / "images", ["ant"])
+    (folder / "ant/1.png").write_bytes(b"\x89PNG")
+    argv = ["--ckpt", ckpt, "--data-path", folder, "--num-timesteps", 2, "--batch-size", 1, "--device", "cpu"]
+    run = ranks(likelihood.main, argv, 2)
+    assert run.wait() == [2, 2]
+    assert "1.png: not a readable image" in run.text(0)
+    assert "skip-bad-images" not in run.text(0), "this command has no such option"
+    assert run.text(1) == ""
