@@ -81,6 +81,6 @@ class Evaluator:
         noise = sampling.image_noise(args.global_seed, indices, steps, shape).to(device)
         y = [sampling.image_label(args.global_seed, index, args.num_classes) for index in indices]
         y = torch.tensor(y, device=device)
-        images = sampling.draw(model, self.space, y, noise[0], lambda x, i: noise[1 + i], scale, steps)
+        images = sampling.draw(model, self.space, y, noise, scale, steps)
         pooled, _, _ = self.network(torch.from_numpy(sampling.to_uint8(images)).to(device))
         return pooled

@@ -182,3 +182,10 @@ def steps(args, denoise, noise, step_noise, **options):
 
 def is_deterministic(args):
     return args.sampler != "ddpm" and args.eta == 0
+
+
+def draw(model, space, y, noise, cfg_scale, num_steps):
+    """The paper's sampling: DDPM steps from noise as of `image_noise`, (num_steps + 1, N, C, H, W), to decoded images."""
+    denoise = guidance.guided_denoiser(model, y, model.null_class, cfg_scale)
+    out = diffusion.sample("ddpm", denoise, noise[0], num_steps, step_noise=lambda x, i: noise[1 + i])
+    return space.decode(diffusion.samplers.last(out))

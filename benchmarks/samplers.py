@@ -157,7 +157,7 @@ def main(argv=None):
     percent = 100 * (best["frechet_distance"] / reference["frechet_distance"] - 1)
     share = best["seconds"] / reference["seconds"]
     print(
-        f"At 20 steps {best['name']} is {points:+.1f} points of accuracy and {percent:+.1f} % of distance from 250 steps of "
+        f"At 20 steps {best['name']} is {points:+.1f} points of accuracy and {percent:+.1f} % of distance from 250 of "
         f"ddpm, in 1/{1 / share:.1f} of its time"
     )
     if args.json:

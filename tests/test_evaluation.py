@@ -99,7 +99,7 @@ def expected(tiny_checkpoint, reference, inception_file):
     noise = sampling.image_noise(0, range(4), 2, (1, 8, 8))
     y = torch.tensor([sampling.image_label(0, i, 10) for i in range(4)])
     with torch.no_grad():
-        images = sampling.draw(model, latents.load("none", 1), y, noise[0], lambda x, i: noise[1 + i], 1.5, 2)
+        images = sampling.draw(model, latents.load("none", 1), y, noise, 1.5, 2)
     network = load_inception(inception_file)
     with np.load(reference) as file:
         sets = torch.from_numpy(file["arr_0"]), torch.from_numpy(sampling.to_uint8(images))
