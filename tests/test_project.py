@@ -1,0 +1,73 @@
+"""The repository as a whole: one list of dependencies, a README whose commands exist, no arrows the wrong way."""
+
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["train", "sample", "sample_ddp", "evaluate", "likelihood", "complexity"]
+
+
+def test_both_lists_of_dependencies_are_equal():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert sorted(next(entry["pip"] for entry in conda if isinstance(entry, dict))) == sorted(project["dependencies"])
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+def test_imports_go_one_way():
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"diffusion", "benchmarks"}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("diffusion/*.py")]:
+        used = set(imports(path)) & ours
+        assert not used & {*COMMANDS, "benchmarks"}, f"{path.name}: commands and benchmarks are imported by nothing here"
+        if path.parent.name == "diffusion":
+            assert not used, f"{path.name}: diffusion imports nothing of ours"
+    assert set(imports(ROOT / "models.py")) & ours <= {"guidance"}
+    assert not set(imports(ROOT / "guidance.py")) & ours
+
+
+def readme_commands():
+    """(script, words) of every python or torchrun command in the README."""
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) + re.findall(r"(?:^    \S.*\n)+", text, re.M):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ").split(" # ")[0]
+            found = re.match(r"(?:\S+=\S+ )*(?:python|torchrun|srun)\b.*?\b(\w+)\.py\b(.*)", line)
+            if found and found[1] in COMMANDS:
+                yield found[1], shlex.split(found[2])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_that_the_readme_names_exists(command):
+    source = "".join((ROOT / f"{name}.py").read_text() for name in (command, "options", "sampling", "likelihood"))
+    known = set(re.findall(r'"(--[a-z][a-z0-9-]*)"', source))
+    known |= {f"--{name}" for name in ("hidden-size", "depth", "num-heads", "patch-size", "mlp-ratio")}
+    known |= {f"--no-{option[2:]}" for option in known}
+    used = [words for script, words in readme_commands() if script == command]
+    assert used, f"the README shows no {command}.py"
+    for words in used:
+        unknown = {word.split("=")[0] for word in words if word.startswith("--")} - known
+        assert not unknown, f"README: {command}.py has no {unknown}"
+
+
+def test_pictures_and_files_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / link).exists(), f"README links to {link}, which is not there"
