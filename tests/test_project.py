@@ -46,7 +46,7 @@ def test_imports_go_one_way():
 def readme_commands():
     """(script, words) of every python or torchrun command in the README."""
     text = (ROOT / "README.md").read_text()
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) + re.findall(r"(?:^    \S.*\n)+", text, re.M):
+    for block in re.findall(r"```\w*\n(.*?)```", text, re.S) + re.findall(r"(?:^    \S.*\n)+", text, re.M):
         for line in block.replace("\\\n", " ").splitlines():
             line = line.strip().removeprefix("$ ").split(" # ")[0]
             found = re.match(r"(?:\S+=\S+ )*(?:python|torchrun|srun)\b.*?\b(\w+)\.py\b(.*)", line)
