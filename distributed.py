@@ -47,6 +47,17 @@ class Context:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def together(self, action):
+        """action() of this rank. Where a rank raises a UserError every rank does, instead of waiting for that one."""
+        value, error = None, None
+        try:
+            value = action()
+        except UserError as problem:
+            error = problem
+        for problem in filter(None, self.gather(error)):
+            raise problem
+        return value
+
     def any(self, flags):
         """Whether any rank raised each flag: the or of a small list of booleans, on every rank."""
         if self.world_size == 1:

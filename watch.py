@@ -100,16 +100,19 @@ class BadSteps:
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1, which schedulers send, and Ctrl-C ask for a stop after the step; a second Ctrl-C stops now."""
+    """SIGTERM and SIGUSR1, which schedulers send, and Ctrl-C ask for a stop after the step; a second Ctrl-C stops now (but
+    not one that comes at once, since a launcher passes on what the terminal has sent already)."""
 
     def __init__(self):
         self.requested = self.by_hand = False
+        self.first = None
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(name, self._handle)
 
     def _handle(self, number, frame):
         if number == signal.SIGINT:
-            if self.by_hand:
+            now = time.monotonic()
+            if self.by_hand and now - self.first > 1:
                 raise KeyboardInterrupt
-            self.by_hand = True
+            self.by_hand, self.first = True, self.first or now
         self.requested = True
