@@ -20,37 +20,8 @@ from test_models import SMALL
 
 import checkpoint
 import train
+from benchmarks.runs import assert_same_state, flat, latest, metrics, without_timings
 from models import DiT
-
-TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib"}
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_timings(folder):
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in metrics(folder)]
-
-
-def latest(folder):
-    return checkpoint.load(checkpoint.newest_first(folder / "checkpoints")[0])
-
-
-def flat(tree, path=()):
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in flat(value, (*path, key)).items()}
-    return {path: tree}
-
-
-def assert_same_state(a, b):
-    for part in ("model", "ema", "opt"):
-        left, right = flat(a[part]), flat(b[part])
-        assert left.keys() == right.keys()
-        for key, value in left.items():
-            same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
-            assert same, f"{part} {key} differs from the undisturbed run's"
-    assert (a["step"], a["images_seen"], a["progress"]) == (b["step"], b["images_seen"], b["progress"])
 
 
 def test_a_run_leaves_what_explains_and_continues_it(tiny_checkpoint):
