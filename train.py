@@ -208,6 +208,9 @@ def run(trainer, dataset, folder, stop, source):
         say(f"Stopped at step {trainer.step}: {str(error) or type(error).__name__}")
         raise
     finally:
+        # now, while this process can tell its data workers to end: an error's traceback would keep them until the
+        # interpreter's exit, which sends them SIGTERM, which they ignore, and waits for them for ever
+        del batches
         bar.close()
         if folder:
             folder.mark(outcome, trainer.step)

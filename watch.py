@@ -1,6 +1,7 @@
 """What is watched while training: the sums between two lines of the log, updates that were skipped, signals to stop."""
 
 import collections
+import os
 import resource
 import signal
 import sys
@@ -101,13 +102,19 @@ class BadSteps:
 
 class StopSignals:
     """SIGTERM and SIGUSR1, which schedulers send, and Ctrl-C ask for a stop after the step; a second Ctrl-C stops now (but
-    not one that comes at once, since a launcher passes on what the terminal has sent already)."""
+    not one that comes at once, since a launcher passes on what the terminal has sent already). So does the end of torchrun,
+    which a signal that it does not handle, or a kill, would have leave its workers behind, in sessions of their own."""
 
     def __init__(self):
-        self.requested = self.by_hand = False
+        self.by_hand = self._signalled = False
         self.first = None
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(name, self._handle)
+
+    @property
+    def requested(self):
+        return self._signalled or self.launcher not in (None, os.getppid())
 
     def _handle(self, number, frame):
         if number == signal.SIGINT:
@@ -115,4 +122,4 @@ class StopSignals:
             if self.by_hand and now - self.first > 1:
                 raise KeyboardInterrupt
             self.by_hand, self.first = True, self.first or now
-        self.requested = True
+        self._signalled = True

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -259,6 +260,27 @@ def test_a_signal_during_start_up_is_kept_until_there_is_something_to_save(tmp_p
     assert ranks(signalled, [*TINY, "--run-dir", tmp_path, "--max-steps", 5]).wait() == [0]
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "preempted"
     assert latest(tmp_path)["step"] == 0
+
+
+def test_an_error_ends_the_data_workers(tmp_path, image_folder, monkeypatch):
+    """They ignore the SIGTERM that the interpreter would send them at its exit, and it would wait for ever."""
+    monkeypatch.setattr(train.Trainer, "update", lambda self, batch: 1 / 0)
+    before = multiprocessing.active_children()
+    with pytest.raises(ZeroDivisionError) as error:
+        call(train.main, *FOLDER, "--data-path", image_folder, "--num-workers", 2, "--run-dir", tmp_path)
+    assert error.tb is not None, "the traceback is still held"
+    assert multiprocessing.active_children() == before
+
+
+def test_workers_that_torchrun_leaves_behind_stop(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stop = train.StopSignals()
+    assert not stop.requested
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop.requested
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert not train.StopSignals().requested, "a run in the background of a shell that has ended goes on"
 
 
 def test_ctrl_c_that_a_launcher_repeats_is_one(monkeypatch):
