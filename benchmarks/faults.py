@@ -126,7 +126,7 @@ class Scenario:
 
     def kill(self, run):
         """Kill a run, at a random moment or in the middle of a write. Returns False where it came to its end before."""
-        deadline = time.monotonic() + self.chance.uniform(0, 0.8 * self.duration)
+        deadline = time.monotonic() + self.chance.uniform(0, 0.6 * self.duration)
         in_write = self.chance.random() < 0.4
         while any(process.is_alive() for process in run.processes):
             if in_write and time.monotonic() > deadline - self.duration / 3 and self.writing():

@@ -8,9 +8,11 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 
 import torch
+from tqdm.auto import tqdm
 
 import checkpoint
 
@@ -68,6 +70,7 @@ def _rank(main, argv, rank, world_size, port, output):
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file  # pytest's own captures would swallow it
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays taken where one is killed
         os._exit(_status(main, argv))
 
 
