@@ -47,18 +47,20 @@ class Context:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def together(self, action):
+        """action() of this rank. Where a rank raises a UserError every rank does, instead of waiting for that one."""
+        value, error = None, None
+        try:
+            value = action()
+        except UserError as problem:
+            error = problem
+        for problem in filter(None, self.gather(error)):
+            raise problem
+        return value
+
     def on_main(self, work):
         """What work() returns on rank 0, picklable, on every rank; so is a UserError that it raises."""
-        result = error = None
-        if self.is_main:
-            try:
-                result = work()
-            except UserError as problem:
-                error = str(problem)
-        result, error = self.broadcast((result, error))
-        if error:
-            raise UserError(error)
-        return result
+        return self.broadcast(self.together(lambda: work() if self.is_main else None))
 
     def any(self, flags):
         """Whether any rank raised each flag: the or of a small list of booleans, on every rank."""

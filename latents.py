@@ -60,7 +60,12 @@ class Autoencoder:
             ) from None
 
     def place(self, device):
-        self.vae = self._attempt(lambda name: self._class.from_pretrained(name, low_cpu_mem_usage=False)).to(device).eval().requires_grad_(False)
+        self.vae = (
+            self._attempt(lambda name: self._class.from_pretrained(name, low_cpu_mem_usage=False))
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
         return self
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ checkpoints/   {step:07d}.pt              .lock           held by the process th
 
 import fcntl
 import json
+import math
 import os
 import re
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import checkpoint
-from errors import UserError
+from errors import RunError, UserError
 
 
 def numbered(results_dir, model):
@@ -44,6 +45,7 @@ def hold(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")  # noqa: SIM115 -- the caller's to close
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        checkpoint.remove_leftovers(folder)
         return lock
     except BlockingIOError:
         raise UserError(f"{folder}: another run is writing here; wait for it, or choose another folder") from None
@@ -57,16 +59,25 @@ class RunFolder:
     def __init__(self, path):
         self.path = Path(path)
         self._lock = hold(self.path)
-        (self.path / "checkpoints").mkdir(exist_ok=True)
-        self.log_file = self.metrics_file = None
+        self.checkpoints = self.path / "checkpoints"
+        self.log_file = self.metrics_file = self.error = None
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.checkpoints, error) from None
+        checkpoint.remove_leftovers(self.checkpoints)
 
     def start(self, options, step):
-        """Cut the records back to `step`, note the options, and begin to record."""
-        self._cut_back("log.txt", step, lambda line: (m := re.search(r"\(step=(\d+)\)", line)) and int(m[1]))
-        self._cut_back("metrics.jsonl", step, _step_of_metrics)
-        write_json(self.path / "options.json", options)
-        self.log_file = open(self.path / "log.txt", "a", buffering=1)  # noqa: SIM115
-        self.metrics_file = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        """Cut the records back to `step`, note the options, and begin to record. Raises RunError."""
+        try:
+            self._cut_back("log.txt", step, lambda line: (m := re.search(r"\(step=(\d+)\)", line)) and int(m[1]))
+            self._cut_back("metrics.jsonl", step, _step_of_metrics)
+            write_json(self.path / "options.json", options)
+            self.log_file = open(self.path / "log.txt", "a", buffering=1)  # noqa: SIM115
+            self.metrics_file = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            checkpoint.set_aside(self.checkpoints, step, self.log)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
         self.mark("running", step)
 
     def _cut_back(self, name, step, step_of):
@@ -83,23 +94,36 @@ class RunFolder:
 
     def mark(self, state, step):
         """Leave a mark: running, preempted, interrupted, finished or failed."""
-        write_json(self.path / "status.json", {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+        status = {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        self._noting_errors(lambda: write_json(self.path / "status.json", status))
 
     def log(self, text):
         tqdm.write(text)
         if self.log_file:
-            self.log_file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
+            line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n"
+            self._noting_errors(lambda: self.log_file.write(line))
 
     def metrics(self, **values):
-        self.metrics_file.write(json.dumps(values) + "\n")
+        # JSON has no NaN, which the mean over an interval without a finite update is
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._noting_errors(lambda: self.metrics_file.write(json.dumps(values) + "\n"))
 
     def close(self):
-        for file in (self.log_file, self.metrics_file):
-            if file:
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
+        for file in filter(None, (self.log_file, self.metrics_file)):
+            self._noting_errors(lambda file=file: (file.flush(), os.fsync(file.fileno())))
+            self._noting_errors(file.close)
         self._lock.close()
+
+    def _noting_errors(self, write):
+        """A full disk must not end one rank between two calls that all take part in: `error` is for the loop to look at."""
+        try:
+            write()
+        except OSError as error:
+            self.error = self.error or _unwritable(self.path, error)
+
+
+def _unwritable(path, error):
+    return RunError(f"{path}: cannot be written to ({error.strerror}); checkpoints are untouched")
 
 
 def _step_of_metrics(line):

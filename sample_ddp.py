@@ -60,20 +60,18 @@ def sample(args, context):
         if context.broadcast(npz_shape(npz) == size):
             say(context, f"Nothing left to do: {npz} holds {args.num_fid_samples:,} images")
             return
-        if context.is_main and args.state is None:  # the other ranks find it downloaded
-            download.find_model(download.released_checkpoint(args.image_size))
-        context.barrier()
-        model, space = sampling.load_model(args)
-        model, space, guide = model.to(context.device), space.place(context.device), sampling.load_guide(args)
+        if args.state is None:  # rank 0 downloads it, the others find it there
+            context.on_main(lambda: download.download(download.released_checkpoint(args.image_size)) and None)
+        model, space, guide = context.together(lambda: (*sampling.load_model(args), sampling.load_guide(args)))
+        model, space = model.to(context.device), space.place(context.device)
         guide = guide.to(context.device) if guide else None
         sampling.use_tf32(context.device, args.tf32)
         say(context, f"{args.model}, {args.num_fid_samples:,} images to {folder}, {context.describe()}")
 
         batches = context.broadcast(unfinished(args, folder))
         while batches:
-            draw(args, context, model, space, guide, folder, batches)
-            damaged = context.broadcast(write_npz(npz, folder, args) if context.is_main else None)
-            batches = unfinished(args, folder, missing=damaged)
+            context.together(lambda batches=batches: draw(args, context, model, space, guide, folder, batches))
+            batches = unfinished(args, folder, missing=context.on_main(lambda: write_npz(npz, folder, args)))
         say(context, f"{npz}: arr_0 {size} uint8, arr_1 labels")
     finally:
         if lock:
@@ -127,7 +125,6 @@ def draw(args, context, model, space, guide, folder, batches):
             bar.update(min(len(indices) * context.world_size, total - bar.n))
         for done in pending:
             done.result()
-    context.barrier()
     bar.close()
 
 
@@ -210,6 +207,7 @@ def open_folder(args, context):
     if context.is_main:
         try:
             lock = run_folder.hold(folder)
+            checkpoint.remove_leftovers(folder.parent, f"{folder.name}.npz")
             check_settings(args, folder / "options.json")
         except UserError as problem:
             error = str(problem)

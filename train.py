@@ -111,6 +111,8 @@ def main(argv=None):
     with parser.reporting():
         try:
             status = train(args, distributed.setup(args.device), stop)
+        except KeyboardInterrupt:
+            status = 130
         finally:
             distributed.close()
     sys.exit(status)
@@ -118,11 +120,9 @@ def main(argv=None):
 
 def train(args, context, stop):
     """Train as args say. Returns the exit status: 0 when finished or preempted, 130 after Ctrl-C."""
-    dataset = data.load(args.data_path, args.image_size, args.global_seed, args.flip, args.skip_bad_images)
-    check_data(args, dataset, context)
-    space = latents.load(args.vae, dataset.channels)
-    model = build_model(args, space)
-    args.precision = args.precision or default_precision(context.device)
+    dataset, space, model = context.together(lambda: prepare(args, context))
+    if any(identity != data_identity(dataset) for identity in context.gather(data_identity(dataset))):
+        raise UserError(f"--data-path {args.data_path}: the processes do not see the same images")
     evaluator = None
     if args.eval_every:
         from evaluation import Evaluator  # with SciPy and torch-fidelity, which take seconds to import
@@ -138,13 +138,22 @@ def train(args, context, stop):
             folder.close()
 
 
+def prepare(args, context):
+    """(dataset, latent space, model), or a UserError for what cannot work, before anything that takes long."""
+    dataset = data.load(args.data_path, args.image_size, args.global_seed, args.flip, args.skip_bad_images)
+    check_data(args, dataset, context)
+    space = latents.load(args.vae, dataset.channels)
+    args.precision = args.precision or default_precision(context.device)
+    return dataset, space, build_model(args, space)
+
+
 def run(trainer, dataset, folder, stop, source, evaluator=None):
     args, context = trainer.args, trainer.context
     say = folder.log if folder else lambda text: None
     total_steps = args.epochs * len(dataset) // args.global_batch_size
     total_steps = min(total_steps, args.max_steps or total_steps)
-    if folder:
-        folder.start({**vars(args), "world_size": context.world_size, "torch": torch.__version__}, trainer.step)
+    record = {**vars(args), "world_size": context.world_size, "torch": torch.__version__}
+    context.together(lambda: folder and folder.start(record, trainer.step))
     introduce(trainer, dataset, source, say)
     if trainer.step >= total_steps:
         say(f"Nothing left to do at step {trainer.step} of {total_steps}; raise --max-steps or --epochs to go on")
@@ -157,19 +166,34 @@ def run(trainer, dataset, folder, stop, source, evaluator=None):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     progress, bad_steps = trainer.progress, BadSteps(args.max_bad_steps)
     writer = checkpoint.Writer(Path(args.run_dir) / "checkpoints", args.keep_last, args.keep_every)
-    outcome = "failed"
+    outcome, saved = "failed", trainer.step if source and source.parent == writer.folder else None
 
     def save():
+        nonlocal saved
+        if saved == trainer.step:
+            return
+        context.together(writer.wait)
         state = trainer.state(dataset)  # all ranks take part: each has its share of the sums
         if folder:
             writer.save(trainer.step, state)
+        saved = trainer.step
+
+    def finish_writing():
+        writer.wait()
+        if folder and folder.error:
+            raise folder.error
 
     bar = tqdm(total=total_steps, initial=trainer.step, desc="Training", unit="step", disable=not context.is_main)
     try:
         while trainer.step < total_steps:
             batch, failure = next_batch(batches)
             bad_steps.count(say)
-            stopping, failed, diverged = context.any([stop.requested, failure is not None, bad_steps.too_many])
+            unwritten = bool(writer.error or (folder and folder.error))
+            stopping, failed, diverged, unwritten = context.any(
+                [stop.requested, failure is not None, bad_steps.too_many, unwritten]
+            )
+            if unwritten:
+                context.together(finish_writing)  # raises
             if failed:
                 save()
                 raise UserError(next(filter(None, context.gather(failure))))
@@ -180,7 +204,7 @@ def run(trainer, dataset, folder, stop, source, evaluator=None):
                     f"{last_checkpoint(writer)}; lower --lr, or look at its batch: {', '.join(map(dataset.name, indices))}"
                 )
             if stopping:
-                outcome = "interrupted" if any(context.gather(stop.by_hand)) else "preempted"
+                ending = "interrupted" if any(context.gather(stop.by_hand)) else "preempted"
                 save()
                 break
             finite = trainer.update(batch)
@@ -207,15 +231,18 @@ def run(trainer, dataset, folder, stop, source, evaluator=None):
                 else:
                     say(f"(step={trainer.step:07d}) FID: not measured, a stop was asked for")
         else:
-            outcome = "finished"
-        writer.wait()
+            ending = "finished"
+        context.together(finish_writing)
+        outcome = ending
     except BaseException as error:
         with contextlib.suppress(checkpoint.CheckpointError):  # the error under way is the one to tell
             writer.wait()
-        if folder:
-            say(f"Stopped at step {trainer.step}: {error or type(error).__name__}")
+        say(f"Stopped at step {trainer.step}: {str(error) or type(error).__name__}")
         raise
     finally:
+        # now, while this process can tell its data workers to end: an error's traceback would keep them until the
+        # interpreter's exit, which sends them SIGTERM, which they ignore, and waits for them for ever
+        del batches
         bar.close()
         if folder:
             folder.mark(outcome, trainer.step)
@@ -365,7 +392,7 @@ def open_folder(args, context):
         try:
             args.run_dir = str(args.run_dir or run_folder.numbered(args.results_dir, args.model))
             folder = run_folder.RunFolder(args.run_dir)
-            if args.resume == "none" and checkpoint.newest_first(folder.path / "checkpoints"):
+            if args.resume == "none" and checkpoint.newest_first(folder.checkpoints):
                 raise UserError(f"--resume none: {folder.path} holds checkpoints; choose another --run-dir, or resume")
         except (UserError, OSError) as problem:
             error = str(problem)
@@ -378,17 +405,27 @@ def open_folder(args, context):
 def resume(trainer, dataset, folder):
     """Restore the checkpoint that --resume names, if any. Returns its path."""
     args, context = trainer.args, trainer.context
-    path, state = None, None
+    path, state = context.together(lambda: find(args, folder))
+    path = context.broadcast(path)
+    if path is not None:
+        context.together(lambda: take_up(trainer, dataset, folder, path, state))
+    return path
+
+
+def find(args, folder):
+    """Rank 0 looks for the checkpoint to resume from and reads all of it, to see that it is whole. (path, state), where the
+    state may be None, left to be loaded, and so may the path."""
+    if folder is None or args.resume == "none":
+        return None, None
     if args.resume == "auto":
-        if folder:
-            path, state = checkpoint.load_newest(folder.path / "checkpoints", folder.log)
-        path = context.broadcast(path)
-    elif args.resume != "none":
-        path = Path(args.resume)
-        if context.is_main and path.is_file():
-            checkpoint.verify(path)
-    if path is None:
-        return None
+        return checkpoint.load_newest(folder.checkpoints, folder.log)
+    path = Path(args.resume)
+    if path.is_file():
+        checkpoint.verify(path)
+    return path, None
+
+
+def take_up(trainer, dataset, folder, path, state):
     state = state or checkpoint.load(path, mmap=False)
     if "opt" not in state:
         raise UserError(f"--resume {path}: holds weights alone, no optimizer state to go on from")
@@ -398,7 +435,6 @@ def resume(trainer, dataset, folder):
         state["step"] = int(path.stem)
     check_unchanged(trainer, dataset, state, path, folder)
     trainer.restore(state)
-    return path
 
 
 def check_unchanged(trainer, dataset, state, path, folder):
@@ -468,8 +504,8 @@ def next_batch(batches):
         return next(batches), None
     except data.DataError as error:  # from a worker, it comes with the worker's traceback around it
         return None, str(error).strip().split("DataError: ")[-1].split("\n")[0]
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:  # the latter two where it dies while handing over a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         return None, f"{str(error).split(chr(10))[0]} (a data worker died; is there memory for --num-workers?)"
 

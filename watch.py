@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 import resource
 import signal
 import sys
@@ -108,16 +109,25 @@ class BadSteps:
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1, which schedulers send, and Ctrl-C ask for a stop after the step; a second Ctrl-C stops now."""
+    """SIGTERM and SIGUSR1, which schedulers send, and Ctrl-C ask for a stop after the step; a second Ctrl-C stops now (but
+    not one that comes at once, since a launcher passes on what the terminal has sent already). So does the end of torchrun,
+    which a signal that it does not handle, or a kill, would have leave its workers behind, in sessions of their own."""
 
     def __init__(self):
-        self.requested = self.by_hand = False
+        self.by_hand = self._signalled = False
+        self.first = None
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(name, self._handle)
 
+    @property
+    def requested(self):
+        return self._signalled or self.launcher not in (None, os.getppid())
+
     def _handle(self, number, frame):
         if number == signal.SIGINT:
-            if self.by_hand:
+            now = time.monotonic()
+            if self.by_hand and now - self.first > 1:
                 raise KeyboardInterrupt
-            self.by_hand = True
-        self.requested = True
+            self.by_hand, self.first = True, self.first or now
+        self._signalled = True

@@ -1,11 +1,6 @@
 """What the tests of whole commands share: tiny runs, in this process or in forked ones, with a file to look at each."""
 
-import multiprocessing
 import os
-import signal
-import socket
-import sys
-import traceback
 from unittest import mock
 
 import numpy as np
@@ -13,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+
+from benchmarks.runs import Ranks, call
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a network fails at once
 torch.set_num_threads(1)  # the numbers are small, and forked processes may not use OpenMP's threads
@@ -22,69 +19,6 @@ TINY = (
     "--data-path digits --vae none --image-size 8 --num-classes 10 --hidden-size 16 --depth 1 --num-heads 2 "
     "--patch-size 2 --global-batch-size 12 --lr 1e-3 --device cpu --log-every 2 --num-workers 0"
 ).split()
-
-
-def call(main, *argv):
-    """Run a command's main. Returns its exit status."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        main([str(word) for word in argv])
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-    return 0
-
-
-def _rank(main, argv, rank, world_size, port, output):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    with open(f"{output}.{rank}", "w", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file  # pytest's own captures would swallow it
-        torch.set_num_threads(1)
-        os._exit(_status(main, argv))
-
-
-def _status(main, argv):
-    try:
-        return call(main, *argv)
-    except BaseException:
-        traceback.print_exc()
-        return 99
-
-
-class Ranks:
-    """The same command on several processes, as torchrun would start them."""
-
-    def __init__(self, main, argv, world_size, output):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        fork = multiprocessing.get_context("fork")
-        self.output, self.world_size = output, world_size
-        self.processes = [
-            fork.Process(target=_rank, args=(main, argv, rank, world_size, port, output)) for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def wait(self, timeout=120):
-        """Exit statuses in the order of ranks; -9 for a process that was killed."""
-        for process in self.processes:
-            process.join(timeout)
-            if process.is_alive():
-                process.kill()
-                process.join()
-                raise AssertionError(f"still running after {timeout} s:\n{self.text()}")
-        return [process.exitcode for process in self.processes]
-
-    def text(self, rank=0):
-        return open(f"{self.output}.{rank}").read()
 
 
 @pytest.fixture

@@ -193,3 +193,44 @@ def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(tmp
     weights += 1
     writer.wait()
     assert not checkpoint.load(tmp_path / "0000001.pt")["w"].any(), "training must not change what is being written"
+
+
+def test_a_flipped_bit_in_the_archives_tables_is_recognised_or_changes_nothing(tmp_path):
+    """Names, sizes and offsets have no checksum: what passes verify has to load as it was saved."""
+    path, state = tmp_path / "0000001.pt", {"model": {"w": torch.arange(30.0)}, "step": 7}
+    checkpoint.save(path, state)
+    whole = path.read_bytes()
+    for offset in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[offset] ^= 1 << (offset % 8)
+        path.write_bytes(damaged)
+        try:
+            checkpoint.verify(path)
+            loaded = checkpoint.load(path, mmap=False)
+        except CheckpointError:
+            continue
+        assert loaded["step"] == 7, offset
+        assert torch.equal(loaded["model"]["w"], state["model"]["w"]), offset
+
+
+def test_a_folder_of_damaged_checkpoints_is_not_an_empty_one(tmp_path):
+    assert checkpoint.load_newest(tmp_path, print) == (None, None)
+    (tmp_path / "0000003.pt").write_bytes(b"PK\3\4")
+    with pytest.raises(CheckpointError, match="none of its checkpoints"):
+        checkpoint.load_newest(tmp_path, print)
+
+
+def test_leftovers_of_killed_writes_are_removed_and_nothing_else(tmp_path):
+    for name in (".0000007.pt.123.tmp", "0000007.pt", ".lock", "notes.tmp"):
+        (tmp_path / name).touch()
+    checkpoint.remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "0000007.pt", "notes.tmp"]
+
+
+def test_without_memory_for_a_copy_the_checkpoint_is_written_at_once(tmp_path, monkeypatch):
+    def no_memory(state):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(checkpoint, "to_host", no_memory)
+    checkpoint.Writer(tmp_path).save(7, STATE)
+    assert checkpoint.load(tmp_path / "0000007.pt")["step"] == 7

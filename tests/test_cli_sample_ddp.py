@@ -82,6 +82,33 @@ def test_a_kill_at_any_moment_loses_nothing(undisturbed, tiny_checkpoint, tmp_pa
     assert (tmp_path / "set.npz").read_bytes() == (undisturbed / "set.npz").read_bytes()
 
 
+def test_what_killed_writes_left_is_removed(undisturbed, tiny_checkpoint, tmp_path):
+    (tmp_path / "set").mkdir()
+    leftovers = [tmp_path / "set/.000003.png.77.tmp", tmp_path / ".set.npz.77.tmp"]
+    other = tmp_path / ".other.npz.77.tmp"  # of a set that may be being made
+    for path in (*leftovers, other):
+        path.touch()
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", 3)) == 0
+    assert [path.exists() for path in (*leftovers, other)] == [False, False, True]
+    assert (tmp_path / "set.npz").read_bytes() == (undisturbed / "set.npz").read_bytes()
+
+
+def full_disk_of_rank_1(argv):
+    def no_room(path, write):
+        raise OSError(28, "No space left on device")
+
+    if os.environ["RANK"] == "1":
+        sample_ddp.checkpoint.replace_file = no_room
+    sample_ddp.main(argv)
+
+
+def test_an_error_of_any_rank_is_told(tiny_checkpoint, tmp_path, ranks):
+    run = ranks(full_disk_of_rank_1, command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", 3), 2)
+    assert run.wait() == [2, 2], run.text()
+    assert "000003.png: cannot be written (No space left on device)" in run.text()
+    assert "Traceback" not in run.text(0) + run.text(1)
+
+
 def test_labels_can_be_balanced(tiny_checkpoint, tmp_path):
     assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path, "--balanced-labels")) == 0
     assert read(tmp_path)[1].tolist() == [*range(10), 0]

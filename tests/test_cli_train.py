@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,37 +22,8 @@ from test_models import SMALL
 
 import checkpoint
 import train
+from benchmarks.runs import assert_same_state, flat, latest, metrics, without_timings
 from models import DiT
-
-TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib"}
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_timings(folder):
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in metrics(folder)]
-
-
-def latest(folder):
-    return checkpoint.load(checkpoint.newest_first(folder / "checkpoints")[0])
-
-
-def flat(tree, path=()):
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in flat(value, (*path, key)).items()}
-    return {path: tree}
-
-
-def assert_same_state(a, b):
-    for part in ("model", "ema", "opt"):
-        left, right = flat(a[part]), flat(b[part])
-        assert left.keys() == right.keys()
-        for key, value in left.items():
-            same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
-            assert same, f"{part} {key} differs from the undisturbed run's"
-    assert (a["step"], a["images_seen"], a["progress"]) == (b["step"], b["images_seen"], b["progress"])
 
 
 def test_a_run_leaves_what_explains_and_continues_it(tiny_checkpoint):
@@ -160,6 +133,168 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capfd):
     assert call(train.main, *command, "--max-steps", 4) == 0
     assert "0000004.pt: truncated or damaged" in capfd.readouterr().out
     assert_same_state(latest(tmp_path), expected)
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path, capfd):
+    command = [*TINY, "--ckpt-every", 2, "--run-dir", tmp_path]
+    assert call(train.main, *command, "--max-steps", 4) == 0
+    for path in checkpoint.newest_first(tmp_path / "checkpoints"):
+        damage(path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert call(train.main, *command, "--max-steps", 6) == 2
+    assert "none of its checkpoints (2) is whole" in capfd.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items()), "records and files must stay"
+
+
+def test_a_damaged_later_checkpoint_is_not_the_one_that_pruning_keeps(tmp_path):
+    command = [*TINY, "--run-dir", tmp_path, "--max-steps"]
+    assert call(train.main, *command, 2) == 0
+    assert call(train.main, *command, 4) == 0
+    damage(tmp_path / "checkpoints/0000004.pt")
+    assert call(train.main, *command, 3, "--keep-last", 1) == 0
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["0000003.pt", "0000004.pt.aside"]
+
+
+def test_a_course_that_was_left_is_not_resumed(tmp_path):
+    """Going back with --resume PATH: what comes later in the folder belongs to the course before."""
+    command = [*TINY, "--run-dir", tmp_path, "--ckpt-every", 2]
+    assert call(train.main, *command, "--max-steps", 6) == 0
+    back = [*command, "--resume", tmp_path / "checkpoints/0000002.pt", "--lr", 1e-4, "--allow-changes"]
+    assert call(train.main, *back, "--max-steps", 3) == 0
+    assert call(train.main, *command, "--lr", 1e-4, "--max-steps", 4) == 0
+    assert latest(tmp_path)["opt"]["param_groups"][0]["lr"] == 1e-4
+    assert latest(tmp_path)["step"] == 4
+
+
+def test_a_killed_rank_does_not_leave_the_other_waiting(tmp_path, image_folder, ranks):
+    command = [*FOLDER, "--data-path", image_folder, "--num-workers", 1, "--log-every", 1, "--max-steps", 100_000]
+    run = ranks(train.main, [*command, "--ckpt-every", 2, "--run-dir", tmp_path], 2)
+    wait_for(lambda: len(metrics(tmp_path)) > 3)
+    os.kill(run.processes[1].pid, signal.SIGKILL)
+    assert run.wait(timeout=60)[1] == -9
+    assert run.processes[0].exitcode > 0
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def limited(argv):
+    """train.main on a disk with room for small files only."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    train.main(argv)
+
+
+def test_a_full_disk_stops_all_ranks_at_once_with_one_line(tmp_path, ranks):
+    command = [*TINY, "--run-dir", tmp_path, "--ckpt-every", 2, "--max-steps"]
+    assert ranks(train.main, [*command, 2], 2).wait() == [0, 0]
+    run = ranks(limited, [*command, 100_000, "--ckpt-every", 4], 2)
+    assert run.wait() == [2, 2], run.text()
+    assert run.text().count("error: ") == 1
+    assert "0000004.pt: cannot be written (" in run.text()
+    assert "Traceback" not in run.text(0) + run.text(1)
+    assert metrics(tmp_path)[-1]["step"] < 1000, "it stops when the write has failed, not at the end"
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0000002.pt"]
+    checkpoint.verify(tmp_path / "checkpoints/0000002.pt")
+
+
+def test_records_that_cannot_be_written_stop_the_run(tmp_path, monkeypatch, capfd):
+    start = train.run_folder.RunFolder.start
+
+    def start_on_a_full_disk(folder, options, step):
+        start(folder, options, step)
+        folder.metrics_file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+
+    monkeypatch.setattr(train.run_folder.RunFolder, "start", start_on_a_full_disk)
+    assert call(train.main, *TINY, "--run-dir", tmp_path, "--max-steps", 50) == 1
+    assert f"error: {tmp_path}: cannot be written to (No space left on device)" in capfd.readouterr().err
+
+
+def test_a_folder_closed_to_us_is_named(tmp_path, capfd):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    assert call(train.main, *TINY, "--run-dir", tmp_path, "--max-steps", 2) == 2
+    assert "checkpoints: cannot be written to (File exists)" in capfd.readouterr().err
+
+
+def elsewhere(argv):
+    if os.environ["RANK"] == "1":
+        argv = [word.replace("images-of-0", "images-of-1") for word in argv]
+    train.main(argv)
+
+
+def test_processes_that_see_different_images_are_refused(tmp_path, image_folder, ranks):
+    for rank in (0, 1):
+        shutil.copytree(image_folder, tmp_path / f"images-of-{rank}")
+    (tmp_path / "images-of-1/bee/1.png").unlink()
+    command = [*FOLDER, "--data-path", tmp_path / "images-of-0", "--run-dir", tmp_path / "run", "--max-steps", 2]
+    run = ranks(elsewhere, command, 2)
+    assert run.wait() == [2, 2], run.text()
+    assert "the processes do not see the same images" in run.text()
+    shutil.rmtree(tmp_path / "images-of-1")
+    run = ranks(elsewhere, command, 2)
+    assert run.wait() == [2, 2], run.text()
+    assert "images-of-1: no such folder" in run.text(), "rank 0 prints what another rank found"
+
+
+def test_a_damaged_checkpoint_by_name_is_refused_on_all_ranks(tmp_path, tiny_checkpoint, ranks):
+    shutil.copy(tiny_checkpoint, tmp_path / "0000004.pt")
+    damage(tmp_path / "0000004.pt")
+    run = ranks(train.main, [*TINY, "--resume", tmp_path / "0000004.pt", "--run-dir", tmp_path / "run"], 2)
+    assert run.wait() == [2, 2], run.text()
+    assert "0000004.pt: damaged: the checksum of" in run.text()
+    assert run.text(1) == ""
+
+
+def signalled(argv):
+    """A scheduler changes its mind while the model is being built."""
+    build = train.build_model
+    train.build_model = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), build(*args))[1]
+    train.main(argv)
+
+
+def test_a_signal_during_start_up_is_kept_until_there_is_something_to_save(tmp_path, ranks):
+    assert ranks(signalled, [*TINY, "--run-dir", tmp_path, "--max-steps", 5]).wait() == [0]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "preempted"
+    assert latest(tmp_path)["step"] == 0
+
+
+def test_an_error_ends_the_data_workers(tmp_path, image_folder, monkeypatch):
+    """They ignore the SIGTERM that the interpreter would send them at its exit, and it would wait for ever."""
+    monkeypatch.setattr(train.Trainer, "update", lambda self, batch: 1 / 0)
+    before = multiprocessing.active_children()
+    with pytest.raises(ZeroDivisionError) as error:
+        call(train.main, *FOLDER, "--data-path", image_folder, "--num-workers", 2, "--run-dir", tmp_path)
+    assert error.tb is not None, "the traceback is still held"
+    assert multiprocessing.active_children() == before
+
+
+def test_workers_that_torchrun_leaves_behind_stop(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stop = train.StopSignals()
+    assert not stop.requested
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop.requested
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert not train.StopSignals().requested, "a run in the background of a shell that has ended goes on"
+
+
+def test_ctrl_c_that_a_launcher_repeats_is_one(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stop = train.StopSignals()
+    stop._handle(signal.SIGINT, None)
+    stop._handle(signal.SIGINT, None)
+    assert stop.requested
+    assert stop.by_hand
+    now[0] += 2
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGINT, None)
 
 
 def test_changed_options_are_named_and_refused(tmp_path, capsys):

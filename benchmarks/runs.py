@@ -1,0 +1,112 @@
+"""Whole commands in forked processes, which start in a fraction of a second, and what their runs leave, compared: for the
+tests and faults.py. Import the command first, and keep torch to one thread: forked processes may not use OpenMP's.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+
+import torch
+from tqdm.auto import tqdm
+
+import checkpoint
+
+TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib"}
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(folder):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in metrics(folder)]
+
+
+def latest(folder):
+    return checkpoint.load(checkpoint.newest_first(folder / "checkpoints")[0])
+
+
+def flat(tree, path=()):
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in flat(value, (*path, key)).items()}
+    return {path: tree}
+
+
+def assert_same_state(a, b):
+    for part in ("model", "ema", "opt"):
+        left, right = flat(a[part]), flat(b[part])
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
+            assert same, f"{part} {key} differs from the undisturbed run's"
+    assert (a["step"], a["images_seen"], a["progress"]) == (b["step"], b["images_seen"], b["progress"])
+
+
+def call(main, *argv):
+    """Run a command's main. Returns its exit status."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        main([str(word) for word in argv])
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    return 0
+
+
+def _rank(main, argv, rank, world_size, port, output):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    with open(f"{output}.{rank}", "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file  # pytest's own captures would swallow it
+        torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays taken where one is killed
+        os._exit(_status(main, argv))
+
+
+def _status(main, argv):
+    try:
+        return call(main, *argv)
+    except BaseException:
+        traceback.print_exc()
+        return 99
+
+
+class Ranks:
+    """The same command on several processes, as torchrun would start them."""
+
+    def __init__(self, main, argv, world_size, output):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        fork = multiprocessing.get_context("fork")
+        self.output, self.world_size = output, world_size
+        self.processes = [
+            fork.Process(target=_rank, args=(main, argv, rank, world_size, port, output)) for rank in range(world_size)
+        ]
+        for rank, process in enumerate(self.processes):
+            open(f"{output}.{rank}", "w").close()  # there to be read, however early it is killed
+            process.start()
+
+    def wait(self, timeout=120):
+        """Exit statuses in the order of ranks; -9 for a process that was killed."""
+        for process in self.processes:
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                raise AssertionError(f"still running after {timeout} s:\n{self.text()}")
+        return [process.exitcode for process in self.processes]
+
+    def text(self, rank=0):
+        return open(f"{self.output}.{rank}").read()
