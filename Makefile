@@ -19,16 +19,21 @@ setup: .venv/.complete
 	touch $@
 
 # The main job at its smallest: real images, the same scripts as ImageNet's, two minutes on two cores
+# make demo SAMPLER=dpm-solver++ STEPS=20   draws the same with another sampler
+SAMPLER ?= ddpm
+STEPS ?= 50
 DEMO_CKPT := demo/run/checkpoints/0001200.pt
+DRAW := --ckpt $(DEMO_CKPT) --cfg-scale 3 --sampler $(SAMPLER) --num-sampling-steps $(STEPS)
 
 demo: setup
 	$(VENV)/python train.py --data-path digits --vae none --image-size 8 --num-classes 10 --run-dir demo/run \
 	    --model DiT-S/2 --hidden-size 96 --depth 4 --num-heads 4 --global-batch-size 64 --lr 2e-3 --ema-warmup \
 	    --max-steps 1200
-	$(VENV)/python sample.py --ckpt $(DEMO_CKPT) --cfg-scale 3 --num-sampling-steps 50 --output demo/samples.png \
+	$(VENV)/python sample.py $(DRAW) --output demo/samples.png \
 	    --labels 0 1 2 3 4 5 6 7 8 9 --samples-per-label 8 --columns 8 --enlarge 8 --captions
-	$(VENV)/python sample_ddp.py --ckpt $(DEMO_CKPT) --cfg-scale 3 --num-sampling-steps 50 --num-fid-samples 250 \
-	    --balanced-labels --per-proc-batch-size 50 --sample-dir demo --folder samples
+	rm -rf demo/samples demo/samples.npz
+	$(VENV)/python sample_ddp.py $(DRAW) --num-fid-samples 250 --balanced-labels --per-proc-batch-size 50 \
+	    --sample-dir demo --folder samples
 	$(VENV)/python -m benchmarks.digits demo/samples.npz
 	@echo "Look at demo/samples.png"
 

@@ -215,6 +215,8 @@ class DiT(nn.Module):
             raise ValueError(f"hidden size {hidden_size} is not a multiple of the number of heads {num_heads}")
         if hidden_size % 4:
             raise ValueError(f"hidden size {hidden_size} is not a multiple of 4, which the position embedding needs")
+        if int(hidden_size * mlp_ratio) < 1:
+            raise ValueError(f"MLP ratio {mlp_ratio} leaves the MLP no hidden unit at hidden size {hidden_size}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.null_class, self.learn_sigma, self.block = num_classes, num_classes, learn_sigma, block

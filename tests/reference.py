@@ -50,3 +50,10 @@ def assert_golden(actual, expected, what, tol=1e-5):
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, the reference has {expected.shape}"
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error <= tol, f"{what}: off by {error:.2e} of the largest value, allowed {tol:.0e}"
+
+
+def training_batch(i):
+    """(x_0, noise, t, y) of step i of train.npz."""
+    x_0, noise = normal(f"batch{i}", 8, 4, 8, 8) * 0.5, normal(f"noise{i}", 8, 4, 8, 8)
+    t = torch.from_numpy(np.random.RandomState(i).randint(0, 1000, 8))
+    return x_0, noise, t, torch.from_numpy(np.random.RandomState(1000 + i).randint(0, 10, 8))

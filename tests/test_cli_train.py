@@ -13,11 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, call
-from reference import assert_golden, fill, golden, normal
+from reference import assert_golden, fill, golden, training_batch
 from test_models import SMALL
 
 import checkpoint
@@ -374,9 +373,7 @@ def test_thirty_updates_of_the_trainer_match_the_reference():
     trainer.ema.module.load_state_dict(trainer.model.state_dict())
     losses = []
     for i in range(30):
-        x, noise = normal(f"batch{i}", 8, 4, 8, 8) * 0.5, normal(f"noise{i}", 8, 4, 8, 8)
-        t = torch.from_numpy(np.random.RandomState(i).randint(0, 1000, 8))
-        y = torch.from_numpy(np.random.RandomState(1000 + i).randint(0, 10, 8))
+        x, noise, t, y = training_batch(i)
         torch.manual_seed(i)
         loss = trainer.diffusion.training_losses(trainer.parallel_model, x, t, {"y": y}, noise)["loss"].mean()
         trainer.descend(loss)

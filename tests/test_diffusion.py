@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import OPTIONS, assert_golden, fill, golden, normal, stub
+from reference import OPTIONS, assert_golden, fill, golden, normal, stub, training_batch
 from test_models import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,9 +107,7 @@ def test_thirty_optimisation_steps_match_the_reference():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     losses = []
     for i in range(30):
-        x, noise = normal(f"batch{i}", 8, 4, 8, 8) * 0.5, normal(f"noise{i}", 8, 4, 8, 8)
-        t = torch.from_numpy(np.random.RandomState(i).randint(0, 1000, 8))
-        y = torch.from_numpy(np.random.RandomState(1000 + i).randint(0, 10, 8))
+        x, noise, t, y = training_batch(i)
         torch.manual_seed(i)
         loss = diffusion.training_losses(model, x, t, {"y": y}, noise)["loss"].mean()
         optimizer.zero_grad()

@@ -194,6 +194,7 @@ def test_unpatchify_puts_every_value_where_the_patch_convolution_read_it():
         ({"num_heads": 5}, "number of heads 5"),
         ({"patch_size": 3}, "patch size 3"),
         ({"hidden_size": 90, "num_heads": 5}, "multiple of 4"),
+        ({"mlp_ratio": 0.001}, "MLP ratio 0.001"),
         ({"block": "adaln-one"}, "adaln-zero, adaln, cross-attention, in-context"),
     ],
 )
