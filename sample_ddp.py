@@ -68,10 +68,13 @@ def sample(args, context):
         sampling.use_tf32(context.device, args.tf32)
         say(context, f"{args.model}, {args.num_fid_samples:,} images to {folder}, {context.describe()}")
 
-        batches = context.broadcast(unfinished(args, folder))
-        while batches:
+        missing = context.on_main(lambda: absent(args, folder))
+        while True:  # at least once: a run may have been killed between its last image and the .npz
+            batches = sorted({index // args.per_proc_batch_size for index in missing})
             context.together(lambda batches=batches: draw(args, context, model, space, guide, folder, batches))
-            batches = unfinished(args, folder, missing=context.on_main(lambda: write_npz(npz, folder, args)))
+            missing = context.on_main(lambda: write_npz(npz, folder, args))
+            if not missing:
+                break
         say(context, f"{npz}: arr_0 {size} uint8, arr_1 labels")
     finally:
         if lock:
@@ -94,13 +97,11 @@ def batch_indices(args, batch):
     return range(first, min(first + args.per_proc_batch_size, args.num_fid_samples))
 
 
-def unfinished(args, folder, missing=None):
-    """Numbers of the batches that hold a missing image. Batches are drawn whole, as an undisturbed run would: the sums in
-    a matrix product may depend, in the last bit, on what else is in the batch."""
-    if missing is None:
-        there = {path.name for path in folder.glob("*.png")}
-        missing = [i for i in range(args.num_fid_samples) if f"{i:06d}.png" not in there]
-    return sorted({index // args.per_proc_batch_size for index in missing})
+def absent(args, folder):
+    """Indices of images that are not there. Of a batch that lacks one all are drawn, as an undisturbed run would: the sums
+    in a matrix product may depend, in the last bit, on what else is in the batch."""
+    there = {path.name for path in folder.glob("*.png")}
+    return [i for i in range(args.num_fid_samples) if f"{i:06d}.png" not in there]
 
 
 @torch.inference_mode()

@@ -35,9 +35,9 @@ GUIDED = [  # each at 20 steps of dpm-solver++
 ]
 
 
-def settings(sampler, num_steps, cfg_scale, **changes):
+def settings(sampler, num_steps, **changes):
     plain = {
-        "sampler": sampler, "num_sampling_steps": num_steps, "cfg_scale": cfg_scale, "eta": 0.0, "spacing": None,
+        "sampler": sampler, "num_sampling_steps": num_steps, "eta": 0.0, "spacing": None,
         "cfg_channels": None, "guidance_interval": None, "guidance_schedule": "constant", "guidance_rescale": 0.0,
     }  # fmt: skip
     return argparse.Namespace(**{**plain, **changes})
@@ -50,7 +50,7 @@ def run(job):
     torch.set_num_threads(1)
     changes = dict(changes)
     guide = load(args.guide_ckpt) if changes.pop("guide", False) else None
-    options, model = settings(sampler, num_steps, args.cfg_scale, **changes), load(args.ckpt)
+    options, model = settings(sampler, num_steps, **{"cfg_scale": args.cfg_scale, **changes}), load(args.ckpt)
     images, labels, evaluations, start = [], np.arange(args.images) % model.num_classes, 0, time.perf_counter()
 
     def counted(*inputs):

@@ -71,6 +71,14 @@ def test_an_interrupted_run_goes_on_byte_for_byte(undisturbed, tiny_checkpoint, 
     assert "Nothing left to do" in capsys.readouterr().out
 
 
+def test_a_kill_between_the_last_image_and_the_npz_loses_nothing(undisturbed, tiny_checkpoint, tmp_path):
+    argv = command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", 3)
+    assert call(sample_ddp.main, *argv) == 0
+    (tmp_path / "set.npz").unlink()
+    assert call(sample_ddp.main, *argv) == 0
+    assert (tmp_path / "set.npz").read_bytes() == (undisturbed / "set.npz").read_bytes()
+
+
 def test_a_kill_at_any_moment_loses_nothing(undisturbed, tiny_checkpoint, tmp_path, ranks):
     argv = command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", 3)
     for delay in (0.02, 0.1, 0.2, 0.4):
