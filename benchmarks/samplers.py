@@ -139,7 +139,7 @@ def main(argv=None):
     guided = [(name, "dpm-solver++", 20, c) for name, c in GUIDED if args.guide_ckpt or "guide" not in c]
     jobs = [
         (args, name, seed, sampler, steps, tuple(changes.items()))
-        for name, sampler, steps, changes in rows + guided
+        for name, sampler, steps, changes in guided + rows
         for seed in range(args.seeds)
     ]
     torch.set_num_threads(1)
