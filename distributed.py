@@ -104,6 +104,10 @@ def setup(device=None):
     if name == "cuda":
         torch.cuda.set_device(place)
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+        # torchrun keeps its store over restarts, with the addresses of dead workers in it: each attempt has keys of its own
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         context.control = dist.new_group(backend="gloo") if name == "cuda" else dist.group.WORLD
     return context
