@@ -60,8 +60,6 @@ def sample(args, context):
         if context.broadcast(npz_shape(npz) == size):
             say(context, f"Nothing left to do: {npz} holds {args.num_fid_samples:,} images")
             return
-        if args.state is None:  # rank 0 downloads it, the others find it there
-            context.on_main(lambda: download.download(download.released_checkpoint(args.image_size)) and None)
         model, space, guide = context.together(lambda: (*sampling.load_model(args), sampling.load_guide(args)))
         model, space = model.to(context.device), space.place(context.device)
         guide = guide.to(context.device) if guide else None
@@ -221,7 +219,9 @@ def open_folder(args, context):
 def check_settings(args, path):
     free = ("state", "ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    settings["checkpoint_crc32"] = checkpoint.checksum(args.ckpt) if args.ckpt else "released"
+    # the released checkpoint is downloaded here, by rank 0 alone; the others find it there
+    ckpt = args.ckpt or download.download(download.released_checkpoint(args.image_size))
+    settings["checkpoint_crc32"] = checkpoint.checksum(ckpt)
     settings["guide_ckpt"] = args.guide_ckpt and checkpoint.checksum(args.guide_ckpt)
     if path.exists():
         before = json.loads(path.read_text())

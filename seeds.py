@@ -8,7 +8,7 @@ DATA_ORDER, FLIP, TRAINING_STEP, SAMPLE_NOISE, SAMPLE_LABEL, BOUND_CHOICE, BOUND
 
 def generator(seed, stream, *key):
     """A numpy Generator of its own for this (seed, stream, key); all are integers from 0 up. 128 bits of state: with the
-    32 that torch's CPU generator reads, two of 50,000 images would be likely to share their noise."""
+    32 that torch's CPU generator reads, one set of 50,000 images in four would hold two with the same noise."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, *key])))
 
 
