@@ -86,6 +86,16 @@ def pick_device(name=None):
     return name
 
 
+NO_BF16 = "--precision bf16: this machine has no bfloat16 instructions, fp32 will be far faster"
+
+
+def has_bf16(device):
+    """Whether the device multiplies bfloat16 matrices by itself, and does not imitate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def setup(device=None):
     """Join the processes that torchrun started, if it did. device: "cuda", "mps", "cpu" or None for the best there is.
     Raises UserError, in one line, for what cannot work."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import guidance
 
@@ -58,7 +59,8 @@ class LabelEmbedder(nn.Module):
     table) float, weights of the rows.
 
     In training each label is replaced by the null class with probability `dropout` (Ho and Salimans 2022), which is what
-    makes guidance possible. Without dropout there is no null row, unless there are no classes at all."""
+    makes guidance possible; a caller that has called `drop` itself puts this module into eval mode. Without dropout there
+    is no null row, unless there are no classes at all."""
 
     def __init__(self, num_classes, width, dropout):
         super().__init__()
@@ -68,9 +70,12 @@ class LabelEmbedder(nn.Module):
     def forward(self, y):
         if y.is_floating_point():
             return y @ self.embedding_table.weight
-        if self.training and self.dropout > 0:
-            y = y.masked_fill(torch.rand(len(y), device=y.device) < self.dropout, self.null_class)
-        return self.embedding_table(y)
+        return self.embedding_table(self.drop(y) if self.training else y)
+
+    def drop(self, y):
+        if self.dropout == 0:
+            return y
+        return y.masked_fill(torch.rand(len(y), device=y.device) < self.dropout, self.null_class)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,6 +225,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.null_class, self.learn_sigma, self.block = num_classes, num_classes, learn_sigma, block
+        self.checkpoint_every = 0  # k: keep no activations of every k-th block, but compute them again for the gradient
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -261,10 +267,19 @@ class DiT(nn.Module):
             c = torch.stack([t_emb, y_emb], dim=1)  # (N, 2, D)
         if self.block == "in-context":
             x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D), the two without a position
-        for block in self.blocks:
-            x = block(x, c)
+        for i, block in enumerate(self.blocks):
+            if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+            else:
+                x = block(x, c)
         x = x[:, : self.pos_embed.shape[1]]  # the image's tokens
         return self.unpatchify(self.final_layer(x, c))
+
+    def compile_blocks(self, backend="inductor"):
+        """Compile the blocks, where all the time goes, on first use: one is compiled and the others share its code, so that
+        more of them take no longer. Weights and state dict stay as they are."""
+        for block in self.blocks:
+            block.compile(backend=backend, dynamic=False)
 
     def unpatchify(self, x):
         """(N, T, P * P * C') -> (N, C', H, W); a token's values run row in patch, column in patch, channel."""

@@ -2,8 +2,13 @@
 
 import argparse
 import contextlib
+import importlib.util
 import math
+import os
+import shutil
 import sys
+
+import torch
 
 import checkpoint
 import distributed
@@ -112,6 +117,26 @@ def design(args):
 
 def add_device_option(parser):
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (default: the best there is)")
+
+
+def add_compile_option(parser):
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model's blocks, one "
+        "for all; BACKEND, of torch.compile, is inductor unless named (default: off)")  # fmt: skip
+
+
+def check_compile(backend, device):
+    """Raises UserError where torch.compile would fail at the first step, for want of a compiler or a known backend.
+    backend: what --compile says, or None. device: "cuda", "mps" or "cpu"."""
+    if backend in (None, "inductor"):
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if backend and device == "cuda" and not importlib.util.find_spec("triton"):
+            raise UserError("--compile: needs the package triton, which PyTorch's builds for CUDA bring; install it")
+        if backend and device == "cpu" and not shutil.which(compiler):
+            raise UserError(
+                f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or name another in CXX"
+            )
+    elif backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise UserError(f"--compile {backend}: not a backend of torch.compile; these are {', '.join(known)}")
 
 
 def check_image_size(image_size, factor, patch_size):

@@ -8,6 +8,7 @@
 With the same weights and seed these are the original release's images, on the CPU; for sets of images see sample_ddp.py.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,10 @@ def main(argv=None):
         if args.init_image:
             picture = data.center_crop_arr(data.open_image(args.init_image), args.image_size)
         mask = data.center_crop_arr(data.open_image(args.mask), args.image_size) if args.mask else None
-        images, captions = draw(args, distributed.setup(args.device).device, picture, mask)
+        device = distributed.setup(args.device).device
+        if args.precision == "bf16" and not distributed.has_bf16(device):
+            print(distributed.NO_BF16, file=sys.stderr)
+        images, captions = draw(args, device, picture, mask)
         save_grid(args.output, images, args.columns, args.enlarge, captions if args.captions else None)
     print(f"{len(images)} images in {args.output}")
 
@@ -99,11 +103,9 @@ def draw(args, device, picture=None, mask=None):
     The original's random stream: weights, then z, then at every step the noise of a doubled batch, whose second half, that
     of the unconditional images, is thrown away. Computing that half is not needed to keep the stream."""
     torch.manual_seed(args.seed)
-    sampling.use_tf32(device, args.tf32)
     model, space = sampling.load_model(args)
-    guide = sampling.load_guide(args)
     space.place(device)
-    model.to(device)
+    model, guide = sampling.place(args, model, device), sampling.place(args, sampling.load_guide(args), device)
     names = sampling.class_names(args)
     labels = [label for label in args.labels for _ in range(args.samples_per_label)]
     captions = [names.get(label, str(label)) for label in labels]
@@ -111,7 +113,7 @@ def draw(args, device, picture=None, mask=None):
     y = torch.tensor(labels, device=device)
     if args.interpolate:
         z, y, captions = interpolate(args, model, z, y, captions)
-    denoise = sampling.denoiser(args, model, y, guide.to(device) if guide else None)
+    denoise = sampling.denoiser(args, model, y, guide)
     start = {"progress": True}
     if picture is not None:
         x_0 = encode(model, space, picture, device).expand_as(z)

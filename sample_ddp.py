@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ import run_folder
 import sampling
 from diffusion import samplers
 from errors import UserError
+
+DECODED_ASIDE = {"cuda"}  # devices that decode a batch while they draw the next; a CPU's cores are busy with one
 
 
 def parse_args(argv=None):
@@ -61,9 +63,10 @@ def sample(args, context):
             say(context, f"Nothing left to do: {npz} holds {args.num_fid_samples:,} images")
             return
         model, space, guide = context.together(lambda: (*sampling.load_model(args), sampling.load_guide(args)))
-        model, space = model.to(context.device), space.place(context.device)
-        guide = guide.to(context.device) if guide else None
-        sampling.use_tf32(context.device, args.tf32)
+        space = space.place(context.device)
+        model, guide = (sampling.place(args, network, context.device) for network in (model, guide))
+        if args.precision == "bf16" and not distributed.has_bf16(context.device):
+            say(context, distributed.NO_BF16)
         say(context, f"{args.model}, {args.num_fid_samples:,} images to {folder}, {context.describe()}")
 
         missing = context.on_main(lambda: absent(args, folder))
@@ -104,26 +107,44 @@ def absent(args, folder):
 
 @torch.inference_mode()
 def draw(args, context, model, space, guide, folder, batches):
-    """Draw the given batches, every world_size-th on this process, while threads write the files."""
+    """Draw the given batches, every world_size-th on this process, while threads decode the batch before, on a GPU, and
+    write its files."""
     total = sum(len(batch_indices(args, batch)) for batch in batches)
     bar = tqdm(total=total, desc="Sampling", unit="image", disable=not context.is_main)
     shape = (model.in_channels, model.input_size, model.input_size)
     noises = 0 if sampling.is_deterministic(args) else args.num_sampling_steps
-    pending = []
-    with ThreadPoolExecutor(4) as writers:
+    stream = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None
+
+    def finish(x_0, indices, drawn=None):
+        """Decode, in that stream, and have the files written. Returns the writes under way."""
+        with torch.inference_mode(), torch.cuda.stream(stream):  # both are a thread's own
+            if drawn:
+                drawn.wait()
+            pixels = sampling.to_uint8(space.decode(x_0))
+        return [writers.submit(write_png, folder / f"{i:06d}.png", p) for i, p in zip(indices, pixels, strict=True)]
+
+    def finished(writes):
+        future = Future()
+        future.set_result(writes)
+        return future
+
+    before = finished([])  # the batch before: its decoding, which leads to its writes
+    with ThreadPoolExecutor(4) as writers, ThreadPoolExecutor(1) as decoder:
         for batch in batches[context.rank :: context.world_size]:
             indices = batch_indices(args, batch)
             noise = sampling.image_noise(args.global_seed, indices, noises, shape).to(context.device)
             denoise = sampling.denoiser(args, model, torch.tensor(labels(args, indices), device=context.device), guide)
             steps = sampling.steps(args, denoise, noise[0], lambda x, i, noise=noise: noise[1 + i])
-            images = space.decode(samplers.last(steps))
-            for done in pending:
-                done.result()
-            pixels = sampling.to_uint8(images)
-            pending = [writers.submit(write_png, folder / f"{i:06d}.png", p) for i, p in zip(indices, pixels, strict=True)]
+            x_0 = samplers.last(steps)
+            for write in before.result():
+                write.result()
+            if context.device.type in DECODED_ASIDE:
+                before = decoder.submit(finish, x_0, indices, stream and torch.cuda.current_stream().record_event())
+            else:
+                before = finished(finish(x_0, indices))
             bar.update(min(len(indices) * context.world_size, total - bar.n))
-        for done in pending:
-            done.result()
+        for write in before.result():
+            write.result()
     bar.close()
 
 

@@ -3,9 +3,11 @@
 import argparse
 
 import torch
+from torch import nn
 
 import checkpoint
 import diffusion
+import distributed
 import download
 import guidance
 import latents
@@ -27,6 +29,8 @@ def add_options(parser, vae, cfg_scale):
     add("--eta", type=options.number(low=0, high=1), default=0.0, help="of ddim: noise a step, 0 none to 1 about ddpm's")
     add("--spacing", choices=diffusion.samplers.SPACINGS, help="of timesteps, for the last four (default: linspace)")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs")
+    add("--precision", choices=["fp32", "tf32", "bf16"], help="of the model's matrix products (default: what --tf32 says)")
+    options.add_compile_option(parser)
     options.add_device_option(parser)
 
     add = parser.add_argument_group("guidance").add_argument
@@ -46,6 +50,7 @@ def check(args):
         diffusion.check_sampler(args.sampler, args.num_sampling_steps, args.eta, args.spacing)
     with options.naming("--guidance-interval"):
         guidance.check_interval(args.guidance_interval)
+    options.check_compile(args.compile, distributed.pick_device(args.device))
     if args.ckpt is None:
         if args.model != "DiT-XL/2" or args.image_size not in (256, 512) or args.num_classes != 1000:
             raise UserError(
@@ -163,13 +168,27 @@ def use_tf32(device, tf32):
         torch.backends.cudnn.allow_tf32 = tf32
 
 
+def place(args, model, device):
+    """A model (or None) on its device, in the precision and compiled as args ask."""
+    use_tf32(device, args.tf32 if args.precision is None else args.precision != "fp32")
+    if model is None:
+        return None
+    if args.precision == "bf16":  # what autocast would do to these weights in every step
+        for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            linear.bfloat16()
+    if args.compile:
+        model.compile_blocks(args.compile)
+    return model.to(device)
+
+
 def denoiser(args, model, y, guide=None):
     """The model under labels y: (N,) int64 (or weights of classes), guided as args say, for `diffusion.sample`."""
     channels = int(args.cfg_channels) if args.cfg_channels == "3" else args.cfg_channels
-    return guidance.guided_denoiser(
+    denoise = guidance.guided_denoiser(
         model, y, model.null_class, args.cfg_scale, channels, args.guidance_interval, args.guidance_schedule,
         args.guidance_rescale, guide,
     )  # fmt: skip
+    return torch.autocast(y.device.type, torch.bfloat16, enabled=args.precision == "bf16")(denoise)
 
 
 def steps(args, denoise, noise, step_noise, **options):

@@ -37,7 +37,7 @@ from watch import BadSteps, Progress, StopSignals
 FREE = {
     "data_path", "results_dir", "run_dir", "resume", "allow_changes", "epochs", "max_steps", "log_every", "ckpt_every",
     "keep_last", "keep_every", "num_workers", "device", "max_bad_steps", "class_names", "eval_every", "eval_reference",
-    "eval_samples", "eval_cfg_scale", "eval_sampling_steps", "inception_weights",
+    "eval_samples", "eval_cfg_scale", "eval_sampling_steps", "inception_weights", "grad_checkpoint",
 }  # fmt: skip
 
 
@@ -64,6 +64,11 @@ def parse_args(argv=None):
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
     add("--precision", choices=["fp32", "tf32", "bf16"],
         help="of matrix products (default: bf16 on GPUs that have it, else fp32)")  # fmt: skip
+    options.add_compile_option(parser)
+    add("--grad-accum", type=options.positive, default=1, metavar="K",
+        help="split each process's batch in K, one after the other in memory; the update is the same")  # fmt: skip
+    add("--grad-checkpoint", type=options.count, default=0, metavar="K", help="keep no activations of every K-th block and "
+        "compute them again for the gradient: 1 saves most memory, 0 is off; the update is the same")  # fmt: skip
     options.add_device_option(parser)
     add("--num-workers", type=options.count, default=4, help="processes that read images, per training process")
     add("--skip-bad-images", action="store_true", help="replace unreadable images by the next readable one")
@@ -143,7 +148,9 @@ def prepare(args, context):
     dataset = data.load(args.data_path, args.image_size, args.global_seed, args.flip, args.skip_bad_images)
     check_data(args, dataset, context)
     space = latents.load(args.vae, dataset.channels)
-    args.precision = args.precision or default_precision(context.device)
+    bf16 = context.device.type == "cuda" and distributed.has_bf16(context.device)
+    args.precision = args.precision or ("bf16" if bf16 else "fp32")
+    options.check_compile(args.compile, context.device.type)
     return dataset, space, build_model(args, space)
 
 
@@ -260,6 +267,8 @@ class Trainer:
     def __init__(self, args, context, model, space):
         self.args, self.context, self.space, device = args, context, space, context.device
         self.model = model.to(device).train()
+        model.y_embedder.eval()  # labels are dropped in `update`, for the whole batch
+        model.checkpoint_every = args.grad_checkpoint
         self.ema = EMA(model, args.ema_decay, args.ema_warmup)
         self.diffusion = create_diffusion("")
         # all parameters, the frozen one too: its place is part of the state's layout in existing checkpoints
@@ -269,12 +278,16 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
         if device.type == "cuda":
             torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
+        if args.compile:
+            for network in (model, self.ema.module):
+                network.compile_blocks(args.compile)
         self.parallel_model = model
         if context.world_size > 1:
             ids = [device] if device.type == "cuda" else None  # the local device, not the global rank
             self.parallel_model = DistributedDataParallel(
-                model, device_ids=ids, gradient_as_bucket_view=True, static_graph=True
-            )
+                model, device_ids=ids, gradient_as_bucket_view=True,
+                static_graph=args.grad_accum == 1,  # it counts on one backward pass an update
+            )  # fmt: skip
         self.step = self.images_seen = 0
         self.progress = Progress(device)
 
@@ -289,19 +302,33 @@ class Trainer:
             y = torch.zeros_like(y)
         x_0 = self.space.encode(images)
         t = torch.randint(self.diffusion.num_timesteps, (len(x_0),), device=device)
-        with self.autocast:
-            losses = self.diffusion.training_losses(self.parallel_model, x_0, t, {"y": y})
-        finite = self.descend(losses["loss"].mean())
+        noise = torch.randn_like(x_0)
+        losses = self.accumulate(x_0, t, noise, self.model.y_embedder.drop(y))
+        finite = self.descend()
         self.step += 1
         self.images_seen += args.global_batch_size
         self.progress.add(losses, self.grad_norm, finite, len(x_0))
         return finite
 
-    def descend(self, loss):
-        """Follow the loss's gradient, unless it is not finite: then the fused optimizer leaves weights and state alone, on
-        the device, on all ranks alike (they share the averaged gradient), and the host need not know."""
+    def accumulate(self, x_0, t, noise, y):
+        """Leave the gradient of the mean loss in the parameters, from --grad-accum parts of the batch in turn. All that is
+        random was drawn for the whole batch, so their number changes the result by rounding alone. Returns the losses, (N,)
+        each."""
         self.optimizer.zero_grad()
-        loss.backward()
+        num_parts, found = self.args.grad_accum, []
+        parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, y)), strict=True)
+        for i, (x_0_i, t_i, noise_i, y_i) in enumerate(parts, 1):
+            exchange = self.context.world_size == 1 or i == num_parts  # the ranks share the last sum, not the parts
+            with contextlib.nullcontext() if exchange else self.parallel_model.no_sync():
+                with self.autocast:
+                    losses = self.diffusion.training_losses(self.parallel_model, x_0_i, t_i, {"y": y_i}, noise_i)
+                (losses["loss"].sum() / len(x_0)).backward()
+            found.append({name: values.detach() for name, values in losses.items()})
+        return {name: torch.cat([losses[name] for losses in found]) for name in found[0]}
+
+    def descend(self):
+        """Follow the gradient, unless it is not finite: then the fused optimizer leaves weights and state alone, on the
+        device, on all ranks alike (they share the averaged gradient), and the host need not know."""
         weights = self.ema.weights
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
         if self.args.clip_grad_norm:
@@ -347,6 +374,11 @@ def check_data(args, dataset, context):
             f"--global-batch-size {args.global_batch_size}: not a multiple of the {context.world_size} processes; "
             f"{math.ceil(args.global_batch_size / context.world_size) * context.world_size} is"
         )
+    if args.grad_accum * context.world_size > args.global_batch_size:
+        raise UserError(
+            f"--grad-accum {args.grad_accum}: more than the {args.global_batch_size // context.world_size} images that a "
+            "process has of each batch; lower it"
+        )
     if args.num_classes and len(dataset.classes) > args.num_classes:
         raise UserError(
             f"--num-classes {args.num_classes}: {args.data_path} has {len(dataset.classes)} classes; "
@@ -379,10 +411,6 @@ def build_model(args, space):
     args.hidden_size, args.depth, args.patch_size = model.pos_embed.shape[-1], len(model.blocks), patch_size
     args.num_heads = model.blocks[0].attn.num_heads
     return model
-
-
-def default_precision(device):
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def open_folder(args, context):
@@ -484,9 +512,8 @@ def introduce(trainer, dataset, source, say):
     say(f"{len(dataset):,} images of {len(dataset.classes)} classes from {args.data_path}; run folder {args.run_dir}")
     if source:
         say(f"Resumed from {source} at step {trainer.step}")
-    on_cpu = trainer.context.device.type == "cpu"
-    if args.precision == "bf16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        say("--precision bf16: this CPU has no bfloat16 instructions, fp32 will be far faster")
+    if args.precision == "bf16" and not distributed.has_bf16(trainer.context.device):
+        say(distributed.NO_BF16)
 
 
 def read_batches(trainer, dataset, total_steps):

@@ -184,6 +184,23 @@ def test_every_option_changes_the_images(lively, tmp_path, monkeypatch, change):
     assert not torch.allclose(images("a.png", *base), images("b.png", *change), rtol=1e-3)
 
 
+def test_bf16_is_autocast_and_near_float32(lively):
+    """The weights are rounded once, before the first step; the result must be that of rounding them in each."""
+    x, y = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 5, 9])
+
+    def predict(weights, products):
+        _, args = sample.parse_args(["--ckpt", str(lively), "--cfg-scale", "2", "--precision", weights])
+        model = sampling.place(args, sampling.load_model(args)[0], x.device)
+        args.precision = products
+        return sampling.denoiser(args, model, y)(x, 500)
+
+    plain, rounded = predict("fp32", "fp32"), predict("bf16", "bf16")
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, predict("fp32", "bf16"))
+    error = (rounded - plain).square().mean().sqrt() / plain.std()
+    assert 1e-4 < error < 0.02, "8 bits of mantissa, on a model of random weights"
+
+
 def test_interpolations_start_and_end_at_their_ends(lively, tmp_path):
     def pixels(name, *extra):
         command = ["--ckpt", lively, *SHORT, "--sampler", "ddim", "--output", tmp_path / name]

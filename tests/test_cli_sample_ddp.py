@@ -15,6 +15,7 @@ from PIL import Image
 
 import sample_ddp
 import sampling
+from errors import UserError
 
 STEPS = ["--num-sampling-steps", "3", "--num-fid-samples", "11", "--device", "cpu", "--folder", "set"]
 
@@ -54,6 +55,28 @@ def test_images_do_not_depend_on_processes_or_batch(undisturbed, tiny_checkpoint
     assert np.array_equal(labels, expected_labels)
     difference = np.abs(images.astype(int) - expected).max()
     assert difference <= (0 if batch == 3 else 1), "one grey level is allowed where the batch differs"
+
+
+def test_decoding_aside_changes_nothing(undisturbed, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """What GPUs do, with a CPU's threads: a batch is decoded and written while the next is drawn, and an error is told."""
+    monkeypatch.setattr(sample_ddp, "DECODED_ASIDE", {"cpu"})
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", 3)) == 0
+    assert (tmp_path / "set.npz").read_bytes() == (undisturbed / "set.npz").read_bytes()
+    monkeypatch.setattr(sample_ddp, "write_png", lambda path, pixels: full(path))
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path / "full")) == 2
+    assert "000000.png: no space" in capsys.readouterr().err
+
+
+def full(path):
+    raise UserError(f"{path}: no space")
+
+
+def test_compiled_blocks_draw_the_same_images(undisturbed, tiny_checkpoint, tmp_path, capsys):
+    argv = command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", 3, "--compile", "aot_eager")
+    assert call(sample_ddp.main, *argv) == 0
+    assert np.abs(read(tmp_path)[0].astype(int) - read(undisturbed)[0]).max() <= 1
+    assert call(sample_ddp.main, *argv[:-2], "--num-fid-samples", 12) == 2, "sets of both may not be mixed"
+    assert "compile aot_eager, now None" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on_byte_for_byte(undisturbed, tiny_checkpoint, tmp_path, capsys):

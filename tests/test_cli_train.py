@@ -343,47 +343,117 @@ def make_trainer(world_args=(), **model_options):
     return train.Trainer(args, context, DiT(**{**SMALL, **model_options}), train.latents.load("none"))
 
 
+def descend(trainer, loss):
+    trainer.optimizer.zero_grad()
+    loss.backward()
+    return trainer.descend()
+
+
 def test_a_bad_gradient_changes_nothing_and_a_good_one_does():
     trainer = make_trainer()
     trainer.step = 5
-    trainer.descend(sum(p.square().sum() for p in trainer.ema.weights))
+    descend(trainer, sum(p.square().sum() for p in trainer.ema.weights))
     before = {key: value.clone() for key, value in flat(trainer.optimizer.state_dict()["state"]).items()}
     weights = [p.clone() for p in trainer.ema.weights]
-    assert not trainer.descend(sum((p * float("nan")).sum() for p in trainer.ema.weights))
+    assert not descend(trainer, sum((p * float("nan")).sum() for p in trainer.ema.weights))
     assert all(torch.equal(p, w) for p, w in zip(trainer.ema.weights, weights, strict=True))
     after = flat(trainer.optimizer.state_dict()["state"])
     assert all(torch.equal(after[key], value) for key, value in before.items()), "moments and step count must stay"
-    assert trainer.descend(sum(p.square().sum() for p in trainer.ema.weights))
+    assert descend(trainer, sum(p.square().sum() for p in trainer.ema.weights))
     assert not torch.equal(trainer.ema.weights[0], weights[0])
 
 
 def test_gradient_clipping_limits_the_norm():
     trainer = make_trainer(["--clip-grad-norm", "0.5"])
-    trainer.descend(sum(p.square().sum() for p in trainer.ema.weights))
+    descend(trainer, sum(p.square().sum() for p in trainer.ema.weights))
     assert trainer.grad_norm > 1
     norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.ema.weights])
     assert norm == pytest.approx(0.5, rel=1e-4)
 
 
-def test_thirty_updates_of_the_trainer_match_the_reference():
-    """What train.py runs, not a copy of it: the fused optimizer and average give the reference's numbers."""
+SWITCHES = ["", "--grad-accum 3", "--grad-checkpoint 1", "--grad-checkpoint 2", "--compile aot_eager"]
+SWITCHES += ["--compile aot_eager --grad-accum 2 --grad-checkpoint 1"]
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_thirty_updates_of_the_trainer_match_the_reference(switches):
+    """What train.py runs, not a copy of it: the fused optimizer and average give the reference's numbers, with every
+    switch that makes it faster or smaller."""
     data = golden("train")
-    trainer = make_trainer(["--lr", "1e-3", "--ema-decay", "0.99"], class_dropout_prob=0.3)
-    fill(trainer.model).train()
+    trainer = make_trainer(["--lr", "1e-3", "--ema-decay", "0.99", *switches.split()], class_dropout_prob=0.3)
+    fill(trainer.model)
     trainer.ema.module.load_state_dict(trainer.model.state_dict())
     losses = []
     for i in range(30):
         x, noise, t, y = training_batch(i)
         torch.manual_seed(i)
-        loss = trainer.diffusion.training_losses(trainer.parallel_model, x, t, {"y": y}, noise)["loss"].mean()
-        trainer.descend(loss)
-        losses.append(loss.item())
+        losses.append(trainer.accumulate(x, t, noise, trainer.model.y_embedder.drop(y))["loss"].mean().item())
+        trainer.descend()
     assert_golden(losses, data["losses"], "losses", tol=2e-4)
     for key in data:
         if key != "losses":
             kind, name = key.split(":")
             module = trainer.ema.module if kind == "ema" else trainer.model
             assert_golden(module.state_dict()[name], data[key], key, tol=2e-4)
+
+
+def gradients(switches):
+    """Losses and gradients of one update in float64, every weight random."""
+    trainer = make_trainer(switches.split())
+    fill(trainer.model).double()
+    x, noise, t, y = training_batch(0)
+    losses = trainer.accumulate(x.double(), t, noise.double(), y)
+    return [*losses.values(), *(p.grad for p in trainer.ema.weights)]
+
+
+@pytest.mark.parametrize("switches", SWITCHES[1:])
+def test_switches_change_no_gradient(switches):
+    exact = switches.startswith("--grad-checkpoint")  # the same operations again; the others sum in another order
+    for changed, plain in zip(gradients(switches), gradients(""), strict=True):
+        torch.testing.assert_close(changed, plain, rtol=0 if exact else 1e-9, atol=0 if exact else 1e-12)
+
+
+def test_checkpointing_runs_the_blocks_forward_twice_and_accumulation_each_part():
+    for switches, calls in [("", 4), ("--grad-checkpoint 1", 8), ("--grad-checkpoint 2", 6), ("--grad-accum 3", 12)]:
+        trainer = make_trainer(switches.split(), depth=4)
+        seen = []
+        for block in trainer.model.blocks:
+            block.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(len(inputs[0])))
+        x, noise, t, y = training_batch(0)
+        trainer.accumulate(x, t, noise, y)
+        assert len(seen) == calls, switches
+        assert max(seen) == (3 if "accum" in switches else 8), "8 images in parts of 3, 3 and 2"
+
+
+@pytest.mark.parametrize("switches", ["--grad-accum 3", "--grad-checkpoint 1", "--compile aot_eager"])
+def test_a_whole_run_goes_as_without_the_switch(tmp_path, ranks, switches):
+    """On two processes, with label dropout, against one without: the parts must not change what is drawn, nor what DDP
+    exchanges."""
+    for folder, extra in (("plain", []), ("switched", switches.split())):
+        run = ranks(train.main, [*TINY, *extra, "--max-steps", 6, "--run-dir", tmp_path / folder], 2)
+        assert run.wait() == [0, 0], run.text()
+    for row, plain in zip(metrics(tmp_path / "switched"), metrics(tmp_path / "plain"), strict=True):
+        assert [row[k] for k in ("loss", "mse", "vb")] == pytest.approx([plain[k] for k in ("loss", "mse", "vb")], rel=1e-5)
+    a, b = latest(tmp_path / "switched")["ema"], latest(tmp_path / "plain")["ema"]
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_blocks_are_compiled_once_for_all():
+    """A model of thirty blocks must not take fifteen times the start-up of one of two."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for depth in (2, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        trainer = make_trainer(["--compile", "aot_eager"], depth=depth)
+        x, noise, t, y = training_batch(0)
+        for _ in range(2):
+            trainer.accumulate(x, t, noise, y)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1]
+    assert trainer.model.state_dict().keys() == DiT(**{**SMALL, "depth": 6}).state_dict().keys()
 
 
 def test_a_checkpoint_of_the_original_release_resumes(tmp_path, tiny_checkpoint):
@@ -466,6 +536,8 @@ def bad(words, *argv):
         bad("argument --max-steps: 0 is not a whole number, 1 or more", "--max-steps", 0),
         bad("unrecognized arguments: --learning-rate", "--learning-rate", 1),
         bad("invalid choice", "--model", "DiT-M/2"),
+        bad("--grad-accum 13: more than the 12 images", "--grad-accum", 13),
+        bad("--compile gcc: not a backend of torch.compile", "--compile", "gcc"),
         bad("needs --run-dir", "--resume", "auto"),
         bad("absent.pt: no such file", "--resume", "absent.pt"),
         bad("truncated or damaged", "--resume", "text.pt"),

@@ -6,6 +6,9 @@ import re
 import pytest
 from conftest import call
 
+import options
+from errors import UserError
+
 COMMANDS = ["train", "sample", "sample_ddp", "evaluate", "likelihood"]
 
 
@@ -16,3 +19,11 @@ def test_help_tells_each_default_once(name, capsys):
     assert "(default: None)" not in text
     assert not re.search(r"\(default: [^()]*\) \(default", text)
     assert "(default:" in text
+
+
+def test_compilation_without_a_compiler_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile: needs a C\\+\\+ compiler, and there is no no-such-compiler"):
+        options.check_compile("inductor", "cpu")
+    options.check_compile("aot_eager", "cpu")
+    options.check_compile(None, "cpu")
