@@ -82,6 +82,17 @@ class LabelEmbedder(nn.Module):
 # The four block designs: section 3.2 and Figure 3 of the paper, from right to left
 
 
+class TanhGELU(nn.Module):
+    """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x sigmoid(2u)."""
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            return F.gelu(x, approximate="tanh")
+        z = x.to(torch.promote_types(x.dtype, torch.float32))
+        # compiled into one kernel, sigmoid takes half of tanh's time on a CPU
+        return (z * torch.sigmoid(math.sqrt(8 / math.pi) * (z + 0.044715 * z * z * z))).to(x.dtype)
+
+
 class InContextBlock(nn.Module):
     """The standard ViT block, and what all designs share. The condition is two of the tokens."""
 
@@ -94,7 +105,7 @@ class InContextBlock(nn.Module):
         self.norm1 = norm()
         self.attn = Attention(width, num_heads=num_heads, qkv_bias=True)
         self.norm2 = norm()
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TanhGELU)
         if self.num_modulations:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
 

@@ -37,7 +37,7 @@ GUIDED = [  # each at 20 steps of dpm-solver++
 
 def settings(sampler, num_steps, **changes):
     plain = {
-        "sampler": sampler, "num_sampling_steps": num_steps, "eta": 0.0, "spacing": None,
+        "sampler": sampler, "num_sampling_steps": num_steps, "eta": 0.0, "spacing": None, "precision": None,
         "cfg_channels": None, "guidance_interval": None, "guidance_schedule": "constant", "guidance_rescale": 0.0,
     }  # fmt: skip
     return argparse.Namespace(**{**plain, **changes})
