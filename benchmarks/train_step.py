@@ -119,6 +119,8 @@ def where_time_goes(profile, device):
     """{category: seconds} of one step, by the operation that takes the time."""
     seconds = dict.fromkeys(COLOURS, 0.0)
     for event in profile.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel: its time is its operation's, and counted there
+            continue
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         seconds[category_of(event)] += own / 1e6
     return seconds

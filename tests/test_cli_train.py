@@ -507,12 +507,26 @@ def test_unconditional_training_has_the_null_class_alone(tmp_path):
     assert latest(tmp_path)["model"]["y_embedder.embedding_table.weight"].shape == (1, 16)
 
 
-def test_bf16_follows_the_float32_losses(tmp_path):
+@pytest.mark.parametrize("extra", [[], ["--compile", "aot_eager"]])
+def test_bf16_follows_the_float32_losses(tmp_path, extra):
     for precision in ("fp32", "bf16"):
-        assert call(train.main, *TINY, "--precision", precision, "--max-steps", 20, "--run-dir", tmp_path / precision) == 0
+        argv = [*TINY, *(extra if precision == "bf16" else []), "--precision", precision, "--max-steps", 20]
+        assert call(train.main, *argv, "--run-dir", tmp_path / precision) == 0
     a, b = ([row["loss"] for row in metrics(tmp_path / precision)] for precision in ("fp32", "bf16"))
     assert a != b, "bf16 must change the arithmetic"
     assert max(abs(x - y) / x for x, y in zip(a, b, strict=True)) < 0.01, "1 % is the band"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_really_compiled_blocks_go_as_eager_ones(tmp_path):
+    command = [*TINY, "--max-steps", "6", "--run-dir"]
+    assert call(train.main, *command, tmp_path / "eager") == 0
+    argv = [sys.executable, "train.py", *command, tmp_path / "compiled", "--compile"]
+    here = Path(train.__file__).parent
+    subprocess.run(argv, check=True, cwd=here, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    a, b = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("eager", "compiled"))
+    assert a == pytest.approx(b, rel=1e-5)
 
 
 def bad(words, *argv):
