@@ -7,6 +7,7 @@ Run again after an interruption, the command makes the shards that are missing o
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -68,24 +69,13 @@ def main(argv=None):
 def extract(args, context):
     dataset, space = context.together(lambda: prepare(args, context))
     folder = Path(args.out)
-    lock = context.together(lambda: run_folder.hold(folder) if context.is_main else None)
-    try:
+    with context.together(lambda: run_folder.hold(folder) if context.is_main else contextlib.nullcontext()):
         record = context.on_main(lambda: begin(args, folder, dataset, space))
         missing = find_missing(context, folder, record)
-        context.on_main(lambda: check_room(folder, record, missing))
         if missing:
-            context.on_main(lambda: (folder / "index.json").unlink(missing_ok=True))  # unfinished, until it is whole again
-            say(context, f"{len(missing)} of {latent_folder.num_shards(record)} shards to make, {context.describe()}")
+            context.on_main(lambda: reopen(context, folder, record, missing))
             encode(args, context, dataset, space.place(context.device), folder, record, missing)
-        say(context, context.on_main(lambda: finish(args, folder, record, dataset, missing)))
-    finally:
-        if lock:
-            lock.close()
-
-
-def say(context, text):
-    if context.is_main:
-        print(text, flush=True)
+        context.on_main(lambda: print(finish(args, folder, record, dataset, missing), flush=True))
 
 
 def prepare(args, context):
@@ -143,8 +133,8 @@ def find_missing(context, folder, record):
     return sorted(number for part in context.gather(mine) for number in part)
 
 
-def check_room(folder, record, missing):
-    """Raises UserError where the disk has no room for the missing shards."""
+def reopen(context, folder, record, missing):
+    """Mark the folder as unfinished until it has the missing shards. Raises UserError where the disk lacks the room."""
     item = np.dtype(record["dtype"]).itemsize
     needed = sum(int(np.prod(latent_folder.shard_shape(record, number))) * item for number in missing)
     free = shutil.disk_usage(folder).free
@@ -153,6 +143,8 @@ def check_room(folder, record, missing):
             f"--out {folder}: {needed / 1e6:,.1f} MB are still to be written, the disk has {free / 1e6:,.1f} MB free; "
             "choose a folder on another disk"
         )
+    (folder / "index.json").unlink(missing_ok=True)
+    print(f"{len(missing)} of {latent_folder.num_shards(record)} shards to make, {context.describe()}", flush=True)
 
 
 def encode(args, context, dataset, space, folder, record, missing):

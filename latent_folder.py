@@ -64,7 +64,8 @@ def open_shard(folder, number, record):
     try:
         moments = np.load(path, mmap_mode="r")  # raises ValueError where the file is shorter than its header says
     except (OSError, ValueError, EOFError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "truncated or damaged"
+        reason = getattr(error, "strerror", None)  # the system's, such as that there is no such file
+        reason = f"cannot be read ({reason})" if reason else "truncated or damaged"
         raise data.DataError(f"{path}: {reason}; {AGAIN}") from None
     size = moments.offset + moments.nbytes
     if moments.shape != shard_shape(record, number) or moments.dtype != record["dtype"] or path.stat().st_size != size:

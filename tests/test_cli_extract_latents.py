@@ -39,12 +39,12 @@ def one_line(capture):
 
 @pytest.fixture(scope="module")
 def small_vae(small_vae, tmp_path_factory):
-    """conftest's, with posteriors that tell images and mirrors apart: means of about unit variance, deviations of 0.4."""
+    """conftest's, with posteriors that tell images and mirrors apart: their means differ by far more than they are wide."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(small_vae)
     with torch.no_grad():
-        vae.encoder.conv_out.weight[:4] *= 25
+        vae.encoder.conv_out.weight[:4] *= 50
         vae.quant_conv.weight.copy_(torch.eye(8)[:, :, None, None])
         vae.quant_conv.bias.copy_(torch.tensor([0, 0, 0, 0, -2, -2, -2, -2]))
     folder = tmp_path_factory.mktemp("sharp_vae")
@@ -174,13 +174,16 @@ def losses(folder, data_path, vae, *extra):
 
 
 def test_training_from_latents_is_training_from_images(undisturbed, exact, image_folder, small_vae, tmp_path):
-    """Eight updates over two and a half epochs, flips and label dropout included. The small autoencoder's latents have a
-    standard deviation about 1 and float16 keeps 11 bits."""
+    """Eight updates over two and a half epochs, flips and label dropout included: in float32 the same losses, and
+    in float16, which keeps 11 bits, nearly."""
     expected = losses(tmp_path / "images", image_folder, small_vae)
-    np.testing.assert_allclose(losses(tmp_path / "float32", exact, small_vae), expected, rtol=1e-4)
-    np.testing.assert_allclose(losses(tmp_path / "float16", undisturbed, small_vae), expected, rtol=2e-3)
+    stored, rounded = (losses(tmp_path / f.parent.name, f, small_vae) for f in (exact, undisturbed))
     straight = losses(tmp_path / "straight", undisturbed, small_vae, "--no-flip")
-    assert np.abs(straight / expected - 1).max() > 5e-3, "the flips make a difference that the bands would show"
+    apart = [np.abs(found / expected - 1).max() for found in (stored, rounded, straight)]
+    print("largest relative difference of a loss: float32 {:.1e}, float16 {:.1e}, unmirrored {:.1e}".format(*apart))
+    assert apart[0] < 1e-4
+    assert apart[1] < 5e-4
+    assert apart[2] > 2e-3, "the flips make a difference that the bands would show"
 
 
 def test_processes_and_workers_read_the_same_latents(undisturbed, small_vae, tmp_path, ranks):

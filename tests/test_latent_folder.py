@@ -16,6 +16,8 @@ import data
 import extract_latents
 import latent_folder
 import latents
+from benchmarks import images as benchmark_images
+from benchmarks import latents as benchmark_latents
 from errors import UserError
 
 RECORD = {
@@ -185,7 +187,10 @@ DAMAGES = [
     ("unfinished latents, there is no index.json yet; run the same", lambda f: (f / "index.json").unlink()),
     ("index.json: damaged; run the same", cut("index.json", 40)),
     ("index.json: of format 2, known is 1; extract the latents again", edit_index(version=2)),
-    ("shard-00001.npy: missing; run the same", lambda f: (f / "shard-00001.npy").unlink()),
+    (
+        "shard-00001.npy: cannot be read .No such file or directory.; run the same",
+        lambda f: (f / "shard-00001.npy").unlink(),
+    ),
     ("shard-00002.npy: truncated or damaged; run the same", cut("shard-00002.npy", -1)),
     ("shard-00000.npy: truncated or damaged; run the same", cut("shard-00000.npy", 20)),
     ("shard-00000.npy: truncated or damaged; run the same", cut("shard-00000.npy", 0)),
@@ -213,7 +218,21 @@ def test_a_shard_that_vanishes_later_is_named(tmp_path):
     assert data.next_batch(iter(data.loader(stored, [[(0, 0)]])))[1] is None
     for workers in (0, 1):
         batches = iter(data.loader(stored, [[(7, 0)]], workers))
-        assert data.next_batch(batches) == (None, f"{tmp_path}/shard-00001.npy: missing; {latent_folder.AGAIN}")
+        expected = f"{tmp_path}/shard-00001.npy: cannot be read (No such file or directory); {latent_folder.AGAIN}"
+        assert data.next_batch(batches) == (None, expected)
+
+
+@pytest.mark.parametrize(("benchmark", "unit"), [(benchmark_latents, "latents"), (benchmark_images, "images")])
+def test_benchmarks_measure(capsys, monkeypatch, benchmark, unit):
+    argv = "--images 44 --image-size 16 --batch-size 2 --num-workers 0 --seconds 0.02 --repeats 2 --json".split()
+    monkeypatch.setattr("sys.argv", ["benchmark", *argv])
+    benchmark.main()
+    row = json.loads(capsys.readouterr().out)[f"{unit}_per_second"]["0"]
+    assert 0 < row["least"] <= row["median"] <= row["most"]
+    if unit == "latents":
+        monkeypatch.setattr("sys.argv", ["benchmark", *argv[:-1], "--cold"])
+        benchmark.main()
+        assert "least to most of 2" in capsys.readouterr().out
 
 
 def test_only_folders_of_latents_are_recognised(tmp_path, image_folder):
