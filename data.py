@@ -51,6 +51,11 @@ def center_crop_arr(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def mirrored(seed, index, epoch):
+    """Whether an image is seen mirrored in this epoch, 0 or 1: a fair coin."""
+    return int(seeds.generator(seed, seeds.FLIP, epoch, index).integers(2))
+
+
 class Images(Dataset):
     """An image folder, one folder a class. Item (index, epoch) is a dict of `image` (C, H, W) uint8, `label` and `index`;
     whether it is mirrored depends on (seed, epoch, index). channels: of a pixel-space model. With skip_bad an unreadable
@@ -100,7 +105,7 @@ class Images(Dataset):
         return self.item(image, self.samples[source][1], index, epoch, replaced)
 
     def item(self, image, label, index, epoch, replaced=""):
-        if self.flip and seeds.generator(self.seed, seeds.FLIP, epoch, index).integers(2):
+        if self.flip and mirrored(self.seed, index, epoch):
             image = image[:, :, ::-1]
         image = torch.from_numpy(np.ascontiguousarray(image))
         return {"image": image, "label": label, "index": index, "replaced": replaced}
@@ -175,18 +180,36 @@ def _worker_init(worker_id):
     torch.set_num_threads(1)
 
 
+def _as_it_is(batch):
+    return batch
+
+
 def loader(dataset, order, num_workers=0, pin_memory=False):
-    """Batches of dataset in the given order, read ahead by worker processes (none for data in memory)."""
+    """Batches of dataset in the given order, read ahead by worker processes (none for data in memory). A dataset with
+    `__getitems__` makes the batch of a list of keys itself."""
     if isinstance(dataset, Digits):
         num_workers = 0
     return DataLoader(
         dataset,
         batch_sampler=order,
+        collate_fn=_as_it_is if hasattr(dataset, "__getitems__") else None,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_worker_init,
         persistent_workers=num_workers > 0,
     )
+
+
+def next_batch(batches):
+    """(batch, None), or (None, what went wrong in one line): another rank may be waiting, so an error is not raised yet."""
+    try:
+        return next(batches), None
+    except DataError as error:  # from a worker, it comes with the worker's traceback around it
+        return None, str(error).strip().split("DataError: ")[-1].split("\n")[0]
+    except (RuntimeError, OSError, EOFError) as error:  # the latter two where it dies while handing over a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        return None, f"{str(error).split(chr(10))[0]} (a data worker died; is there memory for --num-workers?)"
 
 
 def to_model_range(images):

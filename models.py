@@ -270,7 +270,8 @@ class DiT(nn.Module):
         """x: (N, C, H, W) noised latents. t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0, num_classes], the
         last for "no class", or (N, num_classes + 1) float weights of their embeddings. Returns (N, 2C, H, W): eps, then the
         interpolation of log-variances in about [-1, 1]; with learn_sigma=False eps alone."""
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        # (N, T, D), in this order in memory too, which the embedder leaves transposed and every later x would inherit
+        x = self.x_embedder(x).contiguous() + self.pos_embed
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # each (N, D)
         if BLOCKS[self.block].num_modulations:
             c = t_emb + y_emb  # (N, D)

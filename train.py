@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 import checkpoint
 import data
 import distributed
+import latent_folder
 import latents
 import options
 import run_folder
 import seeds
-from data import center_crop_arr  # noqa: F401 -- known to users as train.center_crop_arr
+from data import center_crop_arr, next_batch  # noqa: F401 -- the former is known to users as train.center_crop_arr
 from diffusion import create_diffusion
 from ema import EMA
 from errors import RunError, UserError
@@ -43,7 +44,8 @@ FREE = {
 
 def parse_args(argv=None):
     parser = options.Parser(__doc__.split("\n")[0])
-    parser.add_argument("--data-path", required=True, help='an image folder, one folder a class; or "digits"')
+    parser.add_argument("--data-path", required=True, help="an image folder, one folder a class; a folder of latents "
+        'that extract_latents.py has made of one; or "digits"')  # fmt: skip
     parser.add_argument("--results-dir", default="results", help="where numbered run folders are made")
     parser.add_argument("--run-dir", help="an explicit run folder, in place of a numbered one; resumes what is there")
     options.add_model_options(parser, vae="ema")
@@ -145,9 +147,13 @@ def train(args, context, stop):
 
 def prepare(args, context):
     """(dataset, latent space, model), or a UserError for what cannot work, before anything that takes long."""
-    dataset = data.load(args.data_path, args.image_size, args.global_seed, args.flip, args.skip_bad_images)
+    stored = latent_folder.recognised(args.data_path)
+    if stored:
+        dataset = latent_folder.Latents(args.data_path, args.global_seed, args.flip)
+    else:
+        dataset = data.load(args.data_path, args.image_size, args.global_seed, args.flip, args.skip_bad_images)
     check_data(args, dataset, context)
-    space = latents.load(args.vae, dataset.channels)
+    space = dataset.space(args.vae, decodes=args.eval_every) if stored else latents.load(args.vae, dataset.channels)
     bf16 = context.device.type == "cuda" and distributed.has_bf16(context.device)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
     options.check_compile(args.compile, context.device.type)
@@ -296,11 +302,10 @@ class Trainer:
         args, device = self.args, self.context.device
         # noise, timesteps and null labels belong to (seed, step, rank): there is no random state to save or to lose
         torch.manual_seed(seeds.torch_seed(args.global_seed, seeds.TRAINING_STEP, self.step, self.context.rank))
-        images = data.to_model_range(batch["image"].to(device, non_blocking=True))
         y = batch["label"].to(device, non_blocking=True)
         if args.num_classes == 0:
             y = torch.zeros_like(y)
-        x_0 = self.space.encode(images)
+        x_0 = draw_x_0(self.space, batch, device)
         t = torch.randint(self.diffusion.num_timesteps, (len(x_0),), device=device)
         noise = torch.randn_like(x_0)
         losses = self.accumulate(x_0, t, noise, self.model.y_embedder.drop(y))
@@ -367,8 +372,17 @@ class Trainer:
             self.progress.restore(state["progress"], self.context)
 
 
+def draw_x_0(space, batch, device):
+    """x_0 (N, C, h, w) of a batch's images, or of their stored moments: a fresh draw either way."""
+    if "moments" in batch:
+        return space.sample(batch["moments"].to(device, non_blocking=True))
+    return space.encode(data.to_model_range(batch["image"].to(device, non_blocking=True)))
+
+
 def check_data(args, dataset, context):
     """Refuse, before anything slow, what cannot be trained on."""
+    if isinstance(dataset, latent_folder.Latents):
+        dataset.check(args.image_size, args.skip_bad_images)
     if args.global_batch_size % context.world_size:
         raise UserError(
             f"--global-batch-size {args.global_batch_size}: not a multiple of the {context.world_size} processes; "
@@ -523,18 +537,6 @@ def read_batches(trainer, dataset, total_steps):
         len(dataset), args.global_batch_size, args.global_seed, context.rank, context.world_size, trainer.images_seen, stop
     )
     return data.loader(dataset, order, args.num_workers, pin_memory=context.device.type == "cuda")
-
-
-def next_batch(batches):
-    """(batch, None), or (None, what went wrong in one line): another rank may be waiting, so an error is not raised yet."""
-    try:
-        return next(batches), None
-    except data.DataError as error:  # from a worker, it comes with the worker's traceback around it
-        return None, str(error).strip().split("DataError: ")[-1].split("\n")[0]
-    except (RuntimeError, OSError, EOFError) as error:  # the latter two where it dies while handing over a batch
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        return None, f"{str(error).split(chr(10))[0]} (a data worker died; is there memory for --num-workers?)"
 
 
 def last_checkpoint(writer):

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import complexity
+import distributed
 import options
 import sample_ddp
 import sampling
@@ -45,7 +46,7 @@ class Ours:
     compile: str | None
 
     def __call__(self):
-        args, device = self.args, torch.device(self.args.device)
+        args, device = self.args, distributed.setup(self.args.device).device
         args.compile = self.compile
         model = sampling.place(args, lively(build(args)).eval(), device)
         shape = (model.in_channels, model.input_size, model.input_size)

@@ -25,6 +25,7 @@ from errors import RunError
 from watch import peak_memory
 
 VARIANTS = ("baseline", "eager", "compiled")  # the original's recipe, and ours without and with --compile
+PROFILED = 5  # calls
 MATRIX_PRODUCT = "matrix product"
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
@@ -78,7 +79,8 @@ def compare(mine, theirs, baseline, ours, flops, images, profile=None):
 def race(makers, device, repeats, warmup=2, profile=None):
     """{name: Timing}. makers: {name: make}, where make(), picklable, is called in the variant's process and returns what is
     timed, a function without arguments. warmup: calls after the first, which is kept apart, that are not counted. profile:
-    what to do with a torch.profiler.profile of one more call, in the variant's process. Raises RunError where one fails."""
+    {what: seconds} of a torch.profiler.profile of one more call, in the variant's process; means of several are taken.
+    Raises RunError where one fails."""
     with contextlib.ExitStack() as stack:
         runners = {name: stack.enter_context(Runner(name, make, device, profile)) for name, make in makers.items()}
         timings = {name: Timing() for name in makers}
@@ -91,7 +93,11 @@ def race(makers, device, repeats, warmup=2, profile=None):
                     timings[name].seconds.append(seconds)
         for name, runner in runners.items():
             timings[name].peak_memory_gib = runner.ask("memory")
-            timings[name].profile = runner.ask("profile") if profile else {}
+        for _ in range(PROFILED if profile else 0):
+            for name, runner in runners.items():
+                total = timings[name].profile
+                for what, seconds in runner.ask("profile").items():
+                    total[what] = total.get(what, 0.0) + seconds / PROFILED
     return timings
 
 

@@ -46,10 +46,7 @@ def parse_args(argv=None):
     return parser, mine, args
 
 
-class Latents(latents.Pixels):
-    """x_0 as the data holds it, in the autoencoder's size."""
-
-    factor = 8
+LATENTS = latents.Stored({"channels": 4, "factor": 8, "scaling": 1.0, "shift": 0.0})
 
 
 @dataclass
@@ -62,10 +59,11 @@ class Ours:
     def __call__(self):
         args = copy.copy(self.args)
         args.compile = self.compile
-        space = Latents(4)
-        model = lively(train.build_model(args, space))
-        trainer = train.Trainer(args, distributed.setup(args.device), model, space)
-        batch = {"image": random_images(args, model), "label": random_labels(args)}
+        model = lively(train.build_model(args, LATENTS))
+        trainer = train.Trainer(args, distributed.setup(args.device), model, LATENTS)
+        mean = random_latents(args, model)
+        moments = torch.stack([mean, torch.rand_like(mean)], dim=1)  # as stored: the mean and standard deviation
+        batch = {"moments": moments.half(), "label": random_labels(args)}
         return lambda: trainer.update(batch)
 
 
@@ -79,11 +77,11 @@ class OriginalRecipe:
         args = self.args
         device = torch.device(args.device)
         timing.set_precision(args.device, "tf32")
-        model = lively(train.build_model(args, Latents(4))).to(device).train()
+        model = lively(train.build_model(args, LATENTS)).to(device).train()
         average = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
         diffusion = create_diffusion("")
-        x_0, y = (random_images(args, model) / 127.5 - 1).to(device), random_labels(args).to(device)
+        x_0, y = random_latents(args, model).to(device), random_labels(args).to(device)
 
         def step():
             t = torch.randint(diffusion.num_timesteps, (len(x_0),), device=device)
@@ -106,9 +104,8 @@ def lively(model):
     return model
 
 
-def random_images(args, model):
-    shape = (args.global_batch_size, model.in_channels, model.input_size, model.input_size)
-    return torch.randint(256, shape, dtype=torch.uint8)
+def random_latents(args, model):
+    return torch.randn(args.global_batch_size, model.in_channels, model.input_size, model.input_size)
 
 
 def random_labels(args):
@@ -150,7 +147,7 @@ def category_of(event):
 def measure(mine, args):
     """The report, a dict."""
     with torch.device("meta"):
-        flops = 3 * 2 * complexity.forward_macs(train.build_model(args, Latents(4))) * args.global_batch_size
+        flops = 3 * 2 * complexity.forward_macs(train.build_model(args, LATENTS)) * args.global_batch_size
     settings = ("model", "block", "image_size", "grad_accum", "grad_checkpoint")
     report = {**{name: getattr(args, name) for name in settings}, "batch_size": args.global_batch_size}
     profile = where_time_goes if mine.profile or mine.plot else None
@@ -176,7 +173,10 @@ def draw_profile(path, report):
             left += length
     needed = report["flops_per_step"] / report["matrix_flops_per_second"]
     axes.axvline(needed, color="black", linestyle="--", linewidth=1)
-    axes.text(needed, -0.55, " all products at the matrix rate", va="top", fontsize=8)
+    axes.text(
+        needed, len(report["variants"]) - 0.5, "all products at the matrix rate ", va="bottom", ha="right", fontsize=8
+    )
+    axes.set_ylim(-0.5, len(report["variants"]) - 0.2)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[: len(COLOURS)], labels[: len(COLOURS)], loc="outside lower center", ncols=3, frameon=False)
     axes.set(xlabel=f"seconds a step, {report['precision']}, {report['machine']}", title=describe(report))

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a network fails at once; read when the hub is imported
+
 from benchmarks.runs import Ranks, call
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a network fails at once
 torch.set_num_threads(1)  # the numbers are small, and forked processes may not use OpenMP's threads
 
 # A DiT of 30 thousand parameters on the digits, a few steps long

@@ -9,7 +9,7 @@ from conftest import call
 import options
 from errors import UserError
 
-COMMANDS = ["train", "sample", "sample_ddp", "evaluate", "likelihood"]
+COMMANDS = ["train", "extract_latents", "sample", "sample_ddp", "evaluate", "likelihood"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -15,7 +15,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "sample", "sample_ddp", "evaluate", "likelihood", "complexity"]
+COMMANDS = ["train", "extract_latents", "sample", "sample_ddp", "evaluate", "likelihood", "complexity"]
 
 
 def test_both_lists_of_dependencies_are_equal():

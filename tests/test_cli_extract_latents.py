@@ -1,0 +1,373 @@
+"""extract_latents.py as a whole, and train.py from what it leaves: each image once, whoever encodes it; nothing lost by an
+interruption; the same training as from images; and what mistakes get."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+
+import extract_latents
+import latents
+import train
+from benchmarks.runs import latest, metrics
+
+SHARDS = [f"shard-{number:05d}.npy" for number in range(4)]
+OPTIONS = "--image-size 16 --batch-size 2 --shard-size 3 --num-workers 0 --device cpu".split()
+
+
+def command(images, vae, out, *extra):
+    return ["--data-path", images, "--vae", vae, "--out", out, *OPTIONS, *extra]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def one_line(capture):
+    """The error that a command ended with."""
+    error = capture.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().split("\r")[-1].split("\n")[-1]
+
+
+@pytest.fixture(scope="module")
+def small_vae(small_vae, tmp_path_factory):
+    """conftest's, with posteriors that tell images and mirrors apart: their means differ by far more than they are wide."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(small_vae)
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[:4] *= 50
+        vae.quant_conv.weight.copy_(torch.eye(8)[:, :, None, None])
+        vae.quant_conv.bias.copy_(torch.tensor([0, 0, 0, 0, -2, -2, -2, -2]))
+    folder = tmp_path_factory.mktemp("sharp_vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_folder, small_vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "latents"
+    assert call(extract_latents.main, *command(image_folder, small_vae, folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exact(image_folder, small_vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exact") / "latents"
+    assert call(extract_latents.main, *command(image_folder, small_vae, folder, "--dtype", "float32")) == 0
+    return folder
+
+
+def test_the_folder_is_as_documented(undisturbed, small_vae):
+    index = json.loads((undisturbed / "index.json").read_text())
+    expected = {"version": 1, "vae": str(small_vae), "scaling": 0.18215, "shift": 0, "channels": 4, "factor": 8,
+        "image_size": 16, "dtype": "float16", "mirrors": True, "images": 12, "classes": ["ant", "bee", "cat"]}  # fmt: skip
+    assert {key: index[key] for key in expected} == expected
+    assert [shard["count"] for shard in index["shards"]] == [3, 3, 3, 3]
+    images = json.loads((undisturbed / "images.json").read_text())
+    assert images["names"] == [f"{name}/{i}.png" for name in ("ant", "bee", "cat") for i in range(4)]
+    assert images["labels"] == [0] * 4 + [1] * 4 + [2] * 4
+    for name in SHARDS:
+        moments = np.load(undisturbed / name)
+        assert (moments.shape, moments.dtype) == ((3, 2, 2, 4, 2, 2), np.float16)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 1), (3, 0), (1, 2)])
+def test_bytes_do_not_depend_on_processes_or_workers(
+    undisturbed, image_folder, small_vae, tmp_path, ranks, world_size, workers
+):
+    run = ranks(
+        extract_latents.main, command(image_folder, small_vae, tmp_path / "out", "--num-workers", workers), world_size
+    )
+    assert run.wait() == [0] * world_size, run.text()
+    assert files(tmp_path / "out") == files(undisturbed)
+
+
+def counting(argv):
+    """Notes each image that is encoded, and is killed while it would write the third shard."""
+    add, write = extract_latents.Shard.add, extract_latents.latent_folder.write_shard
+    out = argv[argv.index("--out") + 1]
+
+    def note(self, batch, failure):
+        add(self, batch, failure)
+        if batch is not None:
+            with open(f"{out}.encoded", "a") as file:
+                file.writelines(f"{index}\n" for index in batch["index"].tolist())
+
+    def killed(folder, number, *parts):
+        if number == 2 and not os.path.exists(f"{out}.killed"):
+            open(f"{out}.killed", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(folder, number, *parts)
+
+    extract_latents.Shard.add, extract_latents.latent_folder.write_shard = note, killed
+    extract_latents.main(argv)
+
+
+def test_a_killed_run_makes_only_the_missing_shards(undisturbed, image_folder, small_vae, tmp_path, ranks):
+    out = tmp_path / "latents"
+    argv = [str(word) for word in command(image_folder, small_vae, out)]
+    assert ranks(counting, argv).wait() == [-9]
+    assert sorted(path.name for path in out.glob("*.npy")) == SHARDS[:2]
+    before = {name: (out / name).stat().st_mtime_ns for name in SHARDS[:2]}
+    run = ranks(counting, argv, 2)
+    assert run.wait() == [0, 0], run.text()
+    assert {name: (out / name).stat().st_mtime_ns for name in SHARDS[:2]} == before
+    assert files(out) == files(undisturbed)
+    encoded = sorted(map(int, (tmp_path / "latents.encoded").read_text().split()))
+    # 6 and 7 were encoded, their shard was not written
+    assert encoded == sorted([*range(12), 6, 7])
+
+
+def test_a_kill_at_any_moment_loses_nothing(undisturbed, image_folder, small_vae, tmp_path, ranks):
+    argv = command(image_folder, small_vae, tmp_path / "out")
+    for delay in (0.02, 0.1, 0.2, 0.3):
+        run = ranks(extract_latents.main, argv)
+        time.sleep(delay)
+        os.kill(run.processes[0].pid, signal.SIGKILL)
+        assert run.wait()[0] in (0, -9)
+    assert call(extract_latents.main, *argv) == 0
+    assert files(tmp_path / "out") == files(undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "no record", "gone", "cut", "images", "index"])
+def test_what_is_damaged_is_found_and_made_again(undisturbed, image_folder, small_vae, tmp_path, capfd, damage):
+    out = tmp_path / "latents"
+    shutil.copytree(undisturbed, out)
+    shard = out / SHARDS[1]
+    if damage == "flipped byte":
+        content = bytearray(shard.read_bytes())
+        content[-5] ^= 1
+        shard.write_bytes(content)
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        path = {"no record": shard.with_suffix(".json"), "gone": shard, "images": out / "images.json"}
+        path.get(damage, out / "index.json").unlink()
+    others = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy") if path != shard}
+    argv = command(image_folder, small_vae, out)
+    assert call(extract_latents.main, *argv) == 0
+    text = capfd.readouterr().out
+    assert "Nothing left to do" not in text
+    assert ("1 of 4 shards to make" in text) == (damage not in ("images", "index"))
+    assert {name: (out / name).stat().st_mtime_ns for name in others} == others
+    assert files(out) == files(undisturbed)
+    assert call(extract_latents.main, *argv) == 0
+    assert "Nothing left to do" in capfd.readouterr().out
+
+
+TRAIN = "--image-size 16 --num-classes 3 --hidden-size 16 --depth 1 --num-heads 2 --patch-size 1 --global-batch-size 4 "
+TRAIN = (TRAIN + "--lr 1e-3 --device cpu --log-every 1 --num-workers 0 --max-steps 8").split()
+
+
+def losses(folder, data_path, vae, *extra):
+    assert call(train.main, *TRAIN, "--data-path", data_path, "--vae", vae, "--run-dir", folder, *extra) == 0
+    return np.array([row["loss"] for row in metrics(folder)])
+
+
+def test_training_from_latents_is_training_from_images(undisturbed, exact, image_folder, small_vae, tmp_path):
+    """Eight updates over two and a half epochs, flips and label dropout included: in float32 the same losses, and
+    in float16, which keeps 11 bits, nearly."""
+    expected = losses(tmp_path / "images", image_folder, small_vae)
+    stored, rounded = (losses(tmp_path / f.parent.name, f, small_vae) for f in (exact, undisturbed))
+    straight = losses(tmp_path / "straight", undisturbed, small_vae, "--no-flip")
+    apart = [np.abs(found / expected - 1).max() for found in (stored, rounded, straight)]
+    print("largest relative difference of a loss: float32 {:.1e}, float16 {:.1e}, unmirrored {:.1e}".format(*apart))
+    assert apart[0] < 1e-4
+    assert apart[1] < 5e-4
+    assert apart[2] > 2e-3, "the flips make a difference that the bands would show"
+
+
+def test_processes_and_workers_read_the_same_latents(undisturbed, small_vae, tmp_path, ranks):
+    """The first update's data are the same on two processes; noise is drawn per process, so the losses are not."""
+    argv = [*TRAIN, "--data-path", undisturbed, "--vae", small_vae, "--run-dir", tmp_path, "--num-workers", 1]
+    assert ranks(train.main, argv, 2).wait() == [0, 0]
+    assert latest(tmp_path)["images_seen"] == 32
+
+
+def test_training_loads_no_autoencoder_unless_it_evaluates(undisturbed, small_vae, tmp_path, monkeypatch):
+    loaded = []
+    place = latents.Autoencoder.place
+    monkeypatch.setattr(latents.Autoencoder, "place", lambda self, device: (loaded.append(1), place(self, device))[1])
+    losses(tmp_path / "run", undisturbed, small_vae)
+    assert not loaded
+    args, _ = arguments(undisturbed, small_vae, "--eval-every", 4, "--eval-reference", "reference.npz")
+    _, space, _ = train.prepare(args, CPU)
+    assert loaded
+    assert space.decode(torch.zeros(1, 4, 2, 2)).shape == (1, 3, 16, 16)
+
+
+Processes = namedtuple("Processes", "world_size device")
+CPU = Processes(1, torch.device("cpu"))
+
+
+def arguments(data_path, vae, *extra):
+    argv = [*TRAIN, "--data-path", data_path, "--vae", vae, *extra]
+    return train.parse_args([str(word) for word in argv])[1], argv
+
+
+def test_a_run_from_images_goes_on_from_latents_only_when_told(undisturbed, image_folder, small_vae, tmp_path, capfd):
+    losses(tmp_path, image_folder, small_vae, "--max-steps", 2)
+    argv = [*TRAIN, "--data-path", undisturbed, "--vae", small_vae, "--run-dir", tmp_path]
+    assert call(train.main, *argv) == 2
+    assert "--data-path held 12 images" in one_line(capfd)
+    assert call(train.main, *argv, "--allow-changes") == 0
+
+
+def test_another_name_of_the_same_encoder_is_accepted(undisturbed, small_vae, tmp_path, capfd):
+    """As "ema" and "mse" are: they share the encoder and differ in the decoder."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(small_vae)
+    torch.nn.init.ones_(vae.decoder.conv_out.bias)
+    vae.save_pretrained(tmp_path / "decoder")
+    torch.nn.init.ones_(vae.encoder.conv_out.bias)
+    vae.save_pretrained(tmp_path / "encoder")
+    vae.register_to_config(scaling_factor=0.2)
+    vae.encoder.load_state_dict(AutoencoderKL.from_pretrained(small_vae).encoder.state_dict())
+    vae.save_pretrained(tmp_path / "scaling")
+    losses(tmp_path / "run", undisturbed, tmp_path / "decoder", "--max-steps", 1)
+    for other in (tmp_path / "encoder", tmp_path / "scaling", "none", tmp_path / "nowhere"):
+        assert call(train.main, *TRAIN, "--data-path", undisturbed, "--vae", other) == 2
+        error = one_line(capfd)
+        assert f"--vae {other}: {undisturbed} holds latents of {small_vae}" in error
+        assert f"pass --vae {small_vae}" in error
+
+
+def test_what_cannot_be_trained_on_is_refused(undisturbed, image_folder, small_vae, tmp_path, capfd):
+    def bad(message, folder, *extra):
+        assert call(train.main, *TRAIN, "--data-path", folder, "--vae", small_vae, *extra) == 2
+        assert message in one_line(capfd)
+
+    bad("--image-size 32: ", undisturbed, "--image-size", 32)
+    bad("pass --image-size 16, or extract others", undisturbed, "--image-size", 32)
+    bad("--skip-bad-images: ", undisturbed, "--skip-bad-images")
+    shutil.copytree(undisturbed, tmp_path / "unfinished")
+    (tmp_path / "unfinished/index.json").unlink()
+    bad("unfinished latents, there is no index.json yet; run the same extract_latents.py", tmp_path / "unfinished")
+    assert call(extract_latents.main, *command(image_folder, small_vae, tmp_path / "straight", "--no-flip")) == 0
+    capfd.readouterr()
+    assert np.load(tmp_path / "straight" / SHARDS[0]).shape == (3, 1, 2, 4, 2, 2)
+    bad("--flip: ", tmp_path / "straight")
+    losses(tmp_path / "run", tmp_path / "straight", small_vae, "--no-flip", "--max-steps", 1)
+
+
+def test_mistakes_get_one_line(undisturbed, image_folder, small_vae, tmp_path, capfd, monkeypatch):
+    def bad(message, images=image_folder, vae=small_vae, out=tmp_path / "out", extra=()):
+        assert call(extract_latents.main, *command(images, vae, out, *extra)) == 2
+        assert message in one_line(capfd)
+
+    bad("--data-path digits: they are 8x8 pixels", images="digits")
+    bad("--vae none: pixels need no encoding", vae="none")
+    bad("--vae", vae=tmp_path / "nowhere")
+    bad("no such folder", images=tmp_path / "nowhere")
+    bad("--image-size 20: not a multiple of 8", extra=["--image-size", 20])
+    bad("holds other files already; choose a new folder", out=image_folder)
+    (image_folder / ".lock").unlink()
+    before = files(undisturbed)
+    bad("image_size 16, now 24; use the same, or choose another folder", out=undisturbed, extra=["--image-size", 24])
+    bad("dtype float16, now float32", out=undisturbed, extra=["--dtype", "float32"])
+    bad("mirrors True, now False", out=undisturbed, extra=["--no-flip"])
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images/bee/1.png").rename(tmp_path / "images/bee/9.png")
+    bad(f"not the 12 that {undisturbed} was begun with, or with other names", images=tmp_path / "images", out=undisturbed)
+    assert files(undisturbed) == before
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    bad("0.4 MB are still to be written, the disk has 0.1 MB free", extra=["--image-size", 16 * 16, "--shard-size", 1])
+
+
+def test_a_second_run_is_refused(image_folder, small_vae, tmp_path, ranks, capfd):
+    held = ranks(holding, [str(tmp_path)])
+    while not (tmp_path / "held").exists():
+        time.sleep(0.02)
+    assert call(extract_latents.main, *command(image_folder, small_vae, tmp_path)) == 2
+    assert "another run is writing here" in one_line(capfd)
+    (tmp_path / "held").unlink()
+    assert held.wait() == [0]
+
+
+def holding(argv):
+    from pathlib import Path
+
+    folder = Path(argv[0])
+    lock = extract_latents.run_folder.hold(folder)
+    (folder / "held").touch()
+    while (folder / "held").exists():
+        time.sleep(0.02)
+    lock.close()
+
+
+def test_bad_images_stop_the_run_or_are_replaced(image_folder, small_vae, tmp_path, ranks, capfd):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    (images / "ant/3.png").write_bytes(b"broken")
+    for world_size, workers in ((2, 0), (1, 1)):
+        argv = command(images, small_vae, tmp_path / "stopped", "--num-workers", workers)
+        run = ranks(extract_latents.main, argv, world_size)
+        assert run.wait() == [2] * world_size, run.text()
+        assert "3.png: not a readable image" in run.text()
+        assert "Traceback" not in run.text(0) + run.text(world_size - 1)
+    assert (tmp_path / "stopped" / SHARDS[0]).exists(), "the shard before it is kept"
+    assert call(extract_latents.main, *command(images, small_vae, tmp_path / "out", "--skip-bad-images")) == 0
+    assert "Skipped" in capfd.readouterr().out
+    shard = np.load(tmp_path / "out" / SHARDS[1])
+    np.testing.assert_allclose(shard[0], shard[1], rtol=1e-2, atol=1e-3)
+    labels = json.loads((tmp_path / "out/images.json").read_text())["labels"]
+    assert labels == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2], "of the picture that is in its place"
+    assert json.loads((tmp_path / "out/index.json").read_text())["replaced"] == 1
+
+
+def full_disk(argv):
+    def no_room(path, write):
+        raise OSError("8192 requested and 0 written")  # as numpy says it
+
+    if os.environ["RANK"] == "1":
+        extract_latents.latent_folder.checkpoint.replace_file = no_room
+    extract_latents.main(argv)
+
+
+def test_a_full_disk_of_any_rank_stops_all_with_one_line(undisturbed, image_folder, small_vae, tmp_path, ranks):
+    run = ranks(full_disk, command(image_folder, small_vae, tmp_path / "out"), 2)
+    assert run.wait() == [2, 2], run.text()
+    assert "cannot be written (8192 requested and 0 written); whole shards are kept" in run.text()
+    assert "Traceback" not in run.text(0) + run.text(1)
+    assert call(extract_latents.main, *command(image_folder, small_vae, tmp_path / "out")) == 0
+    assert files(tmp_path / "out") == files(undisturbed)
+
+
+def test_latents_that_are_not_finite_are_not_stored(image_folder, small_vae, tmp_path, capfd, monkeypatch):
+    moments = latents.Autoencoder.moments
+    for factor, way_out in ((1e6, "pass --dtype float32"), (np.nan, "look at them, and at --vae")):
+        monkeypatch.setattr(latents.Autoencoder, "moments", lambda self, x, factor=factor: moments(self, x) * factor)
+        assert call(extract_latents.main, *command(image_folder, small_vae, tmp_path)) == 2
+        assert f"images 0 to 1: latents not finite as float16; {way_out}" in one_line(capfd)
+
+
+def interrupted(argv):
+    write = extract_latents.latent_folder.write_shard
+
+    def ctrl_c(folder, number, *parts):
+        write(folder, number, *parts)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    extract_latents.latent_folder.write_shard = ctrl_c
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    extract_latents.main(argv)
+
+
+def test_ctrl_c_ends_it_without_a_traceback(undisturbed, image_folder, small_vae, tmp_path, ranks):
+    run = ranks(interrupted, command(image_folder, small_vae, tmp_path / "out", "--num-workers", 1))
+    assert run.wait() == [130], run.text()
+    assert "Traceback" not in run.text()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.npy")) == SHARDS[:1]
+    assert call(extract_latents.main, *command(image_folder, small_vae, tmp_path / "out")) == 0
+    assert files(tmp_path / "out") == files(undisturbed)
