@@ -98,7 +98,6 @@ def begin(args, folder, dataset, space):
         "mirrors": args.flip,
         "batch_size": args.batch_size,
         "shard_size": args.shard_size,
-        "skip_bad_images": args.skip_bad_images,
         "tf32": args.tf32,
         "images": len(dataset),
         "names_crc32": f"{zlib.crc32(chr(10).join(dataset.fingerprint()).encode()):08x}",
@@ -106,9 +105,10 @@ def begin(args, folder, dataset, space):
     }
     path = folder / "options.json"
     before = latent_folder.read_json(path)
-    if before is None and any(entry.name != ".lock" for entry in folder.iterdir()):
+    ours = isinstance(before, dict) and "encoder_crc32" in before
+    if not ours and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UserError(f"--out {folder}: holds other files already; choose a new folder")
-    if before is None:
+    if not any(folder.glob("shard-*.npy")):  # nothing that another --batch-size, say, would not fit
         write(folder, lambda: run_folder.write_json(path, record))
         return record
     of_images = [name for name in ("images", "names_crc32", "classes") if before.get(name) != record[name]]

@@ -116,8 +116,8 @@ def _damaged_images(folder, index):
 
 def recognised(folder):
     """Whether it is a folder of latents, finished or not."""
-    started = read_json(Path(folder) / "options.json")  # a run's folder has one too, but of other contents
-    return (Path(folder) / "index.json").exists() or (isinstance(started, dict) and "encoder_crc32" in started)
+    records = (read_json(Path(folder) / name) for name in ("index.json", "options.json"))  # others' contents are others
+    return any(isinstance(record, dict) and "encoder_crc32" in record for record in records)
 
 
 class Latents(Dataset):
@@ -177,7 +177,7 @@ class Latents(Dataset):
         recorded one or to have the same encoder. Raises UserError."""
         recorded = self.record["vae"]
         if latents.RELEASED.get(vae, vae) == latents.RELEASED.get(recorded, recorded):
-            if not decodes:
+            if not decodes and not Path(vae).is_dir():  # a folder's contents may have changed, and are read in a second
                 return latents.Stored(self.record)
             space = latents.load(vae).place("cpu")
         else:

@@ -131,6 +131,8 @@ def check_compile(backend, device):
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if backend and device == "cuda" and not importlib.util.find_spec("triton"):
             raise UserError("--compile: needs the package triton, which PyTorch's builds for CUDA bring; install it")
+        if backend and device == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+            raise UserError("--compile: needs a C compiler, and there is neither gcc nor clang; install one")
         if backend and device == "cpu" and not shutil.which(compiler):
             raise UserError(
                 f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or name another in CXX"

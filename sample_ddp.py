@@ -7,6 +7,7 @@ Image i depends on the seed and on i alone. Run again after an interruption, the
 """
 
 import argparse
+import itertools
 import json
 import sys
 import zipfile
@@ -113,7 +114,12 @@ def draw(args, context, model, space, guide, folder, batches):
     bar = tqdm(total=total, desc="Sampling", unit="image", disable=not context.is_main)
     shape = (model.in_channels, model.input_size, model.input_size)
     noises = 0 if sampling.is_deterministic(args) else args.num_sampling_steps
-    stream = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None
+    on_gpu = context.device.type == "cuda"
+    stream = torch.cuda.Stream(context.device) if on_gpu else None
+
+    def draw_noise(batch):
+        noise = sampling.image_noise(args.global_seed, batch_indices(args, batch), noises, shape)
+        return noise.pin_memory() if on_gpu else noise
 
     def finish(x_0, indices, drawn=None):
         """Decode, in that stream, and have the files written. Returns the writes under way."""
@@ -129,10 +135,13 @@ def draw(args, context, model, space, guide, folder, batches):
         return future
 
     before = finished([])  # the batch before: its decoding, which leads to its writes
-    with ThreadPoolExecutor(4) as writers, ThreadPoolExecutor(1) as decoder:
-        for batch in batches[context.rank :: context.world_size]:
+    with ThreadPoolExecutor(4) as writers, ThreadPoolExecutor(1) as decoder, ThreadPoolExecutor(1) as noise_maker:
+        mine = batches[context.rank :: context.world_size]
+        upcoming = noise_maker.submit(draw_noise, mine[0]) if mine else None
+        for batch, following in itertools.pairwise([*mine, None]):
             indices = batch_indices(args, batch)
-            noise = sampling.image_noise(args.global_seed, indices, noises, shape).to(context.device)
+            noise = upcoming.result().to(context.device, non_blocking=True)
+            upcoming = noise_maker.submit(draw_noise, following) if following is not None else None
             denoise = sampling.denoiser(args, model, torch.tensor(labels(args, indices), device=context.device), guide)
             steps = sampling.steps(args, denoise, noise[0], lambda x, i, noise=noise: noise[1 + i])
             x_0 = samplers.last(steps)

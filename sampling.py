@@ -46,8 +46,7 @@ def add_options(parser, vae, cfg_scale):
 
 def check(args):
     """What can be refused before a model is built. Raises UserError."""
-    with options.naming(f"--sampler {args.sampler}"):
-        diffusion.check_sampler(args.sampler, args.num_sampling_steps, args.eta, args.spacing)
+    check_arithmetic(args)
     with options.naming("--guidance-interval"):
         guidance.check_interval(args.guidance_interval)
     options.check_compile(args.compile, distributed.pick_device(args.device))
@@ -75,6 +74,14 @@ def check(args):
                 raise UserError(f"--guide-ckpt {args.guide_ckpt}: {name} {guide[name]}, but {args.ckpt} has {config[name]}")
     elif args.ckpt and args.cfg_scale != 1 and config["class_dropout_prob"] == 0 and config["num_classes"]:
         raise UserError(f"--cfg-scale {args.cfg_scale}: {args.ckpt} was trained without null labels; pass --cfg-scale 1")
+
+
+def check_arithmetic(args):
+    """What does not depend on a model. Raises UserError."""
+    if args.precision == "tf32" and not args.tf32:
+        raise UserError("--precision tf32: contradicts --no-tf32; leave one of them out")
+    with options.naming(f"--sampler {args.sampler}"):
+        diffusion.check_sampler(args.sampler, args.num_sampling_steps, args.eta, args.spacing)
 
 
 def class_names(args):
@@ -170,7 +177,7 @@ def use_tf32(device, tf32):
 
 def place(args, model, device):
     """A model (or None) on its device, in the precision and compiled as args ask."""
-    use_tf32(device, args.tf32 if args.precision is None else args.precision != "fp32")
+    use_tf32(device, args.tf32 and args.precision != "fp32")
     if model is None:
         return None
     if args.precision == "bf16":  # what autocast would do to these weights in every step

@@ -38,7 +38,8 @@ from watch import BadSteps, Progress, StopSignals
 FREE = {
     "data_path", "results_dir", "run_dir", "resume", "allow_changes", "epochs", "max_steps", "log_every", "ckpt_every",
     "keep_last", "keep_every", "num_workers", "device", "max_bad_steps", "class_names", "eval_every", "eval_reference",
-    "eval_samples", "eval_cfg_scale", "eval_sampling_steps", "inception_weights", "grad_checkpoint",
+    "eval_samples", "eval_cfg_scale", "eval_sampling_steps", "inception_weights", "compile", "grad_accum",
+    "grad_checkpoint",
 }  # fmt: skip
 
 
@@ -285,6 +286,8 @@ class Trainer:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
         if args.compile:
+            # would cut blocks where DDP's buckets end; a block's gradients are ready together as it is
+            torch._dynamo.config.optimize_ddp = False
             for network in (model, self.ema.module):
                 network.compile_blocks(args.compile)
         self.parallel_model = model
@@ -383,16 +386,7 @@ def check_data(args, dataset, context):
     """Refuse, before anything slow, what cannot be trained on."""
     if isinstance(dataset, latent_folder.Latents):
         dataset.check(args.image_size, args.skip_bad_images)
-    if args.global_batch_size % context.world_size:
-        raise UserError(
-            f"--global-batch-size {args.global_batch_size}: not a multiple of the {context.world_size} processes; "
-            f"{math.ceil(args.global_batch_size / context.world_size) * context.world_size} is"
-        )
-    if args.grad_accum * context.world_size > args.global_batch_size:
-        raise UserError(
-            f"--grad-accum {args.grad_accum}: more than the {args.global_batch_size // context.world_size} images that a "
-            "process has of each batch; lower it"
-        )
+    check_batch(args, context.world_size)
     if args.num_classes and len(dataset.classes) > args.num_classes:
         raise UserError(
             f"--num-classes {args.num_classes}: {args.data_path} has {len(dataset.classes)} classes; "
@@ -404,6 +398,19 @@ def check_data(args, dataset, context):
             f"epochs; lower it, or raise --epochs"
         )
     args.class_names = dataset.classes
+
+
+def check_batch(args, world_size):
+    if args.global_batch_size % world_size:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size}: not a multiple of the {world_size} processes; "
+            f"{math.ceil(args.global_batch_size / world_size) * world_size} is"
+        )
+    if args.grad_accum * world_size > args.global_batch_size:
+        raise UserError(
+            f"--grad-accum {args.grad_accum}: more than the {args.global_batch_size // world_size} images that a process "
+            "has of each batch; lower it"
+        )
 
 
 def build_model(args, space):

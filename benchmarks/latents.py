@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import latent_folder
 import options
-from benchmarks.timing import machine
+from benchmarks.timing import machine, synchronize
+from errors import UserError
+from watch import peak_memory
 
 WARM_UP = 20  # batches: all that the workers read ahead, and more
 
@@ -31,6 +33,10 @@ def main(argv=None):
     parser.add_argument("--cold", action="store_true", help="drop the files from the operating system's cache before each "
         "measurement, which then ends with the first epoch at the latest")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.cold and not args.data_path and args.images < 2 * (WARM_UP + 1) * args.batch_size:
+        parser.error(
+            f"--images {args.images}: --cold needs {2 * (WARM_UP + 1) * args.batch_size} or more, of which half count"
+        )
     with parser.reporting(), folder_of(args, make_latents) as folder:
         flip = (latent_folder.read_json(Path(folder) / "index.json") or {}).get("mirrors", False)
         dataset = latent_folder.Latents(folder, flip=flip)
@@ -49,6 +55,7 @@ def make_parser(description, of, images, batch_size):
     add("--images", type=options.positive, default=images, help="of the temporary folder")
     add("--image-size", type=options.positive, default=256, help="side in pixels")
     add("--batch-size", type=options.positive, default=batch_size, help="images in a batch")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the batches go")
     add("--num-workers", type=options.count, nargs="+", default=[0, 1, 2], help="processes that read; each is measured")
     add("--seconds", type=options.number(above=0), default=3.0, help="a measurement takes, at least")
     add("--repeats", type=options.positive, default=5, help="measurements of each, in turns, of which the median is shown")
@@ -62,6 +69,8 @@ def folder_of(args, make):
     if args.data_path:
         yield args.data_path
         return
+    if not Path(args.folder).is_dir():
+        raise UserError(f"--folder {args.folder}: no such folder")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         make(Path(folder), args)
         yield folder
@@ -90,7 +99,8 @@ def report(args, dataset, unit, facts):
         for workers, found in rates.items():
             found.append(rate(args, dataset, workers))
     facts = {"machine": machine("cpu"), "torch": torch.__version__, **facts, "images": len(dataset),
-        "batch_size": args.batch_size, "file_cache": "cold" if args.cold else "warm"}  # fmt: skip
+        "batch_size": args.batch_size, "file_cache": "cold" if args.cold else "warm",
+        "peak_memory_gib": round(peak_memory(torch.device("cpu")) / 2**30, 2)}  # fmt: skip
     rows = {workers: {"median": statistics.median(r), "least": min(r), "most": max(r)} for workers, r in rates.items()}
     if args.json:
         print(json.dumps({**facts, f"{unit}_per_second": rows}, indent=2))
@@ -102,20 +112,27 @@ def report(args, dataset, unit, facts):
 
 
 def rate(args, dataset, workers):
-    """Images per second, after the workers' start and a few batches, while nothing is done with them."""
+    """Images per second, after the workers' start and a few batches, when they only go to the device."""
     if args.cold:
         dataset.shards = {}  # pages in use by a map are not dropped
         for path in Path(dataset.folder).glob("*.npy"):
             drop_from_cache(path)
     order = data.GlobalOrder(len(dataset), args.batch_size, seed=0, stop=1 << 60)
-    batches = iter(data.loader(dataset, order, workers))
+    batches = iter(data.loader(dataset, order, workers, pin_memory=args.device == "cuda"))
+
+    def take():
+        batch = next(batches)
+        batch.get("moments", batch.get("image")).to(args.device, non_blocking=True)
+        return len(batch["index"])
+
     for _ in range(WARM_UP):
-        next(batches)
+        take()
     # of a cold cache the first epoch alone; batches that the workers have read ahead already are not timed
     last = len(dataset) - (WARM_UP + 1) * args.batch_size if args.cold else float("inf")
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < args.seconds and count < last:
-        count += len(next(batches)["index"])
+        count += take()
+    synchronize(torch.device(args.device))
     return count / (time.perf_counter() - start)
 
 

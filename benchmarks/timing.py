@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 import distributed
 import options
-from errors import RunError
+from errors import RunError, UserError
 from watch import peak_memory
 
 VARIANTS = ("baseline", "eager", "compiled")  # the original's recipe, and ours without and with --compile
@@ -34,18 +34,27 @@ def parse(parser, command, argv, batch_option):
     """(mine, theirs): the options of a benchmark, which are added to its `parser`, and those of the command that it times:
     command(argv) parses what is left. batch_option: that command's name of --batch-size."""
     add = parser.add_argument
-    add("--batch-size", type=options.positive, default=16, help="images at once, on one device")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what takes part")
+    add("--batch-size", batch_option, dest="batch_size", type=options.positive, default=16, metavar="N",
+        help="images at once, on one device")  # fmt: skip
+    add("--variants", nargs="+", choices=VARIANTS, help="what takes part (default: all that can)")
     add("--repeats", type=options.positive, default=10, help="rounds that count")
     add("--warmup", type=options.count, default=2, help="rounds that do not, after the first, which is start-up")
     add("--json", action="store_true", help="print JSON instead of a table")
     mine, rest = parser.parse_known_args(argv)
     _, theirs = command([*rest, batch_option, str(mine.batch_size)])
     with parser.reporting():
-        theirs.device = distributed.pick_device(theirs.device)
-        theirs.compile = theirs.compile or "inductor"
-        if "compiled" in mine.variants:
+        theirs.device = theirs.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if distributed.pick_device(theirs.device) == "mps":
+            raise UserError("--device mps: cannot be timed here; pass --device cpu")
+        asked = theirs.compile or (mine.variants and "compiled" in mine.variants)
+        theirs.compile, mine.variants = theirs.compile or "inductor", mine.variants or list(VARIANTS)
+        try:
             options.check_compile(theirs.compile, theirs.device)
+        except UserError as error:
+            if asked:
+                raise
+            print(f"{error}; left out here", file=sys.stderr)
+            mine.variants = [name for name in mine.variants if name != "compiled"]
         if theirs.precision == "bf16" and not distributed.has_bf16(torch.device(theirs.device)):
             theirs.precision = "fp32"
             print("--precision bf16: this machine has no bfloat16 instructions; measured in fp32", file=sys.stderr)
@@ -132,20 +141,28 @@ class Runner:
 
 
 def _serve(make, device, profile, pipe):
-    device, call = torch.device(device), None
+    device, call, parent = torch.device(device), None, os.getppid()
     try:
         while True:
+            while not pipe.poll(1):
+                if os.getppid() != parent:  # killed; the pipe does not tell, since forked siblings hold its other end too
+                    return
             what = pipe.recv()
             if what == "memory":
                 pipe.send(peak_memory(device) / 2**30)
             elif what == "profile":
                 pipe.send(_profiled(call, device, profile))
             else:
+                if call and device.type == "cuda":  # its memory went back after its last turn, for the others to use
+                    call()
+                    synchronize(device)
                 start = time.perf_counter()
                 call = call or make()
                 call()
                 synchronize(device)
                 pipe.send(time.perf_counter() - start)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
     except Exception as error:
         pipe.send((traceback.format_exc() if os.environ.get("DEBUG") else str(error)).strip() or type(error).__name__)
 
@@ -155,9 +172,11 @@ def _profiled(call, device, digest):
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     with torch.profiler.profile(activities=activities) as profile:
+        start = time.perf_counter()
         call()
         synchronize(device)
-    return digest(profile, device)
+        elapsed = time.perf_counter() - start
+    return digest(profile, device, elapsed)
 
 
 def synchronize(device):

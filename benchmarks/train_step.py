@@ -1,7 +1,7 @@
 """A training step from latents: ours, eager and compiled, against the original release's recipe and the matrix rate.
 
     python benchmarks/train_step.py --model DiT-S/4 --batch-size 16 --device cpu --precision bf16 --json
-    python benchmarks/train_step.py --model DiT-XL/2 --batch-size 128 --device cuda --profile --plot train_step.png
+    python benchmarks/train_step.py --model DiT-XL/2 --batch-size 64 --device cuda --profile --plot train_step.png
 
 The original's recipe: float32 (on a GPU TF32), eager, AdamW with PyTorch's defaults, the average one parameter at a time.
 Ours is `train.Trainer`, as train.py runs it. Variants take turns; medians are shown.
@@ -25,6 +25,7 @@ import options
 import train
 from benchmarks import timing
 from diffusion import create_diffusion
+from errors import UserError
 
 COLOURS = {
     "matrix products": "#4269d0",
@@ -43,6 +44,11 @@ def parse_args(argv=None):
     data_path = ["--data-path", "random latents"]
     mine, args = timing.parse(parser, lambda rest: train.parse_args(data_path + rest), argv, "--global-batch-size")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    with parser.reporting():
+        train.check_batch(args, 1)
+        build(args)
+        if mine.plot and (Path(mine.plot).suffix != ".png" or not Path(mine.plot).absolute().parent.is_dir()):
+            raise UserError(f"--plot {mine.plot}: name a .png file in a folder that exists")
     return parser, mine, args
 
 
@@ -96,6 +102,12 @@ class OriginalRecipe:
         return step
 
 
+def build(args):
+    """The model without values. Raises UserError for sizes that cannot be built."""
+    with torch.device("meta"):
+        return train.build_model(args, LATENTS)
+
+
 def lively(model):
     """Without the zeros that adaLN-Zero starts from: arithmetic on zeros can be faster than on numbers."""
     for parameter in model.parameters():
@@ -112,14 +124,16 @@ def random_labels(args):
     return torch.randint(max(args.num_classes, 1), (args.global_batch_size,))
 
 
-def where_time_goes(profile, device):
-    """{category: seconds} of one step, by the operation that takes the time."""
+def where_time_goes(profile, device, elapsed):
+    """{category: seconds} of one step, by the operation that takes the time; a GPU's idle time is spent waiting."""
     seconds = dict.fromkeys(COLOURS, 0.0)
     for event in profile.events():
         if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel: its time is its operation's, and counted there
             continue
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         seconds[category_of(event)] += own / 1e6
+    if device.type == "cuda":
+        seconds["Python, dispatch, waiting"] += max(0.0, elapsed - sum(seconds.values()))
     return seconds
 
 
@@ -131,11 +145,19 @@ def category_of(event):
     family = [name, *parents]
     if any("lerp" in n or n == "moving average" for n in family):
         return "moving average"
-    if any(n.startswith("Optimizer.step") or "adamw" in n or "vector_norm" in n for n in family):
+    if any(n.startswith("Optimizer.step") or "adamw" in n or "vector_norm" in n or "foreach_norm" in n for n in family):
         return "optimizer"
-    if "scaled_dot_product" in name or "flash" in name:
+    if "scaled_dot_product" in name or "attention" in name:
         return "attention"
-    if name.removeprefix("aten::") in ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward"):
+    if name.removeprefix("aten::") in (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "mkldnn_convolution",
+        "cudnn_convolution",
+        "convolution_backward",
+    ):
         return "matrix products"
     if "linear" in name and "mkldnn" in name:
         return "matrix products"
@@ -146,8 +168,7 @@ def category_of(event):
 
 def measure(mine, args):
     """The report, a dict."""
-    with torch.device("meta"):
-        flops = 3 * 2 * complexity.forward_macs(train.build_model(args, LATENTS)) * args.global_batch_size
+    flops = 3 * 2 * complexity.forward_macs(build(args)) * args.global_batch_size
     settings = ("model", "block", "image_size", "grad_accum", "grad_checkpoint")
     report = {**{name: getattr(args, name) for name in settings}, "batch_size": args.global_batch_size}
     profile = where_time_goes if mine.profile or mine.plot else None
@@ -192,11 +213,11 @@ def main(argv=None):
     parser, mine, args = parse_args(argv)
     with parser.reporting():
         report = measure(mine, args)
-    if mine.plot:
-        draw_profile(mine.plot, report)
     timing.show(mine, report, describe(report))
     if mine.profile and not mine.json:
         print_profile(report)
+    if mine.plot:
+        draw_profile(mine.plot, report)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def test_reports_hold_together(script, extra, capsys):
     assert report["share_of_matrix_rate"] == pytest.approx(reached / report["matrix_flops_per_second"])
     assert 0 < report["share_of_matrix_rate"] < 1, "nothing is faster than the products that it consists of"
     images = 2 if script is train_step else 2 / report["num_sampling_steps"]
-    assert report["images_per_second"] == pytest.approx(images / report["seconds_per_step"])
+    rate = report["images_per_second" if script is train_step else "images_per_second_without_decoding"]
+    assert rate == pytest.approx(images / report["seconds_per_step"])
 
 
 def test_a_profile_names_where_the_time_goes(tmp_path, capsys):
@@ -66,12 +67,37 @@ def test_a_profile_names_where_the_time_goes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("script", "extra", "words"),
+    [
+        (train_step, ["--grad-accum", 17], "--grad-accum 17: more than the 16 images"),
+        (train_step, ["--num-heads", 5], "heads 5"),
+        (train_step, ["--plot", "step.xyz"], "--plot step.xyz: name a .png file"),
+        (sampling, ["--guidance-interval", 0.1, 0.5], "--guidance-interval: models here are random"),
+        (sampling, ["--sampler", "heun", "--eta", 0.5], "eta is an option of ddim"),
+        (sampling, ["--precision", "tf32", "--no-tf32"], "--precision tf32: contradicts --no-tf32"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_before_it_is_tried(script, extra, words, capsys):
+    assert call(script.main, "--model", "DiT-S/2", "--device", "cpu", *extra) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_without_a_compiler_the_compiled_variant_is_left_out_unless_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _, mine, _ = train_step.parse_args(["--device", "cpu"])
+    assert mine.variants == ["baseline", "eager"]
+    assert "there is no no-such-compiler" in capsys.readouterr().err
+    assert call(train_step.main, "--device", "cpu", "--variants", "compiled") == 2
+
+
+@pytest.mark.parametrize(
     ("extra", "words"),
     [
         (["--model", "DiT-M/4"], "invalid choice"),
         (["--repeats", 0], "argument --repeats: 0 is not a whole number, 1 or more"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
         (["--compile", "nothing"], "--compile nothing: not a backend"),
+        (["--image-size", 100], "--image-size 100: not a multiple of 16"),
     ],
 )
 @pytest.mark.parametrize("script", [train_step, sampling])

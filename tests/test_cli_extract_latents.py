@@ -193,15 +193,15 @@ def test_processes_and_workers_read_the_same_latents(undisturbed, small_vae, tmp
     assert latest(tmp_path)["images_seen"] == 32
 
 
-def test_training_loads_no_autoencoder_unless_it_evaluates(undisturbed, small_vae, tmp_path, monkeypatch):
-    loaded = []
-    place = latents.Autoencoder.place
-    monkeypatch.setattr(latents.Autoencoder, "place", lambda self, device: (loaded.append(1), place(self, device))[1])
-    losses(tmp_path / "run", undisturbed, small_vae)
-    assert not loaded
+def test_training_holds_no_autoencoder_unless_it_evaluates(undisturbed, small_vae, tmp_path, monkeypatch):
+    assert type(train.prepare(arguments(undisturbed, small_vae)[0], CPU)[1]) is latents.Stored
+    shutil.copytree(undisturbed, tmp_path / "released")
+    index = json.loads((undisturbed / "index.json").read_text())
+    (tmp_path / "released/index.json").write_text(json.dumps({**index, "vae": "ema"}))
+    # a hub's name is taken at its word: no network is asked
+    assert type(train.prepare(arguments(tmp_path / "released", "ema")[0], CPU)[1]) is latents.Stored
     args, _ = arguments(undisturbed, small_vae, "--eval-every", 4, "--eval-reference", "reference.npz")
     _, space, _ = train.prepare(args, CPU)
-    assert loaded
     assert space.decode(torch.zeros(1, 4, 2, 2)).shape == (1, 3, 16, 16)
 
 
@@ -240,6 +240,34 @@ def test_another_name_of_the_same_encoder_is_accepted(undisturbed, small_vae, tm
         error = one_line(capfd)
         assert f"--vae {other}: {undisturbed} holds latents of {small_vae}" in error
         assert f"pass --vae {small_vae}" in error
+
+
+def test_other_weights_under_the_same_name_are_refused(image_folder, small_vae, tmp_path, capfd):
+    from diffusers import AutoencoderKL
+
+    shutil.copytree(small_vae, tmp_path / "vae")
+    assert call(extract_latents.main, *command(image_folder, tmp_path / "vae", tmp_path / "latents")) == 0
+    vae = AutoencoderKL.from_pretrained(small_vae)
+    torch.nn.init.ones_(vae.encoder.conv_out.bias)
+    vae.save_pretrained(tmp_path / "vae")
+    assert call(train.main, *TRAIN, "--data-path", tmp_path / "latents", "--vae", tmp_path / "vae") == 2
+    assert "this is not that autoencoder" in one_line(capfd)
+
+
+def test_what_a_failed_start_was_begun_with_may_change(image_folder, small_vae, tmp_path, monkeypatch, capfd):
+    """A bad image and too large a batch are found out while encoding; the way out must not be barred."""
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    (images / "cat/3.png").write_bytes(b"broken")  # in the last shard
+    argv = command(images, small_vae, tmp_path / "out")
+    assert call(extract_latents.main, *argv, "--shard-size", 12, "--batch-size", 3) == 2
+    assert "pass --skip-bad-images" in one_line(capfd)
+    assert call(extract_latents.main, *argv) == 2, "no shard was made: another batch size and shard size are taken"
+    assert (tmp_path / "out" / SHARDS[2]).exists()
+    assert call(extract_latents.main, *argv, "--batch-size", 3) == 2
+    assert "begun with batch_size 2, now 3" in one_line(capfd)
+    assert call(extract_latents.main, *argv, "--skip-bad-images") == 0
+    assert json.loads((tmp_path / "out/index.json").read_text())["replaced"] == 1
 
 
 def test_what_cannot_be_trained_on_is_refused(undisturbed, image_folder, small_vae, tmp_path, capfd):

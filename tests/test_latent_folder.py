@@ -223,16 +223,18 @@ def test_a_shard_that_vanishes_later_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("benchmark", "unit"), [(benchmark_latents, "latents"), (benchmark_images, "images")])
-def test_benchmarks_measure(capsys, monkeypatch, benchmark, unit):
-    argv = "--images 44 --image-size 16 --batch-size 2 --num-workers 0 --seconds 0.02 --repeats 2 --json".split()
-    monkeypatch.setattr("sys.argv", ["benchmark", *argv])
-    benchmark.main()
+def test_benchmarks_measure(capsys, benchmark, unit):
+    argv = "--images 44 --image-size 16 --batch-size 2 --num-workers 0 --seconds 0.02 --repeats 2".split()
+    assert call(benchmark.main, *argv, "--json") == 0
     row = json.loads(capsys.readouterr().out)[f"{unit}_per_second"]["0"]
     assert 0 < row["least"] <= row["median"] <= row["most"]
     if unit == "latents":
-        monkeypatch.setattr("sys.argv", ["benchmark", *argv[:-1], "--cold"])
-        benchmark.main()
+        assert call(benchmark.main, *argv, "--cold", "--images", 99) == 0
         assert "least to most of 2" in capsys.readouterr().out
+        assert call(benchmark.main, *argv, "--cold") == 2
+        assert "--images 44: --cold needs 84" in capsys.readouterr().err
+    assert call(benchmark.main, *argv, "--folder", "nowhere") == 2
+    assert "--folder nowhere: no such folder" in capsys.readouterr().err
 
 
 def test_only_folders_of_latents_are_recognised(tmp_path, image_folder):
