@@ -204,12 +204,20 @@ def next_batch(batches):
     """(batch, None), or (None, what went wrong in one line): another rank may be waiting, so an error is not raised yet."""
     try:
         return next(batches), None
-    except DataError as error:  # from a worker, it comes with the worker's traceback around it
-        return None, str(error).strip().split("DataError: ")[-1].split("\n")[0]
-    except (RuntimeError, OSError, EOFError) as error:  # the latter two where it dies while handing over a batch
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    except (DataError, RuntimeError, OSError, EOFError) as error:
+        # the frames of the traceback hold the DataLoader's iterator; as long as anything holds the error, its workers would
+        # live on, and the interpreter waits for them at exit for ever
+        error.__traceback__ = None
+        text = str(error).strip()
+        if isinstance(error, DataError):  # from a worker, it comes with the worker's traceback around it
+            return None, text.split("DataError: ")[-1].split("\n")[0]
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in text and "shared memory" not in text:
             raise
-        return None, f"{str(error).split(chr(10))[0]} (a data worker died; is there memory for --num-workers?)"
+        reason = " ".join(text.split())[:300]
+        return None, (
+            f"a data worker died: {reason} (if memory was short: lower --num-workers; if /dev/shm is small, as in Docker, "
+            "start the container with --ipc=host or a larger --shm-size)"
+        )
 
 
 def to_model_range(images):

@@ -10,6 +10,7 @@ stored ones, of extract_latents.py.
     images = space.decode(x_0)
 """
 
+import inspect
 import zlib
 from pathlib import Path
 
@@ -62,12 +63,16 @@ class Autoencoder(Stored):
         from diffusers import AutoencoderKL  # takes seconds to import
 
         self.name, self._class = name, AutoencoderKL
-        config = self._attempt(AutoencoderKL.load_config)
+        # a config of an older diffusers lacks the keys that were added since, as that of the released autoencoders lacks
+        # scaling_factor: diffusers then takes the constructor's defaults, and so do we
+        parameters = inspect.signature(AutoencoderKL.__init__).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        config = {**defaults, **self._attempt(AutoencoderKL.load_config)}
         super().__init__({
             "channels": config["latent_channels"],
             "factor": 2 ** (len(config["block_out_channels"]) - 1),
             "scaling": config["scaling_factor"],
-            "shift": config.get("shift_factor") or 0.0,
+            "shift": config["shift_factor"] or 0.0,
         })  # fmt: skip
         self.vae = None
         self.image_channels = config["in_channels"]

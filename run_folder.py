@@ -53,6 +53,20 @@ def hold(folder):
         raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
 
 
+def mark_started(folder):
+    """Replace a status that an earlier process has left, such as "preempted", before anything of this one can fail: a job
+    script that reads the status would otherwise requeue a job that fails at its start, again and again. A run that another
+    process holds is left alone."""
+    path = Path(folder) / "status.json"
+    if not path.exists():
+        return
+    try:
+        with hold(Path(folder)):
+            write_json(path, {"state": "starting", "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    except (UserError, OSError):
+        pass  # RunFolder meets the same obstacle a little later, and tells it
+
+
 class RunFolder:
     """Rank 0's hold on a run's folder. Raises UserError where another run holds it, or it cannot be written."""
 

@@ -4,7 +4,7 @@
     python train.py --data-path digits --vae none --image-size 8 --num-classes 10 --model DiT-S/2 --max-steps 1500
 
 The recipe is the paper's (section 4): AdamW, constant learning rate 1e-4, no weight decay, batch 256, horizontal flips, EMA
-0.9999. The same command with --run-dir, given again, goes on where it stopped.
+0.9999. A command with --run-dir, given again, resumes where the run stopped.
 """
 
 import argparse
@@ -128,6 +128,8 @@ def main(argv=None):
 
 def train(args, context, stop):
     """Train as args say. Returns the exit status: 0 when finished or preempted, 130 after Ctrl-C."""
+    if args.run_dir and context.is_main and Path(args.run_dir).is_dir():
+        run_folder.mark_started(args.run_dir)
     dataset, space, model = context.together(lambda: prepare(args, context))
     if any(identity != data_identity(dataset) for identity in context.gather(data_identity(dataset))):
         raise UserError(f"--data-path {args.data_path}: the processes do not see the same images")
@@ -264,7 +266,9 @@ def run(trainer, dataset, folder, stop, source, evaluator=None):
     if outcome == "finished":
         say(f"Done: {trainer.step} steps, run folder {args.run_dir}")
         return 0
-    say(f"Stopped ({outcome}), saved at step {trainer.step}; the same command goes on from there")
+    say(
+        f"Stopped ({outcome}), saved at step {trainer.step}; to resume, give the same command with --run-dir {args.run_dir}"
+    )
     return 130 if outcome == "interrupted" else 0
 
 

@@ -5,8 +5,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +355,19 @@ def test_bad_images_stop_the_run_or_are_replaced(image_folder, small_vae, tmp_pa
     labels = json.loads((tmp_path / "out/images.json").read_text())["labels"]
     assert labels == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2], "of the picture that is in its place"
     assert json.loads((tmp_path / "out/index.json").read_text())["replaced"] == 1
+
+
+def test_an_unreadable_image_ends_the_command_and_its_workers(image_folder, small_vae, tmp_path):
+    """In one process, whose interpreter would wait for data workers that something still refers to."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images/ant/3.png").write_bytes(b"broken")
+    argv = command(tmp_path / "images", small_vae, tmp_path / "out", "--num-workers", 2)
+    ended = subprocess.run(
+        [sys.executable, "extract_latents.py", *map(str, argv)], cwd=Path(extract_latents.__file__).parent, timeout=90,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "3.png: not a readable image" in ended.stderr.splitlines()[-1]
 
 
 def full_disk(argv):

@@ -20,6 +20,7 @@ from reference import assert_golden, fill, golden, training_batch
 from test_models import SMALL
 
 import checkpoint
+import data
 import train
 from benchmarks.runs import assert_same_state, flat, latest, metrics, without_timings
 from models import DiT
@@ -145,7 +146,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path, c
     assert call(train.main, *command, "--max-steps", 4) == 0
     for path in checkpoint.newest_first(tmp_path / "checkpoints"):
         damage(path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    records = (path for path in tmp_path.rglob("*.*") if path.is_file() and path.name != "status.json")
+    before = {path: path.read_bytes() for path in records}
     assert call(train.main, *command, "--max-steps", 6) == 2
     assert "none of its checkpoints (2) is whole" in capfd.readouterr().err
     assert all(path.read_bytes() == content for path, content in before.items()), "records and files must stay"
@@ -269,6 +271,54 @@ def test_an_error_ends_the_data_workers(tmp_path, image_folder, monkeypatch):
         call(train.main, *FOLDER, "--data-path", image_folder, "--num-workers", 2, "--run-dir", tmp_path)
     assert error.tb is not None, "the traceback is still held"
     assert multiprocessing.active_children() == before
+
+
+def test_an_unreadable_image_ends_the_command_and_its_workers(tmp_path, image_folder):
+    """In one process, whose interpreter would wait for data workers that something still refers to."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images/ant/3.png").write_bytes(b"broken")
+    command = [sys.executable, "train.py", *FOLDER, "--data-path", tmp_path / "images", "--num-workers", 2]
+    ended = subprocess.run(
+        [*map(str, command), "--run-dir", str(tmp_path / "run")], cwd=Path(train.__file__).parent, timeout=90,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "3.png: not a readable image" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: Resource temporarily unavailable (11)"),
+     RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nIt is possible that shared memory ran out")],
+)  # fmt: skip
+def test_a_lack_of_shared_memory_names_the_way_out(error):
+    def batches():
+        raise error
+        yield
+
+    batch, line = data.next_batch(batches())
+    assert batch is None
+    assert "shared memory" in line
+    assert "/dev/shm" in line
+    assert "--ipc=host" in line
+    assert "\n" not in line
+    assert error.__traceback__ is None, "its frames would keep the data workers alive"
+
+
+def test_a_start_that_fails_does_not_keep_the_old_status(tmp_path, capfd):
+    """A job script that requeues preempted runs would otherwise requeue this one for ever."""
+    (tmp_path / "status.json").write_text('{"state": "preempted", "step": 4}')
+    assert call(train.main, *TINY, "--data-path", tmp_path / "no-such", "--vae", "none", "--run-dir", tmp_path) == 2
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "starting"
+
+
+def test_a_stopped_run_says_how_it_is_resumed(tmp_path, ranks, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ranks(signalled, [*TINY, "--max-steps", 5])
+    assert run.wait() == [0]
+    assert "to resume, give the same command with --run-dir results/000-DiT-XL-2" in run.text()
+    assert call(train.main, *TINY, "--max-steps", 5, "--run-dir", "results/000-DiT-XL-2") == 0
+    assert latest(Path("results/000-DiT-XL-2"))["step"] == 5
 
 
 def test_workers_that_torchrun_leaves_behind_stop(monkeypatch):

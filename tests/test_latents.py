@@ -1,7 +1,10 @@
 """latents.py against a small autoencoder of the Stable Diffusion kind."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import latents
 import options
@@ -43,3 +46,40 @@ def test_sizes_that_do_not_fit_are_refused_with_the_nearest():
         options.check_image_size(250, 8, 2)
     with pytest.raises(UserError, match="64 is the smallest"):
         options.check_image_size(20, 8, 8)
+
+
+# What config.json of stabilityai/sd-vae-ft-mse holds, which diffusers 0.4.2 has written
+KEYS_OF_0_4_2 = """act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block norm_num_groups
+out_channels sample_size up_block_types""".split()
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def as_of_0_4_2(source, folder, kind):
+    """The autoencoder as the released ones were saved: fewer keys in the config, other names in the attention blocks."""
+    config = json.loads((source / "config.json").read_text())
+    old = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2", **{key: config[key] for key in KEYS_OF_0_4_2}}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(old))
+    weights = {}
+    for name, tensor in load_file(source / "diffusion_pytorch_model.safetensors").items():
+        for new, before in OLD_NAMES.items():
+            name = name.replace(f".{new}.", f".{before}.")
+        weights[name] = tensor
+    assert any("query" in name for name in weights)
+    if kind == "bin":
+        torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    else:
+        save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_an_autoencoder_of_the_releases_age_is_the_same_autoencoder(small_vae, tmp_path, kind):
+    old = latents.load(str(as_of_0_4_2(small_vae, tmp_path / "vae", kind))).place("cpu")
+    new = latents.load(str(small_vae)).place("cpu")
+    assert (old.channels, old.factor, old.scaling, old.shift) == (4, 8, 0.18215, 0.0)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(old.moments(images), new.moments(images))
+    x_0 = torch.randn(2, 4, 4, 4)
+    assert torch.equal(old.decode(x_0), new.decode(x_0))
+    assert old.encoder_checksum() == new.encoder_checksum()
