@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import options
+from cli import options
 from models import DiT_models
 
 

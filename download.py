@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from errors import UserError
+from checkpoint import files as checkpoint
 from models import DiT_models
+from runtime.errors import UserError
 
 BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 TIMEOUT = 60  # seconds without a byte

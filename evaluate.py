@@ -18,14 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import distributed
-import options
-import run_folder
-from errors import UserError
-from image_sets import checksum, open_images
-from inception import SPATIAL, Features, extract, gaussians, inception_weights, load_inception
-from metrics import Statistics, frechet_distance, inception_score, precision_recall
+from cli import options
+from evaluation.image_sets import checksum, open_images
+from evaluation.inception import SPATIAL, Features, extract, gaussians, inception_weights, load_inception
+from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from runtime import distributed, files
+from runtime.errors import UserError
 
 METRICS = ["fid", "sfid", "inception_score", "precision", "recall"]
 HEADINGS = ["FID", "sFID", "Inception Score", "precision", "recall"]
@@ -78,7 +76,7 @@ def main(argv=None):
 
 def evaluate(args, context):
     inputs = {name: open_images(getattr(args, name)) for name in ("reference", "samples")}
-    weights, checksums, warnings = context.on_main(lambda: prepare(args, inputs))
+    weights, checksums, warnings = context.run_on_main(lambda: prepare(args, inputs))
     network = load_inception(weights, context.device)
     features = {}
     for name, images in inputs.items():
@@ -173,7 +171,7 @@ def save_features(features, path):
         "spatial_mean": spatial.mu,
         "spatial_scatter": spatial.scatter.cpu().numpy(),
     }
-    checkpoint.replace_file(path, lambda file: np.savez(file, **arrays))
+    files.replace_file(path, lambda file: np.savez(file, **arrays))
 
 
 def load_features(path, device):
@@ -231,7 +229,7 @@ def write_report(args, context, numbers, inputs, weights, checksums, warnings):
         "warnings": warnings,
     }
     output = report_path(args.samples)
-    run_folder.write_json(output, report)
+    files.write_json(output, report)
     return output
 
 

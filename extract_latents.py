@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-import data
-import distributed
-import latent_folder
-import latents
-import options
-import run_folder
-import sampling
-from errors import UserError
+from cli import options
+from data import autoencoder as latents
+from data import images as data
+from data import stored_latents as latent_folder
+from runtime import distributed, files
+from runtime.errors import UserError
+from sampling import pipeline as sampling
 
 
 def parse_args(argv=None):
@@ -67,15 +66,15 @@ def main(argv=None):
 
 
 def extract(args, context):
-    dataset, space = context.together(lambda: prepare(args, context))
+    dataset, space = context.run_on_all_ranks(lambda: prepare(args, context))
     folder = Path(args.out)
-    with context.together(lambda: run_folder.hold(folder) if context.is_main else contextlib.nullcontext()):
-        record = context.on_main(lambda: begin(args, folder, dataset, space))
+    with context.run_on_all_ranks(lambda: files.lock_folder(folder) if context.is_main else contextlib.nullcontext()):
+        record = context.run_on_main(lambda: begin(args, folder, dataset, space))
         missing = find_missing(context, folder, record)
         if missing:
-            context.on_main(lambda: reopen(context, folder, record, missing))
+            context.run_on_main(lambda: reopen(context, folder, record, missing))
             encode(args, context, dataset, space.place(context.device), folder, record, missing)
-        context.on_main(lambda: print(finish(args, folder, record, dataset, missing), flush=True))
+        context.run_on_main(lambda: print(finish(args, folder, record, dataset, missing), flush=True))
 
 
 def prepare(args, context):
@@ -104,12 +103,12 @@ def begin(args, folder, dataset, space):
         "classes": dataset.classes,
     }
     path = folder / "options.json"
-    before = latent_folder.read_json(path)
+    before = files.read_json(path)
     ours = isinstance(before, dict) and "encoder_crc32" in before
     if not ours and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UserError(f"--out {folder}: holds other files already; choose a new folder")
     if not any(folder.glob("shard-*.npy")):  # nothing that another --batch-size, say, would not fit
-        write(folder, lambda: run_folder.write_json(path, record))
+        write(folder, lambda: files.write_json(path, record))
         return record
     of_images = [name for name in ("images", "names_crc32", "classes") if before.get(name) != record[name]]
     if of_images:
@@ -130,7 +129,7 @@ def find_missing(context, folder, record):
     bar = tqdm(numbers[context.rank :: context.world_size], desc="Verifying", unit="shard", leave=False,
         disable=not context.is_main)  # fmt: skip
     mine = [number for number in bar if not latent_folder.is_whole(folder, number, record)]
-    return sorted(number for part in context.gather(mine) for number in part)
+    return sorted(number for part in context.all_gather(mine) for number in part)
 
 
 def reopen(context, folder, record, missing):
@@ -165,7 +164,7 @@ def encode(args, context, dataset, space, folder, record, missing):
     try:
         for step in range(max(map(len, plans))):
             read = data.next_batch(batches) if step < len(plans[context.rank]) else (None, None)
-            context.together(lambda read=read: shard.add(*read))
+            context.run_on_all_ranks(lambda read=read: shard.add(*read))
             bar.update(sum(len(plan[step]) for plan in plans if step < len(plan)))
     finally:
         del batches  # now, while this process can tell its workers to end; see train.run

@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-import checkpoint
-import data
-import distributed
-import options
-import run_folder
-import sampling
-import seeds
+from checkpoint import files as checkpoint
+from cli import options
+from data import images as data
 from diffusion import create_diffusion
-from errors import UserError
+from runtime import distributed, files, seeds
+from runtime.errors import UserError
+from sampling import pipeline as sampling
 
 
 def parse_args(argv=None):
@@ -146,7 +144,7 @@ def measure(model, diffusion, dataset, labels, indices, args, context):
                 rows.append(bound(diffusion, denoise, x_0, args.seed, batch))
         except data.DataError as error:
             problem = str(error).removesuffix(", or pass --skip-bad-images")  # an option of training
-    gathered = context.gather((rows, problem))
+    gathered = context.all_gather((rows, problem))
     problems = [problem for _, problem in gathered if problem]
     if problems:
         raise UserError(problems[0])
@@ -186,15 +184,15 @@ def summarise(rows, diffusion):
 def write_report(args, context, report):
     settings = {
         **{name: getattr(args, name) for name in ("ckpt", "data_path", "num_timesteps", "batch_size", "seed")},
-        "checkpoint_crc32": checkpoint.checksum(args.ckpt),
+        "checkpoint_crc32": files.checksum(args.ckpt),
         "checkpoint_step": args.state.get("step"),
         "processes": context.world_size,
         "device": context.device.type,
         "torch": torch.__version__,
     }
-    run_folder.write_json(args.output, {**report, "settings": settings})
+    files.write_json(args.output, {**report, "settings": settings})
     figure = plot(report)
-    checkpoint.replace_file(
+    files.replace_file(
         Path(args.output).with_suffix(".png"), lambda file: figure.savefig(file, format="png", bbox_inches="tight")
     )
 

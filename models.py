@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import guidance
+from diffusion import guidance
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Embeddings of the position, the timestep and the class

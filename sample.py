@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import checkpoint
-import data
 import diffusion
-import distributed
-import guidance
-import options
-import sampling
-from diffusion import editing, samplers
-from errors import UserError
+from cli import options
+from data import images as data
+from diffusion import editing, guidance, samplers
+from runtime import devices, distributed, files
+from runtime.errors import UserError
+from sampling import pipeline as sampling
 
 LABELS = ["207", "360", "387", "974", "88", "979", "417", "279"]
 
@@ -90,8 +88,8 @@ def main(argv=None):
             picture = data.center_crop_arr(data.open_image(args.init_image), args.image_size)
         mask = data.center_crop_arr(data.open_image(args.mask), args.image_size) if args.mask else None
         device = distributed.setup(args.device).device
-        if args.precision == "bf16" and not distributed.has_bf16(device):
-            print(distributed.NO_BF16, file=sys.stderr)
+        if args.precision == "bf16" and not devices.has_bf16(device):
+            print(devices.NO_BF16, file=sys.stderr)
         images, captions = draw(args, device, picture, mask)
         save_grid(args.output, images, args.columns, args.enlarge, captions if args.captions else None)
     print(f"{len(images)} images in {args.output}")
@@ -180,7 +178,7 @@ def save_trajectory(args, space, seen, device):
     if gif:
         frames = [grid_of(images, args.columns, args.enlarge) for images in decoded]
         options = {"save_all": True, "append_images": frames[1:], "duration": [100] * (count - 1) + [1500], "loop": 0}
-        checkpoint.replace_file(args.save_trajectory, lambda file: frames[0].save(file, format="GIF", **options))
+        files.replace_file(args.save_trajectory, lambda file: frames[0].save(file, format="GIF", **options))
     else:
         rows = np.stack(decoded, axis=1).reshape(-1, *decoded[0].shape[1:])
         save_grid(args.save_trajectory, rows, count, args.enlarge)
@@ -190,7 +188,7 @@ def save_grid(path, images, columns, enlarge=1, captions=None):
     grid = grid_of(images, columns, enlarge, captions)
     file_format = Image.registered_extensions()[Path(path).suffix.lower()]
     try:
-        checkpoint.replace_file(path, lambda file: grid.save(file, format=file_format))
+        files.replace_file(path, lambda file: grid.save(file, format=file_format))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 

@@ -19,14 +19,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-import checkpoint
-import distributed
 import download
-import options
-import run_folder
-import sampling
+from cli import options
 from diffusion import samplers
-from errors import UserError
+from runtime import devices, distributed, files
+from runtime.errors import UserError
+from sampling import pipeline as sampling
 
 DECODED_ASIDE = {"cuda"}  # devices that decode a batch while they draw the next; a CPU's cores are busy with one
 
@@ -63,18 +61,18 @@ def sample(args, context):
         if context.broadcast(npz_shape(npz) == size):
             say(context, f"Nothing left to do: {npz} holds {args.num_fid_samples:,} images")
             return
-        model, space, guide = context.together(lambda: (*sampling.load_model(args), sampling.load_guide(args)))
+        model, space, guide = context.run_on_all_ranks(lambda: (*sampling.load_model(args), sampling.load_guide(args)))
         space = space.place(context.device)
         model, guide = (sampling.place(args, network, context.device) for network in (model, guide))
-        if args.precision == "bf16" and not distributed.has_bf16(context.device):
-            say(context, distributed.NO_BF16)
+        if args.precision == "bf16" and not devices.has_bf16(context.device):
+            say(context, devices.NO_BF16)
         say(context, f"{args.model}, {args.num_fid_samples:,} images to {folder}, {context.describe()}")
 
-        missing = context.on_main(lambda: absent(args, folder))
+        missing = context.run_on_main(lambda: absent(args, folder))
         while True:  # at least once: a run may have been killed between its last image and the .npz
             batches = sorted({index // args.per_proc_batch_size for index in missing})
-            context.together(lambda batches=batches: draw(args, context, model, space, guide, folder, batches))
-            missing = context.on_main(lambda: write_npz(npz, folder, args))
+            context.run_on_all_ranks(lambda batches=batches: draw(args, context, model, space, guide, folder, batches))
+            missing = context.run_on_main(lambda: write_npz(npz, folder, args))
             if not missing:
                 break
         say(context, f"{npz}: arr_0 {size} uint8, arr_1 labels")
@@ -159,7 +157,7 @@ def draw(args, context, model, space, guide, folder, batches):
 
 def write_png(path, pixels):
     try:
-        checkpoint.replace_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+        files.replace_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); the images so far are kept") from None
 
@@ -193,7 +191,7 @@ def write_npz(npz, folder, args):
             raise _DamagedError
 
     try:
-        checkpoint.replace_file(npz, write)
+        files.replace_file(npz, write)
     except _DamagedError:
         print(f"{len(bad)} damaged or missing images are drawn again, the first is {bad[0]:06d}.png", file=sys.stderr)
     except OSError as error:
@@ -235,8 +233,8 @@ def open_folder(args, context):
     folder, lock, error = Path(args.sample_dir) / (args.folder or default), None, None
     if context.is_main:
         try:
-            lock = run_folder.hold(folder)
-            checkpoint.remove_leftovers(folder.parent, f"{folder.name}.npz")
+            lock = files.lock_folder(folder)
+            files.remove_leftovers(folder.parent, f"{folder.name}.npz")
             check_settings(args, folder / "options.json")
         except UserError as problem:
             error = str(problem)
@@ -251,8 +249,8 @@ def check_settings(args, path):
     settings = {name: value for name, value in vars(args).items() if name not in free}
     # the released checkpoint is downloaded here, by rank 0 alone; the others find it there
     ckpt = args.ckpt or download.download(download.released_checkpoint(args.image_size))
-    settings["checkpoint_crc32"] = checkpoint.checksum(ckpt)
-    settings["guide_ckpt"] = args.guide_ckpt and checkpoint.checksum(args.guide_ckpt)
+    settings["checkpoint_crc32"] = files.checksum(ckpt)
+    settings["guide_ckpt"] = args.guide_ckpt and files.checksum(args.guide_ckpt)
     if path.exists():
         before = json.loads(path.read_text())
         differing = [f"{k} {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
@@ -262,7 +260,7 @@ def check_settings(args, path):
             )
     elif any(path.parent.glob("*.png")):
         raise UserError(f"{path.parent}: holds images of unknown settings; choose another --sample-dir or --folder")
-    run_folder.write_json(path, settings)
+    files.write_json(path, settings)
 
 
 if __name__ == "__main__":

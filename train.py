@@ -19,20 +19,19 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-import checkpoint
-import data
-import distributed
-import latent_folder
-import latents
-import options
-import run_folder
-import seeds
-from data import center_crop_arr, next_batch  # noqa: F401 -- the former is known to users as train.center_crop_arr
+from checkpoint import files as checkpoint
+from cli import options
+from data import autoencoder as latents
+from data import images as data
+from data import stored_latents as latent_folder
+from data.images import center_crop_arr, next_batch  # noqa: F401 -- the former is known to users as train.center_crop_arr
 from diffusion import create_diffusion
-from ema import EMA
-from errors import RunError, UserError
 from models import DiT_models
-from watch import BadSteps, Progress, StopSignals
+from runtime import devices, distributed, seeds
+from runtime.errors import RunError, UserError
+from training import run_folder
+from training.ema import EMA
+from training.watch import BadSteps, Progress, StopSignals
 
 # What may differ between a run and its continuation; every other option changes the result.
 FREE = {
@@ -130,12 +129,12 @@ def train(args, context, stop):
     """Train as args say. Returns the exit status: 0 when finished or preempted, 130 after Ctrl-C."""
     if args.run_dir and context.is_main and Path(args.run_dir).is_dir():
         run_folder.mark_started(args.run_dir)
-    dataset, space, model = context.together(lambda: prepare(args, context))
-    if any(identity != data_identity(dataset) for identity in context.gather(data_identity(dataset))):
+    dataset, space, model = context.run_on_all_ranks(lambda: prepare(args, context))
+    if any(identity != data_identity(dataset) for identity in context.all_gather(data_identity(dataset))):
         raise UserError(f"--data-path {args.data_path}: the processes do not see the same images")
     evaluator = None
     if args.eval_every:
-        from evaluation import Evaluator  # with SciPy and torch-fidelity, which take seconds to import
+        from evaluation.during_training import Evaluator  # with SciPy and torch-fidelity, which take seconds to import
 
         evaluator = Evaluator(args, context, space)
     folder = open_folder(args, context)
@@ -157,7 +156,7 @@ def prepare(args, context):
         dataset = data.load(args.data_path, args.image_size, args.global_seed, args.flip, args.skip_bad_images)
     check_data(args, dataset, context)
     space = dataset.space(args.vae, decodes=args.eval_every) if stored else latents.load(args.vae, dataset.channels)
-    bf16 = context.device.type == "cuda" and distributed.has_bf16(context.device)
+    bf16 = context.device.type == "cuda" and devices.has_bf16(context.device)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
     options.check_compile(args.compile, context.device.type)
     return dataset, space, build_model(args, space)
@@ -169,7 +168,7 @@ def run(trainer, dataset, folder, stop, source, evaluator=None):
     total_steps = args.epochs * len(dataset) // args.global_batch_size
     total_steps = min(total_steps, args.max_steps or total_steps)
     record = {**vars(args), "world_size": context.world_size, "torch": torch.__version__}
-    context.together(lambda: folder and folder.start(record, trainer.step))
+    context.run_on_all_ranks(lambda: folder and folder.start(record, trainer.step))
     introduce(trainer, dataset, source, say)
     if trainer.step >= total_steps:
         say(f"Nothing left to do at step {trainer.step} of {total_steps}; raise --max-steps or --epochs to go on")
@@ -188,7 +187,7 @@ def run(trainer, dataset, folder, stop, source, evaluator=None):
         nonlocal saved
         if saved == trainer.step:
             return
-        context.together(writer.wait)
+        context.run_on_all_ranks(writer.wait)
         state = trainer.state(dataset)  # all ranks take part: each has its share of the sums
         if folder:
             writer.save(trainer.step, state)
@@ -209,18 +208,18 @@ def run(trainer, dataset, folder, stop, source, evaluator=None):
                 [stop.requested, failure is not None, bad_steps.too_many, unwritten]
             )
             if unwritten:
-                context.together(finish_writing)  # raises
+                context.run_on_all_ranks(finish_writing)  # raises
             if failed:
                 save()
-                raise UserError(next(filter(None, context.gather(failure))))
+                raise UserError(next(filter(None, context.all_gather(failure))))
             if diverged:
-                indices = [index for part in context.gather(bad_steps.batch) for index in part]
+                indices = [index for part in context.all_gather(bad_steps.batch) for index in part]
                 raise RunError(
                     f"step {bad_steps.step}: loss or gradient not finite, {args.max_bad_steps} updates in a row skipped; "
                     f"{last_checkpoint(writer)}; lower --lr, or look at its batch: {', '.join(map(dataset.name, indices))}"
                 )
             if stopping:
-                ending = "interrupted" if any(context.gather(stop.by_hand)) else "preempted"
+                ending = "interrupted" if any(context.all_gather(stop.by_hand)) else "preempted"
                 save()
                 break
             finite = trainer.update(batch)
@@ -248,7 +247,7 @@ def run(trainer, dataset, folder, stop, source, evaluator=None):
                     say(f"(step={trainer.step:07d}) FID: not measured, a stop was asked for")
         else:
             ending = "finished"
-        context.together(finish_writing)
+        context.run_on_all_ranks(finish_writing)
         outcome = ending
     except BaseException as error:
         with contextlib.suppress(checkpoint.CheckpointError):  # the error under way is the one to tell
@@ -360,7 +359,7 @@ class Trainer:
             "args": {name: value for name, value in vars(self.args).items() if value is not None},
             "step": self.step,
             "images_seen": self.images_seen,
-            "progress": self.context.gather(self.progress.state()),
+            "progress": self.context.all_gather(self.progress.state()),
             "data": data_identity(dataset),
         }
 
@@ -458,10 +457,10 @@ def open_folder(args, context):
 def resume(trainer, dataset, folder):
     """Restore the checkpoint that --resume names, if any. Returns its path."""
     args, context = trainer.args, trainer.context
-    path, state = context.together(lambda: find(args, folder))
+    path, state = context.run_on_all_ranks(lambda: find(args, folder))
     path = context.broadcast(path)
     if path is not None:
-        context.together(lambda: take_up(trainer, dataset, folder, path, state))
+        context.run_on_all_ranks(lambda: take_up(trainer, dataset, folder, path, state))
     return path
 
 
@@ -537,8 +536,8 @@ def introduce(trainer, dataset, source, say):
     say(f"{len(dataset):,} images of {len(dataset.classes)} classes from {args.data_path}; run folder {args.run_dir}")
     if source:
         say(f"Resumed from {source} at step {trainer.step}")
-    if args.precision == "bf16" and not distributed.has_bf16(trainer.context.device):
-        say(distributed.NO_BF16)
+    if args.precision == "bf16" and not devices.has_bf16(trainer.context.device):
+        say(devices.NO_BF16)
 
 
 def read_batches(trainer, dataset, total_steps):

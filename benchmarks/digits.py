@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from metrics import frechet_distance
+from evaluation.metrics import frechet_distance
 
 BOUNDS = {"read_as_asked": (">=", 0.97), "variety": (">=", 0.6), "copies": ("<", 0.05)}
 

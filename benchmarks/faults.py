@@ -27,10 +27,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint
 import sample_ddp
 import train
 from benchmarks.runs import Ranks, assert_same_state, latest, without_timings
+from checkpoint import files as checkpoint
 
 MODEL = "--vae none --image-size 8 --hidden-size 96 --depth 2 --num-heads 2 --lr 1e-3 --device cpu --log-every 3"
 TRAINING = (MODEL + " --ckpt-every 4 --keep-last 3 --max-steps 40 --num-workers 2 --label-dropout 0.3").split()

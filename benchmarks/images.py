@@ -11,8 +11,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
 from benchmarks.latents import folder_of, make_parser, report
+from data import images as data
 
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
 

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from runtime import files
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
-import latent_folder
-import options
 from benchmarks.timing import machine, synchronize
-from errors import UserError
-from watch import peak_memory
+from cli import options
+from data import images as data
+from data import stored_latents as latent_folder
+from runtime.errors import UserError
+from training.watch import peak_memory
 
 WARM_UP = 20  # batches: all that the workers read ahead, and more
 
@@ -38,7 +40,7 @@ def main(argv=None):
             f"--images {args.images}: --cold needs {2 * (WARM_UP + 1) * args.batch_size} or more, of which half count"
         )
     with parser.reporting(), folder_of(args, make_latents) as folder:
-        flip = (latent_folder.read_json(Path(folder) / "index.json") or {}).get("mirrors", False)
+        flip = (files.read_json(Path(folder) / "index.json") or {}).get("mirrors", False)
         dataset = latent_folder.Latents(folder, flip=flip)
         shape = latent_folder.shard_shape(dataset.record, 0)[2:]
         report(args, dataset, "latents", {

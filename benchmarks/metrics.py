@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # before this file's own folder: it has the module's name
-import options
-from metrics import Statistics, frechet_distance, inception_score, precision_recall
+from cli import options
+from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
 
 
 def parse_args():

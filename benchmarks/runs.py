@@ -14,7 +14,7 @@ import traceback
 import torch
 from tqdm.auto import tqdm
 
-import checkpoint
+from checkpoint import files as checkpoint
 
 TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib"}
 

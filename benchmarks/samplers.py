@@ -17,10 +17,10 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import checkpoint
-import sampling
 from benchmarks.digits import judge
+from checkpoint import files as checkpoint
 from diffusion import samplers
+from sampling import pipeline as sampling
 
 STEPS = (5, 10, 20, 50, 250)
 GUIDED = [  # each at 20 steps of dpm-solver++

@@ -17,15 +17,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import complexity
-import distributed
-import options
 import sample_ddp
-import sampling
 from benchmarks import timing
 from benchmarks.train_step import lively
+from cli import options
 from diffusion import create_diffusion, samplers
-from errors import UserError
 from models import DiT_models
+from runtime import distributed
+from runtime.errors import UserError
+from sampling import pipeline as sampling
 
 
 def parse_args(argv=None):

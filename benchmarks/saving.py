@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint
-from ema import EMA
+from checkpoint import files as checkpoint
 from models import DiT_models
+from training.ema import EMA
 
 
 def main():

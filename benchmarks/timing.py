@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-import distributed
-import options
-from errors import RunError, UserError
-from watch import peak_memory
+from cli import options
+from runtime import devices
+from runtime.errors import RunError, UserError
+from training.watch import peak_memory
 
 VARIANTS = ("baseline", "eager", "compiled")  # the original's recipe, and ours without and with --compile
 PROFILED = 5  # calls
@@ -44,7 +44,7 @@ def parse(parser, command, argv, batch_option):
     _, theirs = command([*rest, batch_option, str(mine.batch_size)])
     with parser.reporting():
         theirs.device = theirs.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if distributed.pick_device(theirs.device) == "mps":
+        if devices.pick_device(theirs.device) == "mps":
             raise UserError("--device mps: cannot be timed here; pass --device cpu")
         asked = theirs.compile or (mine.variants and "compiled" in mine.variants)
         theirs.compile, mine.variants = theirs.compile or "inductor", mine.variants or list(VARIANTS)
@@ -55,7 +55,7 @@ def parse(parser, command, argv, batch_option):
                 raise
             print(f"{error}; left out here", file=sys.stderr)
             mine.variants = [name for name in mine.variants if name != "compiled"]
-        if theirs.precision == "bf16" and not distributed.has_bf16(torch.device(theirs.device)):
+        if theirs.precision == "bf16" and not devices.has_bf16(torch.device(theirs.device)):
             theirs.precision = "fp32"
             print("--precision bf16: this machine has no bfloat16 instructions; measured in fp32", file=sys.stderr)
     return mine, theirs

@@ -19,13 +19,13 @@ from torch.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import complexity
-import distributed
-import latents
-import options
 import train
 from benchmarks import timing
+from cli import options
+from data import autoencoder as latents
 from diffusion import create_diffusion
-from errors import UserError
+from runtime import distributed
+from runtime.errors import UserError
 
 COLOURS = {
     "matrix products": "#4269d0",

@@ -8,7 +8,7 @@ import pytest
 from conftest import call
 
 from benchmarks import sampling, timing, train_step
-from errors import RunError
+from runtime.errors import RunError
 
 
 def sleeper(seconds):

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from test_models import SMALL
 
-import checkpoint
-from checkpoint import CheckpointError
+from checkpoint import files as checkpoint
+from checkpoint.files import CheckpointError
 from models import BLOCKS, DiT, DiT_models
+from runtime import files
 
 STATE = {"model": {"w": torch.arange(5000.0)}, "step": 7, "args": {"lr": 1e-4, "betas": [0.9, 0.999]}}
 
@@ -223,7 +224,7 @@ def test_a_folder_of_damaged_checkpoints_is_not_an_empty_one(tmp_path):
 def test_leftovers_of_killed_writes_are_removed_and_nothing_else(tmp_path):
     for name in (".0000007.pt.123.tmp", "0000007.pt", ".lock", "notes.tmp"):
         (tmp_path / name).touch()
-    checkpoint.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "0000007.pt", "notes.tmp"]
 
 

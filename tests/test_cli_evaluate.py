@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 import evaluate
-from image_sets import checksum, open_images
-from inception import load_inception, share
-from metrics import Statistics, frechet_distance, inception_score, precision_recall
+from evaluation.image_sets import checksum, open_images
+from evaluation.inception import load_inception, share
+from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"reference": 11, "samples": 9}

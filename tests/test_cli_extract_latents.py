@@ -17,9 +17,10 @@ import torch
 from conftest import call
 
 import extract_latents
-import latents
 import train
 from benchmarks.runs import latest, metrics
+from data import autoencoder as latents
+from runtime import files
 
 SHARDS = [f"shard-{number:05d}.npy" for number in range(4)]
 OPTIONS = "--image-size 16 --batch-size 2 --shard-size 3 --num-workers 0 --device cpu".split()
@@ -330,7 +331,7 @@ def holding(argv):
     from pathlib import Path
 
     folder = Path(argv[0])
-    lock = extract_latents.run_folder.hold(folder)
+    lock = extract_latents.files.lock_folder(folder)
     (folder / "held").touch()
     while (folder / "held").exists():
         time.sleep(0.02)
@@ -375,7 +376,7 @@ def full_disk(argv):
         raise OSError("8192 requested and 0 written")  # as numpy says it
 
     if os.environ["RANK"] == "1":
-        extract_latents.latent_folder.checkpoint.replace_file = no_room
+        extract_latents.latent_folder.files.replace_file = no_room
     extract_latents.main(argv)
 
 

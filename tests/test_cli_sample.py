@@ -9,11 +9,11 @@ from conftest import call
 from PIL import Image
 from reference import fill, golden
 
-import checkpoint
 import sample
-import sampling
-from errors import UserError
+from checkpoint import files as checkpoint
 from models import DiT, DiT_models
+from runtime.errors import UserError
+from sampling import pipeline as sampling
 
 
 def test_the_scripts_own_random_stream_is_the_originals(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from conftest import call
 from PIL import Image
 
 import sample_ddp
-import sampling
-from errors import UserError
+from runtime.errors import UserError
+from sampling import pipeline as sampling
 
 STEPS = ["--num-sampling-steps", "3", "--num-fid-samples", "11", "--device", "cpu", "--folder", "set"]
 
@@ -129,7 +129,7 @@ def full_disk_of_rank_1(argv):
         raise OSError(28, "No space left on device")
 
     if os.environ["RANK"] == "1":
-        sample_ddp.checkpoint.replace_file = no_room
+        sample_ddp.files.replace_file = no_room
     sample_ddp.main(argv)
 
 

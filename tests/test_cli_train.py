@@ -19,10 +19,10 @@ from conftest import TINY, call
 from reference import assert_golden, fill, golden, training_batch
 from test_models import SMALL
 
-import checkpoint
-import data
 import train
 from benchmarks.runs import assert_same_state, flat, latest, metrics, without_timings
+from checkpoint import files as checkpoint
+from data import images as data
 from models import DiT
 
 

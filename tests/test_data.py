@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from reference import golden
 
-import data
+from data import images as data
 from train import center_crop_arr
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ema import EMA
+from training.ema import EMA
 
 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.99, False), (0.9999, True), (0.0, False), (1.0, False)])

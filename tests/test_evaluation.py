@@ -12,16 +12,16 @@ from conftest import TINY, call
 from sklearn.datasets import load_digits
 from test_cli_train import assert_same_state, latest, metrics, without_timings
 
-import checkpoint
-import distributed
-import evaluation
-import latents
-import sampling
 import train
-from inception import load_inception
-from metrics import Statistics, frechet_distance
+from checkpoint import files as checkpoint
+from data import autoencoder as latents
+from evaluation import during_training as evaluation
+from evaluation.inception import load_inception
+from evaluation.metrics import Statistics, frechet_distance
 from models import DiT
-from watch import Progress
+from runtime import distributed
+from sampling import pipeline as sampling
+from training.watch import Progress
 
 SETTINGS = {"eval_samples": 4, "eval_cfg_scale": 1.5, "eval_sampling_steps": 2, "global_seed": 0, "num_classes": 10,
             "image_size": 8}  # fmt: skip

@@ -11,7 +11,7 @@ from test_diffusion import HostTraffic
 from test_models import SMALL
 
 from diffusion import create_diffusion, sample, samplers
-from guidance import combine, guided_denoiser, mix_classes, rescale_to, scale_at
+from diffusion.guidance import combine, guided_denoiser, mix_classes, rescale_to, scale_at
 from models import DiT
 
 Y, NULL = torch.tensor([1, 2, 7]), 10

@@ -12,13 +12,13 @@ from conftest import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import extract_latents
-import latent_folder
-import latents
 from benchmarks import images as benchmark_images
 from benchmarks import latents as benchmark_latents
-from errors import UserError
+from data import autoencoder as latents
+from data import images as data
+from data import stored_latents as latent_folder
+from runtime.errors import UserError
 
 RECORD = {
     "version": latent_folder.VERSION, "vae": "ema", "encoder_crc32": "0", "scaling": 0.5, "shift": 0.25, "channels": 4,

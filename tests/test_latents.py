@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import latents
-import options
-from errors import UserError
+from cli import options
+from data import autoencoder as latents
+from runtime.errors import UserError
 
 
 def test_space_comes_from_the_autoencoders_config(small_vae):

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metrics
-from metrics import Statistics, frechet_distance, inception_score, kth_neighbour_distances, precision_recall
+from evaluation import metrics
+from evaluation.metrics import Statistics, frechet_distance, inception_score, kth_neighbour_distances, precision_recall
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 

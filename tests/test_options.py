@@ -6,8 +6,8 @@ import re
 import pytest
 from conftest import call
 
-import options
-from errors import UserError
+from cli import options
+from runtime.errors import UserError
 
 COMMANDS = ["train", "extract_latents", "sample", "sample_ddp", "evaluate", "likelihood"]
 

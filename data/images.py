@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 
-import seeds
-from errors import UserError
+from runtime import seeds
+from runtime.errors import UserError
 
 
 class DataError(UserError):

@@ -7,11 +7,11 @@ fid = evaluator(ema.module)
 import torch
 from tqdm.auto import tqdm
 
-import sampling
-from errors import UserError
-from image_sets import open_images
-from inception import POOLED, extract, gather_statistics, gaussians, inception_weights, load_inception
-from metrics import Statistics, frechet_distance
+from evaluation.image_sets import open_images
+from evaluation.inception import POOLED, extract, gather_statistics, gaussians, inception_weights, load_inception
+from evaluation.metrics import Statistics, frechet_distance
+from runtime.errors import UserError
+from sampling import pipeline as sampling
 
 
 class Evaluator:
@@ -28,7 +28,7 @@ class Evaluator:
         except UserError as error:
             raise UserError(f"--eval-reference {error}") from None
         self.check(self.reference)
-        weights = context.on_main(lambda: inception_weights(args.inception_weights))
+        weights = context.run_on_main(lambda: inception_weights(args.inception_weights))
         self.network = load_inception(weights, context.device)
         self.moments = self.measure_reference()
 
@@ -43,7 +43,7 @@ class Evaluator:
             )
         if "mu" not in images.statistics and len(images) < 2:
             raise UserError(f"--eval-reference {images.path}: holds neither mu and sigma nor 2 images")
-        self.context.on_main(images.check)
+        self.context.run_on_main(images.check)
 
     def __call__(self, model, stop=None):
         """FID of `model`, in eval mode, on rank 0; None on the others, and where a requested `stop` cut it short."""

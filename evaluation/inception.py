@@ -16,8 +16,8 @@ from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as port
 from tqdm.auto import tqdm
 
-from errors import UserError
-from metrics import Statistics, full_precision
+from evaluation.metrics import Statistics, full_precision
+from runtime.errors import UserError
 
 POOLED, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
 
@@ -102,7 +102,7 @@ def extract(network, images, context, batch_size, progress=None):
             problem = None
         except UserError as error:
             problem = str(error)
-    problems = list(filter(None, context.gather(problem)))  # one rank's error is every rank's, and rank 0 prints it
+    problems = list(filter(None, context.all_gather(problem)))  # one rank's error is every rank's, and rank 0 prints it
     if problems:
         raise UserError(problems[0])
     pooled = gather_rows(torch.cat([torch.empty(0, POOLED), *pooled]), len(images), context)

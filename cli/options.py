@@ -10,10 +10,9 @@ import sys
 
 import torch
 
-import checkpoint
-import distributed
-from errors import UserError
+from checkpoint import files as checkpoint
 from models import BLOCKS, DiT_models
+from runtime.errors import UserError
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -32,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 
     def error(self, message, status=UserError.status):
-        if distributed.launched_rank() == 0:
+        if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(status)
 

@@ -5,16 +5,15 @@ import argparse
 import torch
 from torch import nn
 
-import checkpoint
 import diffusion
-import distributed
 import download
-import guidance
-import latents
-import options
-import seeds
-from errors import UserError
+from checkpoint import files as checkpoint
+from cli import options
+from data import autoencoder as latents
+from diffusion import guidance
 from models import DiT
+from runtime import devices, seeds
+from runtime.errors import UserError
 
 
 def add_options(parser, vae, cfg_scale):
@@ -49,7 +48,7 @@ def check(args):
     check_arithmetic(args)
     with options.naming("--guidance-interval"):
         guidance.check_interval(args.guidance_interval)
-    options.check_compile(args.compile, distributed.pick_device(args.device))
+    options.check_compile(args.compile, devices.pick_device(args.device))
     if args.ckpt is None:
         if args.model != "DiT-XL/2" or args.image_size not in (256, 512) or args.num_classes != 1000:
             raise UserError(

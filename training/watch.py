@@ -54,7 +54,7 @@ class Progress:
 
     def summarise(self, context):
         """Means over the interval and all ranks, with speed and memory; then start anew."""
-        gathered = context.gather((self.sums.tolist(), self.images))
+        gathered = context.all_gather((self.sums.tolist(), self.images))
         *totals, counted = (sum(column) for column in zip(*(sums for sums, _ in gathered), strict=True))
         seconds = time.perf_counter() - self.start
         values = {

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-import checkpoint
-import data
-import latents
-import run_folder
-from errors import UserError
+from data import autoencoder as latents
+from data import images as data
+from runtime import files
+from runtime.errors import UserError
 
 VERSION = 1
 AGAIN = "run the same extract_latents.py command again"
@@ -41,21 +40,13 @@ def num_shards(record):
     return -(-record["images"] // record["shard_size"])
 
 
-def read_json(path):
-    """What a JSON file holds, or None where there is no such file or it is damaged."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
 def write_shard(folder, number, moments, squared_errors=(0.0, 0.0), replaced=()):
     """Write a shard's array and then its record. squared_errors: the sums over its values that `errors` is made of."""
     path = shard_path(folder, number)
-    checkpoint.replace_file(path, lambda file: np.save(file, moments))
-    record = {"count": len(moments), "crc32": checkpoint.checksum(path)}
+    files.replace_file(path, lambda file: np.save(file, moments))
+    record = {"count": len(moments), "crc32": files.checksum(path)}
     record |= {"squared_errors": list(squared_errors), "replaced": list(replaced)}
-    run_folder.write_json(shard_path(folder, number, ".json"), record)
+    files.write_json(shard_path(folder, number, ".json"), record)
 
 
 def open_shard(folder, number, record):
@@ -79,8 +70,8 @@ def is_whole(folder, number, record):
         open_shard(folder, number, record)
     except data.DataError:
         return False
-    told = read_json(shard_path(folder, number, ".json"))
-    return isinstance(told, dict) and told.get("crc32") == checkpoint.checksum(shard_path(folder, number))
+    told = files.read_json(shard_path(folder, number, ".json"))
+    return isinstance(told, dict) and told.get("crc32") == files.checksum(shard_path(folder, number))
 
 
 def errors(record, shards):
@@ -94,7 +85,7 @@ def errors(record, shards):
 def finish(folder, record, names, labels):
     """Make a folder of whole shards complete: write images.json and, last, index.json. A replaced image has the label of
     the one in its place. Returns (the index, whether anything had to be written)."""
-    shards = [read_json(shard_path(folder, number, ".json")) for number in range(num_shards(record))]
+    shards = [files.read_json(shard_path(folder, number, ".json")) for number in range(num_shards(record))]
     replaced = [line for shard in shards for line in shard["replaced"]]
     for line in replaced:
         labels[line["index"]] = line["label"]
@@ -102,21 +93,21 @@ def finish(folder, record, names, labels):
     index = {**record, "replaced": len(replaced), "images_json_crc32": f"{zlib.crc32(images):08x}"}
     index["shards"] = [{"count": shard["count"], "crc32": shard["crc32"]} for shard in shards]
     index["rounding"] = errors(record, shards)
-    stale = _damaged_images(folder, index) or read_json(Path(folder) / "index.json") != index
+    stale = _damaged_images(folder, index) or files.read_json(Path(folder) / "index.json") != index
     if stale:
-        checkpoint.replace_file(Path(folder) / "images.json", lambda file: file.write(images))
-        run_folder.write_json(Path(folder) / "index.json", index)
+        files.replace_file(Path(folder) / "images.json", lambda file: file.write(images))
+        files.write_json(Path(folder) / "index.json", index)
     return index, stale
 
 
 def _damaged_images(folder, index):
     path = Path(folder) / "images.json"
-    return not path.is_file() or checkpoint.checksum(path) != index["images_json_crc32"]
+    return not path.is_file() or files.checksum(path) != index["images_json_crc32"]
 
 
 def recognised(folder):
     """Whether it is a folder of latents, finished or not."""
-    records = (read_json(Path(folder) / name) for name in ("index.json", "options.json"))  # others' contents are others
+    records = (files.read_json(Path(folder) / name) for name in ("index.json", "options.json"))
     return any(isinstance(record, dict) and "encoder_crc32" in record for record in records)
 
 
@@ -134,7 +125,7 @@ class Latents(Dataset):
             raise data.DataError(f"--data-path {folder}: no such folder")
         if not path.exists():
             raise data.DataError(f"--data-path {folder}: unfinished latents, there is no index.json yet; {AGAIN}")
-        self.record = record = read_json(path)
+        self.record = record = files.read_json(path)
         if not isinstance(record, dict) or "version" not in record:
             raise data.DataError(f"{path}: damaged; {AGAIN}")
         if record["version"] != VERSION:
@@ -147,7 +138,7 @@ class Latents(Dataset):
             raise data.DataError(f"{self.folder / 'images.json'}: missing or damaged; {AGAIN}")
         for number in range(num_shards(record)):
             open_shard(folder, number, record)
-        images = read_json(self.folder / "images.json")
+        images = files.read_json(self.folder / "images.json")
         self.classes, self.names, self.labels = record["classes"], images["names"], np.array(images["labels"], np.int64)
 
     def __len__(self):

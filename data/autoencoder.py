@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from runtime.errors import UserError
 
 
 class Pixels:

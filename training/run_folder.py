@@ -5,7 +5,6 @@ status.json    running, preempted, ...    metrics.jsonl   the numbers, one JSON 
 checkpoints/   {step:07d}.pt              .lock           held by the process that writes here
 """
 
-import fcntl
 import json
 import math
 import os
@@ -15,8 +14,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-import checkpoint
-from errors import RunError, UserError
+from checkpoint import files as checkpoint
+from runtime import files
+from runtime.errors import RunError, UserError
 
 
 def numbered(results_dir, model):
@@ -33,26 +33,6 @@ def numbered(results_dir, model):
             index += 1
 
 
-def write_json(path, value):
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    checkpoint.replace_file(path, lambda file: file.write(text.encode()))
-
-
-def hold(folder):
-    """Lock a folder for this process; keep what is returned open as long. Raises UserError where another process holds it,
-    or it cannot be written to. It is a record lock, which ends with the process and which data workers do not inherit."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # noqa: SIM115 -- the caller's to close
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        checkpoint.remove_leftovers(folder)
-        return lock
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is writing here; wait for it, or choose another folder") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
-
-
 def mark_started(folder):
     """Replace a status that an earlier process has left, such as "preempted", before anything of this one can fail: a job
     script that reads the status would otherwise requeue a job that fails at its start, again and again. A run that another
@@ -61,8 +41,8 @@ def mark_started(folder):
     if not path.exists():
         return
     try:
-        with hold(Path(folder)):
-            write_json(path, {"state": "starting", "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+        with files.lock_folder(Path(folder)):
+            files.write_json(path, {"state": "starting", "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
     except (UserError, OSError):
         pass  # RunFolder meets the same obstacle a little later, and tells it
 
@@ -72,21 +52,21 @@ class RunFolder:
 
     def __init__(self, path):
         self.path = Path(path)
-        self._lock = hold(self.path)
+        self._lock = files.lock_folder(self.path)
         self.checkpoints = self.path / "checkpoints"
         self.log_file = self.metrics_file = self.error = None
         try:
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise _unwritable(self.checkpoints, error) from None
-        checkpoint.remove_leftovers(self.checkpoints)
+        files.remove_leftovers(self.checkpoints)
 
     def start(self, options, step):
         """Cut the records back to `step`, note the options, and begin to record. Raises RunError."""
         try:
             self._cut_back("log.txt", step, lambda line: (m := re.search(r"\(step=(\d+)\)", line)) and int(m[1]))
             self._cut_back("metrics.jsonl", step, _step_of_metrics)
-            write_json(self.path / "options.json", options)
+            files.write_json(self.path / "options.json", options)
             self.log_file = open(self.path / "log.txt", "a", buffering=1)  # noqa: SIM115
             self.metrics_file = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             checkpoint.set_aside(self.checkpoints, step, self.log)
@@ -104,12 +84,12 @@ class RunFolder:
             if not line.endswith("\n") or (step_of(line) or 0) > step:  # half a line is what a kill leaves
                 break
             kept.append(line)
-        checkpoint.replace_file(path, lambda file: file.write("".join(kept).encode()))
+        files.replace_file(path, lambda file: file.write("".join(kept).encode()))
 
     def mark(self, state, step):
         """Leave a mark: running, preempted, interrupted, finished or failed."""
         status = {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        self._noting_errors(lambda: write_json(self.path / "status.json", status))
+        self._noting_errors(lambda: files.write_json(self.path / "status.json", status))
 
     def log(self, text):
         tqdm.write(text)

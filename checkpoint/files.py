@@ -12,14 +12,14 @@ import pickle
 import re
 import threading
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from errors import UserError
 from models import SIZES
+from runtime import files
+from runtime.errors import UserError
 
 
 class CheckpointError(UserError):
@@ -118,15 +118,6 @@ def describe(config):
     return f"a DiT of width {config['hidden_size']}, depth {config['depth']} and patch {config['patch_size']}"
 
 
-def checksum(path):
-    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
-    crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
-
-
 def verify(path):
     """Read every byte of a checkpoint against the CRC-32 that its archive holds of each member, which `torch.load` does
     not do. Raises CheckpointError for a truncated or altered file."""
@@ -139,29 +130,10 @@ def verify(path):
         raise CheckpointError(f"{path}: damaged: the checksum of {damaged} does not match")
 
 
-def replace_file(path, write):
-    """Call write(file) on a temporary file beside `path`, flush it to the disk, and only then give it its name: whatever
-    happens, `path` is the old file or the new one, whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the name too has to reach the disk
-    os.fsync(folder)
-    os.close(folder)
-
-
 def save(path, state):
     """Write a checkpoint, complete or not at all. Raises CheckpointError where the disk is full or closed to us."""
     try:
-        replace_file(path, lambda file: torch.save(state, file))
+        files.replace_file(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
         raise CheckpointError(f"{path}: cannot be written ({reason}); earlier checkpoints are untouched") from None
@@ -200,12 +172,6 @@ def set_aside(folder, step, warn):
             aside = path.with_name(f"{path.name}.aside")
             os.replace(path, aside)
             warn(f"Set aside {path.name}, later than step {step}, as {aside}")
-
-
-def remove_leftovers(folder, name="*"):
-    """Delete what killed writes of files called `name` have left in `folder`, which no one may be writing to."""
-    for path in Path(folder).glob(f".{name}.*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def to_host(state):

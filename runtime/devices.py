@@ -1,0 +1,64 @@
+"""Devices and the precision of their arithmetic."""
+
+import importlib.util
+import os
+import shutil
+import sys
+
+import torch
+
+from runtime.errors import UserError
+
+
+def pick_device(name=None):
+    """The name of the device to use: `name`, or by default the best there is. Raises UserError where it is missing."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if not available[name]():
+        raise UserError(f"--device {name}: PyTorch finds none here; leave the option out for the best there is")
+    return name
+
+
+def has_bf16(device):
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def set_precision(precision, device):
+    """Set the arithmetic of float32 matrix products and convolutions: "fp32" computes them in full, "tf32" and "bf16" allow
+    TF32 on GPUs. bf16 itself is autocast's. Returns the autocast context to run the model in."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def precision_warning(precision, device):
+    """A line of warning where bf16 is emulated, else None."""
+    if precision == "bf16" and not has_bf16(device):
+        return "--precision bf16: this machine has no bfloat16 instructions, fp32 will be far faster"
+    return None
+
+
+def check_compile(backend, device):
+    """Raises UserError where torch.compile would fail at the first step, for want of a compiler or an unknown backend.
+    backend: the value of --compile, or None. device: "cuda", "mps" or "cpu"."""
+    if backend is None:
+        return
+    if backend != "inductor":
+        if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise UserError(f"--compile {backend}: not a backend of torch.compile; these are {', '.join(known)}")
+        return
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device == "cuda" and not importlib.util.find_spec("triton"):
+        raise UserError("--compile: needs the package triton, which PyTorch's builds for CUDA bring; install it")
+    if device == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        raise UserError("--compile: needs a C compiler, and there is neither gcc nor clang; install one")
+    if device == "cpu" and not shutil.which(compiler):
+        raise UserError(f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or name another in CXX")
+
+
+NO_BF16 = "--precision bf16: this machine has no bfloat16 instructions, fp32 will be far faster"

@@ -1,0 +1,107 @@
+"""Processes: the same script under torchrun, on one node or many, and as plain `python`."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from runtime.devices import pick_device
+from runtime.errors import UserError
+
+
+@dataclass
+class Context:
+    """This process among the processes of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    host_group: object = None  # the gloo process group for small objects, which go from host to host
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def describe(self):
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        how = f"{self.world_size} processes" if self.world_size > 1 else "one process"
+        return f"{how} on {name}"
+
+    def print(self, text):
+        """Print on rank 0 alone."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier(group=self.host_group)
+
+    def all_gather(self, value):
+        """Every rank's picklable value, in the order of ranks, on every rank. Does not wait for the devices."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def broadcast(self, value):
+        """Rank 0's picklable value, on every rank."""
+        return self.all_gather(value)[0]
+
+    def any(self, flags):
+        """For each of a few booleans whether any rank's is true: a list, on every rank."""
+        if self.world_size == 1:
+            return [bool(flag) for flag in flags]
+        total = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.host_group)
+        return [bool(flag) for flag in total]
+
+    def run_on_all_ranks(self, action):
+        """action() of this rank. Where it raises a UserError on one rank, every rank raises that error, instead of waiting
+        for the one that failed."""
+        value, error = None, None
+        try:
+            value = action()
+        except UserError as problem:
+            error = problem
+        for problem in filter(None, self.all_gather(error)):
+            raise problem
+        return value
+
+    def run_on_main(self, action):
+        """action() of rank 0 alone. Its value, which must be picklable, or the UserError that it raises, on every rank."""
+        return self.broadcast(self.run_on_all_ranks(lambda: action() if self.is_main else None))
+
+
+def setup(device=None):
+    """Join the processes that torchrun has started, if it has. device: "cuda", "mps", "cpu" or None for the best there is.
+    Raises UserError for a device that is missing or cannot be shared."""
+    name = pick_device(device)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
+            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+        )
+    if name == "mps" and world_size > 1:
+        raise UserError("MPS cannot be shared by processes: use plain `python`, or --device cpu")
+    place = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    context = Context(rank, local_rank, world_size, place)
+    if name == "cuda":
+        torch.cuda.set_device(place)
+    if world_size > 1:
+        # torchrun keeps its store over restarts, with the addresses of dead workers in it: each attempt has keys of its own
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        context.host_group = dist.new_group(backend="gloo") if name == "cuda" else dist.group.WORLD
+    return context
+
+
+def close():
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,119 @@
+"""Files that are written whole or not at all, JSON, checksums and locks."""
+
+import contextlib
+import errno
+import json
+import os
+import zlib
+from pathlib import Path
+
+from runtime.errors import RunError, UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: two runs in one folder are then not noticed
+    fcntl = None
+
+
+def replace_file(path, write):
+    """Write a file atomically: write(file) fills a temporary file beside `path`, which is flushed to the disk and only then
+    renamed. Whatever happens, `path` is the old file or the new one. Raises what write() raises, and OSError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name has to reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def remove_leftovers(folder, name="*"):
+    """Delete the temporary files that killed writes of files called `name` have left in `folder`."""
+    for path in Path(folder).glob(f".{name}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def reason(error):
+    """Why a file could not be read or written, in a few words."""
+    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def write_errors(what, consequence="", error_class=UserError):
+    """Raise an OSError of the block as one line: "{what}: cannot be written (No space left on device){consequence}"."""
+    try:
+        yield
+    except OSError as error:
+        raise error_class(f"{what}: cannot be written ({reason(error)}){consequence}") from None
+
+
+def write_json(path, value):
+    """Write a value as JSON, atomically. Raises OSError."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path, kind=dict):
+    """The value in a JSON file, which must be a `kind`; None where there is no such file, or it is damaged or another kind."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def checksum(path):
+    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+def checksum_of_text(lines):
+    """CRC-32 of lines of text, as eight hexadecimal digits."""
+    return f"{zlib.crc32(chr(10).join(lines).encode(errors='surrogateescape')):08x}"
+
+
+def check_output(path, option):
+    """Refuse, before any work, an output file that could not be written: a folder, or a file in a folder that is missing or
+    closed to us. Raises UserError that names the option."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: its folder does not exist; make {folder}, or name another file")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"{option} {path}: cannot be written to (permission denied); name another file")
+
+
+def lock_folder(folder):
+    """Make `folder` if need be and lock it for this process, until the returned file is closed or the process ends. Data
+    workers do not inherit the lock. Raises UserError where another process holds it or the folder cannot be written to."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115 -- the caller's to close
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_leftovers(folder)
+        return lock
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN) and (folder / ".lock").exists() and os.access(folder, os.W_OK):
+            raise UserError(f"{folder}: another run is writing here; wait for it, or choose another folder") from None
+        raise UserError(f"{folder}: cannot be written to ({reason(error)})") from None
+
+
+def unwritable(path, error):
+    """The error of a run whose records cannot be written."""
+    return RunError(f"{path}: cannot be written to ({reason(error)}); checkpoints are untouched")
