@@ -21,8 +21,6 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion import guidance
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Embeddings of the position, the timestep and the class
 
@@ -45,13 +43,14 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.frequency_size, width), nn.SiLU(), nn.Linear(width, width))
-        half = self.frequency_size // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t):
-        angles = t[:, None].float() * self.frequencies  # (N, 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        half = self.frequency_size // 2
+        # computed here: a buffer outside of the state dict would stay empty in a model that is built on the meta device
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * frequencies  # (N, 128)
+        # float32 always: half precision cannot tell neighbouring timesteps apart
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -82,19 +81,9 @@ class LabelEmbedder(nn.Module):
 # The four block designs: section 3.2 and Figure 3 of the paper, from right to left
 
 
-class TanhGELU(nn.Module):
-    """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x sigmoid(2u)."""
-
-    def forward(self, x):
-        if not torch.compiler.is_compiling():
-            return F.gelu(x, approximate="tanh")
-        z = x.to(torch.promote_types(x.dtype, torch.float32))
-        # compiled into one kernel, sigmoid takes half of tanh's time on a CPU
-        return (z * torch.sigmoid(math.sqrt(8 / math.pi) * (z + 0.044715 * z * z * z))).to(x.dtype)
-
-
-class InContextBlock(nn.Module):
-    """The standard ViT block, and what all designs share. The condition is two of the tokens."""
+class TransformerBlock(nn.Module):
+    """The standard ViT block. The in-context design uses it as it is, with the condition as two of the tokens; the other
+    designs add to it."""
 
     num_modulations = 0  # vectors of (N, D) that the design regresses from the condition
 
@@ -105,7 +94,7 @@ class InContextBlock(nn.Module):
         self.norm1 = norm()
         self.attn = Attention(width, num_heads=num_heads, qkv_bias=True)
         self.norm2 = norm()
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TanhGELU)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         if self.num_modulations:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
 
@@ -131,7 +120,7 @@ class CrossAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class CrossAttentionBlock(InContextBlock):
+class CrossAttentionBlock(TransformerBlock):
     """Self-attention, cross-attention to (t_emb, y_emb), MLP."""
 
     def __init__(self, width, num_heads, mlp_ratio=4.0):
@@ -149,7 +138,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-class AdaLNBlock(InContextBlock):
+class AdaLNBlock(TransformerBlock):
     """Scale and shift of both norms are regressed from c = t_emb + y_emb."""
 
     num_modulations = 4
@@ -160,7 +149,7 @@ class AdaLNBlock(InContextBlock):
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-class DiTBlock(InContextBlock):
+class DiTBlock(TransformerBlock):
     """adaLN-Zero: also a gate on each branch, all zero at first, so that every block starts as the identity."""
 
     num_modulations = 6
@@ -175,7 +164,7 @@ BLOCKS = {
     "adaln-zero": DiTBlock,
     "adaln": AdaLNBlock,
     "cross-attention": CrossAttentionBlock,
-    "in-context": InContextBlock,
+    "in-context": TransformerBlock,
 }
 
 
@@ -206,6 +195,9 @@ class DiT(nn.Module):
     labels replaced by the null class in training. num_classes: 0 for an unconditional model. learn_sigma: also predict
     the interpolation of log-variances, as C more channels. block: one of `BLOCKS`.
     Raises ValueError for sizes that cannot be built.
+
+    config: all these arguments by name. gradient_checkpointing: with k > 0, every k-th block keeps no activations and
+    computes them again for the gradient.
     """
 
     def __init__(
@@ -222,7 +214,9 @@ class DiT(nn.Module):
         learn_sigma=True,
         block="adaln-zero",
     ):
+        arguments = dict(locals())
         super().__init__()
+        self.config = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
         if block not in BLOCKS:
             raise ValueError(f"block {block!r} is not one of {', '.join(BLOCKS)}")
         if input_size % patch_size:
@@ -236,7 +230,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.null_class, self.learn_sigma, self.block = num_classes, num_classes, learn_sigma, block
-        self.checkpoint_every = 0  # k: keep no activations of every k-th block, but compute them again for the gradient
+        self.gradient_checkpointing = 0
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -246,6 +240,12 @@ class DiT(nn.Module):
         adaptive = BLOCKS[block].num_modulations > 0
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive)
         self.initialize_weights()
+
+    @property
+    def guided_channels(self):
+        """How many channels of eps are guided by default. The original release guides the first three of the autoencoder's
+        four, and its published numbers depend on it: a scale of 1.5 on three channels is about 1.375 on four."""
+        return 3 if self.in_channels == 4 else self.in_channels
 
     def initialize_weights(self):
         for module in self.modules():
@@ -280,7 +280,7 @@ class DiT(nn.Module):
         if self.block == "in-context":
             x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D), the two without a position
         for i, block in enumerate(self.blocks):
-            if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
+            if self.gradient_checkpointing and i % self.gradient_checkpointing == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
             else:
                 x = block(x, c)
@@ -302,15 +302,15 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale):
         """Classifier-free guidance in the original release's form, for scripts written for it: the batch is doubled,
         y holds the labels and then the null class, only the first half of x is read, and both halves of the result hold
-        the same guided eps. New code calls `guidance.guided_denoiser`."""
+        the same guided eps. New code calls `diffusion.guidance.guided_denoiser`."""
         if len(x) % 2:
             raise ValueError(f"forward_with_cfg needs a doubled batch, [conditional; unconditional], not {len(x)} images")
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
         cond, uncond = out.chunk(2)
-        channels = guidance.default_channels(self.in_channels)
-        eps = guidance.combine(cond[:, :channels], uncond[:, :channels], cfg_scale)
-        return torch.cat([torch.cat([eps, eps]), out[:, channels:]], dim=1)
+        guided = uncond + cfg_scale * (cond - uncond)  # Ho and Salimans 2022, eq. 6, with cfg_scale = 1 + w
+        eps = torch.cat([guided, guided])[:, : self.guided_channels]
+        return torch.cat([eps, out[:, self.guided_channels :]], dim=1)
 
 
 #        depth    D  heads          DiT paper, Table 1
@@ -321,3 +321,6 @@ DiT_models = {
     for size, (depth, width, heads) in SIZES.items()
     for patch in (2, 4, 8)
 }
+# the same twelve as names, for `from models import DiT_XL_2`
+DiT_S_2, DiT_S_4, DiT_S_8, DiT_B_2, DiT_B_4, DiT_B_8, *larger = DiT_models.values()
+DiT_L_2, DiT_L_4, DiT_L_8, DiT_XL_2, DiT_XL_4, DiT_XL_8 = larger

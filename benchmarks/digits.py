@@ -1,40 +1,50 @@
-"""Judge samples of the digits: would one who has seen only real digits read the class that was asked for?
+"""Measure samples of the digits with a classifier that has been trained on the real digits.
 
     python -m benchmarks.digits demo/samples.npz
 
-Prints the share read right by a support-vector classifier, how varied the samples of a class are, how many are copies of
-training images, and the Fréchet distance to the real digits in pixel space. Exit status 1
-where a bound of the demo is missed.
+Prints the share of samples that the classifier assigns to their label, how varied the samples of a class are, the share of
+near copies of training images, and the Fréchet distance to the real digits in pixel space. The exit status is 1 where a
+bound of the demo is missed.
 """
 
-import argparse
 import functools
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from cli.parser import Parser
 from evaluation.metrics import frechet_distance
+from runtime.config import Config, option
+from runtime.errors import UserError
 
-BOUNDS = {"read_as_asked": (">=", 0.97), "variety": (">=", 0.6), "copies": ("<", 0.05)}
+BOUNDS = {"class_accuracy": (">=", 0.97), "variety": (">=", 0.6), "memorised": ("<", 0.05)}
+
+
+@dataclass(frozen=True)
+class DigitsConfig(Config):
+    """Options of digits.py."""
+
+    samples: str = option(help="file of samples as sample_ddp.py writes it", positional=True, metavar="SAMPLES.npz")
 
 
 @functools.cache
 def real_digits():
-    """(images (1797, 64) in [-1, 1], labels, a classifier fitted to them)."""
+    """(images (1797, 64) in [-1, 1], labels, a support-vector classifier that is fitted to them)."""
     data = load_digits()
     images = data.data / 8 - 1
     return images, data.target, SVC(C=10, gamma="scale").fit(images, data.target)
 
 
-def judge(images, labels):
-    """images: (N, 8, 8, 3) uint8, grey. labels: (N,), the classes asked for. Returns a dict of numbers:
+def measure(images, labels):
+    """images: (N, 8, 8, 3) uint8, grey. labels: (N,), the classes that were asked for. Returns a dict of numbers:
 
-    read_as_asked     share that the classifier reads as asked for
-    variety           mean distance of two samples of a class over that of two real digits of the class
-    copies            share nearer than 0.6 to a training image (Euclidean, pixels in [-1, 1])
+    class_accuracy    share of samples that the classifier assigns to their label
+    variety           mean distance between two samples of a class, over that between two real digits of the class
+    memorised         share nearer than 0.6 to a training image (Euclidean distance, pixels in [-1, 1])
     frechet_distance  between Gaussians fitted to the 64 pixels of samples and of real digits"""
     real, real_labels, classifier = real_digits()
     samples = images.mean(axis=-1).reshape(len(images), -1) / 127.5 - 1
@@ -44,26 +54,37 @@ def judge(images, labels):
 
     moments = [(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (real, samples)]
     return {
-        "read_as_asked": float((classifier.predict(samples) == labels).mean()),
+        "class_accuracy": float((classifier.predict(samples) == labels).mean()),
         "variety": float(spread(samples, labels) / spread(real, real_labels)),
-        "copies": float((cdist(samples, real).min(axis=1) < 0.6).mean()),
+        "memorised": float((cdist(samples, real).min(axis=1) < 0.6).mean()),
         "frechet_distance": float(frechet_distance(*moments[0], *moments[1])),
     }
 
 
+def read_samples(path):
+    """(images, labels) of an .npz file. Raises UserError."""
+    try:
+        with np.load(path) as file:
+            images, labels = file["arr_0"], file["arr_1"]
+    except Exception as error:  # a damaged file can make the reader raise almost anything
+        raise UserError(f"{path}: cannot be read as samples of sample_ddp.py ({str(error).splitlines()[0]})") from None
+    if images.shape[1:] != (8, 8, 3) or labels.shape != images.shape[:1] or len(images) < 20:
+        raise UserError(f"{path}: holds no 20 or more digits of 8x8 pixels with labels, but arrays {images.shape}")
+    return images, labels
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("npz", help="samples as sample_ddp.py writes them")
-    path = parser.parse_args(argv).npz
-    with np.load(path) as file:
-        images, labels = file["arr_0"], file["arr_1"]
-    numbers, met = judge(images, labels), True
-    print(f"{len(images)} samples in {path}, judged by what has seen only real digits:")
+    parser = Parser(DigitsConfig, __doc__)
+    path = parser.parse(argv).samples
+    with parser.report_errors():
+        images, labels = read_samples(path)
+    numbers, met = measure(images, labels), True
+    print(f"{len(images)} samples in {path}, measured against the real digits:")
     for name, value in numbers.items():
         sign, bound = BOUNDS.get(name, ("", 0))
         good = {">=": value >= bound, "<": value < bound, "": True}[sign]
         met &= good
-        print(f"  {name:17} {value:7.4f}" + (f"   (asked for: {sign} {bound}{'' if good else ', MISSED'})" if sign else ""))
+        print(f"  {name:17} {value:7.4f}" + (f"   (bound: {sign} {bound}{'' if good else ', MISSED'})" if sign else ""))
     sys.exit(0 if met else 1)
 
 

@@ -1,16 +1,15 @@
-"""Kill training and sampling at random moments, damage checkpoints in between, and see whether anything is lost.
+"""Kill training and sampling at random moments, damage checkpoints in between, and check that nothing is lost.
 
-    OMP_NUM_THREADS=1 python benchmarks/faults.py --json faults.json
+    OMP_NUM_THREADS=1 python -m benchmarks.faults --json faults.json
 
-Training runs on the digits and on a folder of random images, with data workers, on one process and on two (gloo, CPU). A
+Training runs on the digits and on a folder of random images, with data workers, in one process and in two (gloo, CPU). A
 run is killed with SIGKILL, all processes or one of two, at a random moment or while a checkpoint is being written. Between
-restarts the latest checkpoints get a flipped byte or are cut short; now and then all of them, which has to be refused. What
-a run leaves in the end - parameters, average, optimizer, metrics, log - has to equal what an undisturbed one leaves, and a
-set of samples has to be the same file. Exit status 1 if anything differs.
+restarts the latest checkpoints get a flipped bit or are truncated. Now and then all of them are; train.py must refuse to
+start then. The final state of a run (weights, EMA, optimizer, metrics, losses in the log) has to equal that of an
+undisturbed run, and a set of samples has to be the same file. The exit status is 1 if anything differs.
 """
 
-import argparse
-import json
+import importlib
 import os
 import random
 import re
@@ -19,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,58 +26,75 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # torch-fidelity installs a package named tests
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from helpers import Ranks, assert_same_state, latest, without_timings
+
 import sample_ddp
 import train
-from benchmarks.runs import Ranks, assert_same_state, latest, without_timings
-from checkpoint import files as checkpoint
+from checkpoint import files
+from cli.parser import Parser
+from runtime.config import Config, option
+from runtime.errors import RunError
+from runtime.files import check_output, write_json
 
-MODEL = "--vae none --image-size 8 --hidden-size 96 --depth 2 --num-heads 2 --lr 1e-3 --device cpu --log-every 3"
-TRAINING = (MODEL + " --ckpt-every 4 --keep-last 3 --max-steps 40 --num-workers 2 --label-dropout 0.3").split()
+# --log-every divides --ckpt-every: every row of the metrics then covers a whole interval, also the first after a resume
+TRAINING = (
+    "--vae none --image-size 8 --hidden-size 96 --depth 2 --num-heads 2 --lr 1e-3 --device cpu --log-every 2 "
+    "--ckpt-every 4 --keep-last 3 --max-steps 40 --num-workers 2 --label-dropout 0.3"
+).split()
 SAMPLING = "--num-sampling-steps 3 --num-fid-samples 150 --per-proc-batch-size 5 --device cpu --folder set".split()
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--kills", type=int, default=216, help="in all: three quarters in training, the rest in sampling")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and damages; the machine's timing adds to them")
-    parser.add_argument("--json", metavar="FILE", help="write the counts here too")
-    args = parser.parse_args()
-    if args.kills < 8:
-        parser.error("--kills must be at least 8")
-    return args
+@dataclass(frozen=True)
+class FaultsConfig(Config):
+    """Options of faults.py."""
+
+    kills: int = option(216, "number of kills: three quarters in training, the others in sampling", low=8, high=1_000_000)
+    seed: int = option(0, "seed of the moments and damages; they also depend on the machine's speed", low=0, high=2**63 - 1)
+    json: str | None = option(None, "write the counts to this file (default: they are only printed)", metavar="FILE")
 
 
-def main():
-    args = parse_args()
-    torch.set_num_threads(1)  # forked processes may not use OpenMP's
-    import sklearn.datasets  # noqa: F401 -- here, once, not in every process
-
-    start, rows = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=args.kills, desc="Kills", unit="kill") as bar:
-        root = Path(folder)
-        make_images(root / "images")
-        chance = random.Random(args.seed)
-        for data in ("digits", root / "images"):
-            for world_size in (1, 2):
-                scenario = Training(root / f"{Path(data).name}-{world_size}", data, world_size, chance, bar)
-                rows.append(scenario.run(args.kills * 3 // 16))
-        for world_size in (1, 2):
-            ckpt = root / f"digits-{world_size}/whole/checkpoints/0000040.pt"
-            left = args.kills - bar.n
-            scenario = Sampling(root / f"samples-{world_size}", ckpt, world_size, chance, bar)
-            rows.append(scenario.run(left // 2 if world_size == 1 else left))
+def main(argv=None):
+    parser = Parser(FaultsConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        if config.json:
+            check_output(config.json, "--json")
+        start = time.perf_counter()
+        rows = run_scenarios(config)
     columns = list(rows[0])
     total = {"scenario": "all"} | {key: sum(row.get(key, 0) for row in rows) for key in columns[1:]}
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in [*rows, total]:
         print(f"| {' | '.join(str(row.get(key, '')) for key in columns)} |")
-    print(f"{time.perf_counter() - start:.0f} s, seed {args.seed}, torch {torch.__version__}")
-    if args.json:
-        Path(args.json).write_text(json.dumps([*rows, total], indent=2) + "\n")
+    print(f"{time.perf_counter() - start:.0f} s, seed {config.seed}, torch {torch.__version__}")
+    if config.json:
+        write_json(config.json, [*rows, total])
     sys.exit(total["runs that differ"] > 0)
+
+
+def run_scenarios(config):
+    """The counts of every scenario, a list of dicts."""
+    torch.set_num_threads(1)  # forked processes may not use OpenMP's threads
+    # what the commands import after parsing, once here and not in every forked process
+    for module in ("sklearn.datasets", "training.session", "training.trainer", "sampling.image_set"):
+        importlib.import_module(module)
+
+    rows, chance = [], random.Random(config.seed)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=config.kills, desc="Kills", unit="kill") as bar:
+        root = Path(folder)
+        make_images(root / "images")
+        for data in ("digits", root / "images"):
+            for world_size in (1, 2):
+                scenario = Training(root / f"{Path(data).name}-{world_size}", data, world_size, chance, bar)
+                rows.append(scenario.run(config.kills * 3 // 16))
+        for world_size in (1, 2):
+            ckpt = root / f"digits-{world_size}/whole/checkpoints/0000040.pt"
+            left = config.kills - bar.n
+            scenario = Sampling(root / f"samples-{world_size}", ckpt, world_size, chance, bar)
+            rows.append(scenario.run(left // 2 if world_size == 1 else left))
+    return rows
 
 
 def make_images(root):
@@ -89,7 +106,8 @@ def make_images(root):
 
 
 class Scenario:
-    """A command that is killed and started again until it is through, and then anew, until the kills are used up."""
+    """A command that is killed and started again until it finishes, and then from the beginning, until the kills are used
+    up."""
 
     def __init__(self, folder, world_size, chance, bar):
         folder.mkdir()
@@ -114,7 +132,8 @@ class Scenario:
                 self.after_kill(run)
                 run = self.start(self.folder / "parts")
             if any(codes := run.wait()):
-                raise SystemExit(f"{self.name}: exit statuses {codes}\n{run.text()}")
+                print(run.text(), file=sys.stderr)
+                raise RunError(f"{self.name}: exit statuses {codes}, and the output above")
             counts["runs to the end"] += 1
             try:
                 self.compare(self.folder / "whole", self.folder / "parts")
@@ -125,7 +144,7 @@ class Scenario:
         return {"scenario": self.name, **counts}
 
     def kill(self, run):
-        """Kill a run, at a random moment or in the middle of a write. Returns False where it came to its end before."""
+        """Kill a run, at a random moment or in the middle of a write. Returns False where it finished before."""
         deadline = time.monotonic() + self.chance.uniform(0, 0.6 * self.duration)
         in_write = self.chance.random() < 0.4
         while any(process.is_alive() for process in run.processes):
@@ -137,7 +156,7 @@ class Scenario:
         alive = [process for process in run.processes if process.is_alive()]
         for process in alive if self.chance.random() < 0.7 else self.chance.sample(alive, min(1, len(alive))):
             process.kill()
-        for process in run.processes:  # the other one sees that it is alone, unless it waits for the first to join
+        for process in run.processes:  # the other one notices that it is alone, unless it still waits for the first to join
             process.join(2)
             if process.is_alive():
                 process.kill()
@@ -147,7 +166,7 @@ class Scenario:
 
 class Training(Scenario):
     columns = (
-        "inside a write", "files damaged", "recognised", "flip changed no data", "passed over by train.py",
+        "while writing", "files damaged", "recognised", "flip changed no data", "passed over by train.py",
         "all damaged: refused", "steps repeated",
     )  # fmt: skip
 
@@ -166,12 +185,11 @@ class Training(Scenario):
         return any(self.checkpoints.glob(".*.pt.*.tmp"))
 
     def after_kill(self, run):
-        self.counts["inside a write"] += self.writing()
-        text = run.text()
-        self.counts["passed over by train.py"] += text.count("trying the one before it")
-        log = self.folder / "parts/log.txt"
-        reached = re.findall(r"\(step=(\d+)\)", log.read_text()) if log.exists() else []
-        whole = [path for path in checkpoint.newest_first(self.checkpoints) if self.is_whole(path)]
+        self.counts["while writing"] += self.writing()
+        self.counts["passed over by train.py"] += run.text().count("trying the one before it")
+        metrics = self.folder / "parts/metrics.jsonl"
+        reached = re.findall(r'"step": (\d+)', metrics.read_text()) if metrics.exists() else []
+        whole = [path for path in files.newest_first(self.checkpoints) if self.is_whole(path)]
         if whole and self.chance.random() < 0.08:
             self.refuse_when_all_are_damaged(whole)
         elif len(whole) > 1 and self.chance.random() < 0.6:
@@ -184,41 +202,41 @@ class Training(Scenario):
 
     def is_whole(self, path):
         try:
-            checkpoint.verify(path)
-            return bool(checkpoint.load(path))
-        except checkpoint.CheckpointError:
+            files.verify(path)
+            return bool(files.load(path))
+        except files.CheckpointError:
             return False
 
     def damage(self, path):
-        """Flip a random byte's bit or cut the file short; note whether that is recognised."""
+        """Flip a bit of a random byte or truncate the file. Count whether that is recognised."""
         before = path.read_bytes()
         damaged = bytearray(before)
         if self.chance.random() < 0.5:
             damaged[self.chance.randrange(len(damaged))] ^= 1 << self.chance.randrange(8)
         else:
             del damaged[self.chance.randrange(len(damaged)) :]
-        expected = checkpoint.load(path, mmap=False)
+        expected = files.load(path, mmap=False)
         path.write_bytes(damaged)
         self.counts["files damaged"] += 1
         if not self.is_whole(path):
             self.counts["recognised"] += 1
             return
-        assert_same_state(checkpoint.load(path, mmap=False), expected)  # a byte of padding, or of a date
+        assert_same_state(files.load(path, mmap=False), expected)  # a byte of padding, or of a date
         self.counts["flip changed no data"] += 1
         path.write_bytes(before)
         self.damage(path)
 
     def refuse_when_all_are_damaged(self, whole):
-        """Nothing may be touched, and a checkpoint that is brought back is gone on from."""
+        """A start must change nothing but the run's status. The checkpoints are then restored for the next start."""
         copies = {path: path.read_bytes() for path in whole}
         for path in whole:
             self.damage(path)
         before = {path: path.read_bytes() for path in (self.folder / "parts").rglob("*.*") if ".tmp" not in path.name}
         run = self.start(self.folder / "parts")
         assert run.wait() == [2] * self.world_size, run.text()
-        assert "is whole; bring one back" in run.text(), run.text()
+        assert "are damaged; restore one from a copy" in run.text(), run.text()
         for path, content in before.items():
-            assert path.name == ".lock" or path.read_bytes() == content, path
+            assert path.name == "status.json" or path.read_bytes() == content, path
         self.counts["all damaged: refused"] += 1
         for path, content in copies.items():
             path.write_bytes(content)
@@ -226,13 +244,14 @@ class Training(Scenario):
     def compare(self, whole, parts):
         assert_same_state(latest(parts), latest(whole))
         assert without_timings(parts) == without_timings(whole), "metrics.jsonl differs"
+        # log.txt keeps the lines of steps that were repeated; they must say the same each time
         logs = [re.findall(r"\(step=(\d+)\) Train Loss: (\S+),", (run / "log.txt").read_text()) for run in (whole, parts)]
-        assert logs[0] == logs[1], "log.txt differs"
+        assert set(logs[0]) == set(logs[1]), "losses in log.txt differ"
         assert not self.writing(), "a temporary file is left"
 
 
 class Sampling(Scenario):
-    columns = ("inside a write", "files damaged")
+    columns = ("while writing", "files damaged")
 
     def __init__(self, folder, ckpt, world_size, chance, bar):
         super().__init__(folder, world_size, chance, bar)
@@ -247,7 +266,7 @@ class Sampling(Scenario):
         return any(parts.glob(".*.tmp")) or any(parts.glob("set/.*.tmp"))
 
     def after_kill(self, run):
-        self.counts["inside a write"] += self.writing()
+        self.counts["while writing"] += self.writing()
         for path in self.chance.sample(images := sorted((self.folder / "parts/set").glob("*.png")), min(2, len(images))):
             os.truncate(path, self.chance.randrange(path.stat().st_size))
             self.counts["files damaged"] += 1

@@ -1,5 +1,5 @@
-"""Data N(mu, s^2) in every element, where the denoiser and the way of every solver are known in closed form. Imported by
-solver_order.py and by tests/test_samplers.py."""
+"""Data that is distributed as N(MU, S^2) in every element: the exact denoiser, the exact trajectory and DDPM's moments are
+known in closed form. Used by solver_order.py and by the tests of the samplers."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ import torch
 from diffusion import create_diffusion, sample
 
 MU, S = 0.3, 0.5
-ALPHA_BAR = np.cumprod(1 - create_diffusion("").betas)
+ALPHA_BAR = create_diffusion("").alphas_cumprod
 
 
 def alpha_bar_at(t):
@@ -38,8 +38,7 @@ def ddpm_recursion(num_steps, fraction=None):
     """Mean and variance of the x of "ddpm" before each step and at the end, from N(0, 1): x_{t-1} is linear in x_t.
     Returns (num_steps + 1, 2). fraction: of the learned variance, in [-1, 1], or None for the fixed one, beta."""
     process = create_diffusion(str(num_steps))
-    betas, alpha_bar = process.betas, np.cumprod(1 - process.betas)
-    alpha_bar_prev = np.append(1, alpha_bar[:-1])
+    betas, alpha_bar, alpha_bar_prev = process.betas, process.alphas_cumprod, process.alphas_cumprod_prev
     posterior = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)  # DDPM, eq. 7
     posterior[0] = posterior[1]
     weight = 1.0 if fraction is None else (fraction + 1) / 2
@@ -48,9 +47,8 @@ def ddpm_recursion(num_steps, fraction=None):
     for i in reversed(range(num_steps)):
         mean, var = moments[-1]
         slope = betas[i] / (alpha_bar[i] * S**2 + 1 - alpha_bar[i])  # eps = slope (x - mean_t) sqrt(1 - alpha_bar) / beta
-        gain = (1 - slope) / (
-            1 - betas[i]
-        ) ** 0.5  # DDPM, algorithm 2: x - beta / sqrt(1 - alpha_bar) eps, over sqrt(alpha)
+        # DDPM, algorithm 2: (x - beta / sqrt(1 - alpha_bar) eps) / sqrt(alpha)
+        gain = (1 - slope) / (1 - betas[i]) ** 0.5
         shift = slope * alpha_bar[i] ** 0.5 * MU / (1 - betas[i]) ** 0.5
         moments.append((gain * mean + shift, gain**2 * var + (variance[i] if i else 0.0)))
     return np.array(moments)

@@ -1,4 +1,4 @@
-"""How fast images are read, decoded, cropped and mirrored, through data.loader as train.py uses it.
+"""How fast images are read, decoded, cropped and mirrored, through make_loader as train.py uses it.
 
 OMP_NUM_THREADS=1 python benchmarks/images.py --num-workers 0 1 2
 """
@@ -11,29 +11,30 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.latents import folder_of, make_parser, report
-from data import images as data
+from benchmarks.latents import ReadingConfig, folder_of, report
+from cli.parser import Parser
+from data.images import ImageDataset
 
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, "an image folder, one folder a class", images=200, batch_size=16)
-    parser.set_defaults(cold=False)
-    args = parser.parse_args(argv)
-    with parser.reporting(), folder_of(args, make_images) as folder:
-        dataset = data.load(folder, args.image_size)
-        sizes = [Path(dataset.name(i)).stat().st_size for i in range(len(dataset))]
-        report(args, dataset, "images", {"image_size": args.image_size, "bytes_per_file": round(sum(sizes) / len(sizes))})
+    parser = Parser(ReadingConfig, __doc__, defaults={"images": 200, "batch_size": 16})
+    config = parser.parse(argv)
+    with parser.report_errors(), folder_of(config, make_images) as folder:
+        dataset = ImageDataset(folder, config.image_size)
+        sizes = [Path(dataset.path(i)).stat().st_size for i in range(len(dataset))]
+        facts = {"image_size": config.image_size, "bytes_per_file": round(sum(sizes) / len(sizes))}
+        report(config, dataset, "images", facts)
 
 
-def make_images(folder, args):
+def make_images(folder, config):
     """JPEG files with a photograph's spectrum: amplitudes fall as 1 / frequency, the colours go mostly together."""
     (folder / "all").mkdir()
     random = np.random.default_rng(0)
     fall = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH))
     fall[0, 0] = np.inf
-    for i in tqdm(range(args.images), desc="Making images", unit="image", disable=args.json):
+    for i in tqdm(range(config.images), desc="Making images", unit="image", disable=config.json):
         spectrum = np.fft.rfft2(random.standard_normal((4, HEIGHT, WIDTH))) / fall
         grey, *colours = np.fft.irfft2(spectrum, (HEIGHT, WIDTH))
         pixels = np.stack([grey + 0.3 * colour for colour in colours], axis=2)

@@ -1,6 +1,6 @@
 """Time and memory of the metrics on random feature vectors, without the network.
 
-OMP_NUM_THREADS=2 python benchmarks/metrics.py --json metrics.json
+OMP_NUM_THREADS=2 python -m benchmarks.metrics --json metrics.json
 """
 
 import json
@@ -8,24 +8,27 @@ import platform
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # before this file's own folder: it has the module's name
-from cli import options
+from cli.parser import Parser
 from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from runtime.config import Config, option
+from runtime.files import check_output
 
 
-def parse_args():
-    parser, vectors = options.Parser(__doc__.split("\n")[0]), options.number(int, low=4)
-    parser.add_argument("--samples", type=vectors, default=50_000, help="feature vectors of samples")
-    parser.add_argument("--reference", type=vectors, default=10_000, help="feature vectors of the reference")
-    parser.add_argument("--dim", type=options.positive, default=2048, help="length of a vector")
-    parser.add_argument("--classes", type=options.positive, default=1008, help="logits of the Inception Score")
-    parser.add_argument("--device", default="cpu", help="where to compute; memory is that of the host")
-    parser.add_argument("--json", metavar="FILE", help="write the table here too")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class BenchmarkConfig(Config):
+    """Options of this benchmark."""
+
+    samples: int = option(50_000, "number of feature vectors of samples", low=4)
+    reference: int = option(10_000, "number of feature vectors of the reference", low=4)
+    dim: int = option(2048, "length of a feature vector", low=1)
+    classes: int = option(1008, "number of logits for the Inception Score", low=1)
+    device: str = option("cpu", "where to compute; the memory that is shown is the host's", choices=("cuda", "mps", "cpu"))
+    json: str | None = option(None, "file to which the table is written as JSON (default: none)", metavar="FILE")
 
 
 def peak_gib():
@@ -33,8 +36,16 @@ def peak_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    parser = Parser(BenchmarkConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        if config.json:
+            check_output(config.json, "--json")
+        run(config)
+
+
+def run(config):
     rows = []
 
     def measure(title, work):
@@ -46,12 +57,12 @@ def main():
 
     generator = torch.Generator().manual_seed(0)
     samples, reference = (
-        torch.randn(n, args.dim, generator=generator).to(args.device) for n in (args.samples, args.reference)
+        torch.randn(n, config.dim, generator=generator).to(config.device) for n in (config.samples, config.reference)
     )
-    vectors = f"{args.samples} x {args.dim}"
+    vectors = f"{config.samples} x {config.dim}"
 
     def stream(x):
-        statistics = Statistics(args.dim, args.device)
+        statistics = Statistics(config.dim, config.device)
         for batch in x.split(64):
             statistics.update(batch)
         return statistics.mu, statistics.sigma
@@ -60,17 +71,17 @@ def main():
     measure("the vectors alone", lambda: None)
     moments = measure(f"mean and covariance of {vectors}", lambda: stream(samples))
     reference_moments = stream(reference)
-    measure(f"Frechet distance, {args.dim} dimensions", lambda: frechet_distance(*reference_moments, *moments))
+    measure(f"Frechet distance, {config.dim} dimensions", lambda: frechet_distance(*reference_moments, *moments))
     measure(
-        f"precision, recall: {vectors}, {args.reference}",
+        f"precision, recall: {vectors}, {config.reference}",
         lambda: precision_recall(reference, samples, progress=sys.stderr.isatty()),
     )
-    logits = torch.randn(args.samples, args.classes, generator=generator)
-    measure(f"Inception Score of {args.samples} x {args.classes}", lambda: inception_score(logits))
-    if args.json:
-        settings = {**vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    logits = torch.randn(config.samples, config.classes, generator=generator)
+    measure(f"Inception Score of {config.samples} x {config.classes}", lambda: inception_score(logits))
+    if config.json:
+        settings = {**config.flat(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         settings["machine"] = platform.processor() or platform.machine()
-        Path(args.json).write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+        Path(config.json).write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

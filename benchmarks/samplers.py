@@ -1,26 +1,29 @@
-"""Samplers and guidance on the demo's model: what is read as asked for, and how far from real digits, by steps and by time.
+"""Samplers and guidance on the demo's model: how good the samples are, by evaluations of the model and by time.
 
     make demo
     python -m benchmarks.samplers --ckpt demo/run/checkpoints/0001200.pt --json samplers.json --plot assets/samplers.png
 
-Every row draws the same images (seed and index give noise and label), judged as the demo's. Half an hour on one core.
+All rows draw from the same noise and labels, and are measured as the demo is. It takes half an hour on one core.
 """
 
-import argparse
-import json
 import multiprocessing
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.digits import judge
-from checkpoint import files as checkpoint
-from diffusion import samplers
-from sampling import pipeline as sampling
+from benchmarks.digits import measure
+from cli.parser import Parser
+from diffusion.registry import SAMPLERS
+from runtime.config import Config, option
+from runtime.errors import UserError
+from runtime.files import check_output, replace_file, write_errors, write_json
+from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
+from sampling.pipeline import Pipeline, to_uint8
+from sampling.source import Source
 
 STEPS = (5, 10, 20, 50, 250)
 GUIDED = [  # each at 20 steps of dpm-solver++
@@ -31,86 +34,85 @@ GUIDED = [  # each at 20 steps of dpm-solver++
     ("linear schedule", {"guidance_schedule": "linear"}),
     ("power-cosine schedule", {"guidance_schedule": "power-cosine"}),
     ("rescale 0.7", {"guidance_rescale": 0.7}),
-    ("weaker model", {"guide": True}),
+    ("weaker model", {"guide_ckpt": None}),  # filled in with --guide-ckpt
 ]
+COLUMNS = ("evaluations_per_image", "seconds", "class_accuracy", "variety", "frechet_distance")
 
 
-def settings(sampler, num_steps, **changes):
-    plain = {
-        "sampler": sampler, "num_sampling_steps": num_steps, "eta": 0.0, "spacing": None, "precision": None,
-        "cfg_channels": None, "guidance_interval": None, "guidance_schedule": "constant", "guidance_rescale": 0.0,
-    }  # fmt: skip
-    return argparse.Namespace(**{**plain, **changes})
+@dataclass(frozen=True)
+class SamplersConfig(Config):
+    """Options of samplers.py."""
+
+    ckpt: str = option(help="checkpoint of the demo's model", metavar="FILE")
+    guide_ckpt: str | None = option(None, "an earlier checkpoint, to also measure guidance by a weaker model (default: "
+        "not measured)", metavar="FILE")  # fmt: skip
+    cfg_scale: float = option(2.0, "scale of classifier-free guidance", low=0)
+    images: int = option(200, "images per seed and row", low=20, high=1_000_000)
+    batch_size: int = option(100, "images drawn at once", low=1, high=65536)
+    seeds: int = option(3, "number of seeds", low=1, high=1000)
+    parallel: int = option(2, "number of rows computed at a time, each on one core", low=1, high=1024)
+    json: str | None = option(None, "write the numbers to this file (default: they are only printed)", metavar="FILE")
+    plot: str | None = option(None, "draw the samplers into this .png file (default: off)", metavar="FILE")
 
 
 @torch.inference_mode()
 def run(job):
-    """Draw and judge one row with one seed. Returns a dict of numbers."""
-    args, name, seed, sampler, num_steps, changes = job
+    """Draw and measure one row with one seed. Returns a dict of numbers."""
+    config, name, seed, sampler, guidance = job
     torch.set_num_threads(1)
-    changes = dict(changes)
-    guide = load(args.guide_ckpt) if changes.pop("guide", False) else None
-    options, model = settings(sampler, num_steps, **{"cfg_scale": args.cfg_scale, **changes}), load(args.ckpt)
-    images, labels, evaluations, start = [], np.arange(args.images) % model.num_classes, 0, time.perf_counter()
-
-    def counted(*inputs):
-        nonlocal evaluations
-        evaluations += len(inputs[0])
-        return model(*inputs)
-
-    counted.null_class = model.null_class
-    for first in range(0, args.images, args.batch_size):
-        indices = range(first, min(first + args.batch_size, args.images))
-        noises = 0 if sampling.is_deterministic(options) else num_steps
-        noise = sampling.image_noise(seed, indices, noises, (1, 8, 8))
-        denoise = sampling.denoiser(options, counted, torch.from_numpy(labels[indices.start : indices.stop]), guide)
-        steps = sampling.steps(options, denoise, noise[0], lambda x, i, noise=noise: noise[1 + i])
-        images.append(sampling.to_uint8(samplers.last(steps)))
+    pipeline = Pipeline.load(config.ckpt, sampler, guidance, ComputeConfig(device="cpu"))
+    evaluated = []  # the batch sizes of the model's evaluations
+    pipeline.model.register_forward_pre_hook(lambda model, inputs: evaluated.append(len(inputs[0])))
+    labels, images, start = np.arange(config.images) % pipeline.num_classes, [], time.perf_counter()
+    for first in range(0, config.images, config.batch_size):
+        indices = range(first, min(first + config.batch_size, config.images))
+        images.append(to_uint8(pipeline(labels[indices], *pipeline.noise(seed, indices))))
     seconds = time.perf_counter() - start
-    numbers = judge(np.concatenate(images), labels)
-    row = {"name": name, "sampler": sampler, "steps": num_steps, "seed": seed, "seconds": seconds}
-    return {**row, "evaluations_per_image": evaluations / args.images, **numbers}
+    row = {"name": name, "sampler": sampler.sampler, "steps": sampler.num_sampling_steps, "seed": seed, "seconds": seconds}
+    return {**row, "evaluations_per_image": sum(evaluated) / config.images, **measure(np.concatenate(images), labels)}
 
 
-def load(path):
-    state = checkpoint.load(path)
-    return sampling.build(state, checkpoint.model_config(state, path), path)
-
-
-def summarise(results, names):
-    """Mean and standard deviation over the seeds, in the order of names."""
-    rows = []
-    for key in names:
-        group = [r for r in results if (r["name"], r["steps"]) == key]
-        row = {"name": key[0], "steps": key[1], "seeds": len(group)}
-        for column in ("evaluations_per_image", "seconds", "read_as_asked", "variety", "frechet_distance"):
-            values = [r[column] for r in group]
-            row[column], row[f"{column}_std"] = (
-                float(np.mean(values)),
-                float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-            )
-        rows.append(row)
-    return rows
+def summarise(results, rows):
+    """Mean and standard deviation over the seeds. rows: the (name, steps) in the order wanted."""
+    summary = []
+    for name, steps in rows:
+        group = [result for result in results if (result["name"], result["steps"]) == (name, steps)]
+        row = {"name": name, "steps": steps, "seeds": len(group)}
+        for column in COLUMNS:
+            values = [result[column] for result in group]
+            row[column], row[f"{column}_std"] = float(np.mean(values)), float(np.std(values, ddof=len(values) > 1))
+        summary.append(row)
+    return summary
 
 
 def print_table(rows):
-    print("| sampler | steps | evaluations an image | seconds | read as asked | Fréchet distance | variety |")
+    print("| sampler | steps | evaluations per image | seconds | class accuracy | Fréchet distance | variety |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:
-        cells = f"{r['evaluations_per_image']:.0f} | {r['seconds']:.1f} | {100 * r['read_as_asked']:.1f} %"
+        cells = f"{r['evaluations_per_image']:.0f} | {r['seconds']:.1f} | {100 * r['class_accuracy']:.1f} %"
         spread = f"{r['frechet_distance']:.2f} ± {r['frechet_distance_std']:.2f}"
         print(f"| {r['name']} | {r['steps']} | {cells} | {spread} | {r['variety']:.2f} |")
 
 
+def print_best_of_20_steps(rows):
+    """Compare the sampler of 20 steps that is nearest to 250 steps of ddpm with those."""
+    reference = next(r for r in rows if (r["name"], r["steps"]) == ("ddpm", 250))
+    most = reference["evaluations_per_image"] / 12
+    few = [r for r in rows if r["steps"] == 20 and r["evaluations_per_image"] <= most]
+    best = min(few, key=lambda r: abs(r["frechet_distance"] - reference["frechet_distance"]))
+    points = 100 * (best["class_accuracy"] - reference["class_accuracy"])
+    percent = 100 * (best["frechet_distance"] / reference["frechet_distance"] - 1)
+    print(
+        f"Compared with 250 steps of ddpm, 20 steps of {best['name']} change the class accuracy by {points:+.1f} points "
+        f"and the Fréchet distance by {percent:+.1f} %, in 1/{reference['seconds'] / best['seconds']:.1f} of the time"
+    )
+
+
 def plot(rows, path):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, column, label in zip(
-        figure.subplots(1, 2),
-        ("frechet_distance", "read_as_asked"),
-        ("Fréchet distance, pixels", "read as asked"),
-        strict=True,
-    ):
-        for sampler in samplers.SAMPLERS:
+    labels = {"frechet_distance": "Fréchet distance, pixels", "class_accuracy": "class accuracy"}
+    for axes, (column, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        for sampler in SAMPLERS:
             line = [r for r in rows if r["name"] == sampler]
             x, y = [r["evaluations_per_image"] / 2 for r in line], [r[column] for r in line]
             axes.plot(x, y, marker="o", markersize=4, label=sampler)
@@ -118,53 +120,45 @@ def plot(rows, path):
         axes.grid(alpha=0.3)
     figure.axes[0].set_yscale("log")
     figure.axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def make_jobs(config):
+    """The rows of the two tables, samplers and guidance, as lists of (name, SamplerConfig, GuidanceConfig)."""
+    plain, twenty = GuidanceConfig(cfg_scale=config.cfg_scale), SamplerConfig("dpm-solver++", 20)
+    samplers = [(name, SamplerConfig(name, steps), plain) for name in SAMPLERS for steps in STEPS]
+    guided = []
+    for name, changes in GUIDED:
+        changes = {"guide_ckpt": config.guide_ckpt} if "guide_ckpt" in changes else changes
+        if changes != {"guide_ckpt": None}:
+            guided.append((name, twenty, GuidanceConfig(**{"cfg_scale": config.cfg_scale, **changes})))
+    return samplers, guided
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--ckpt", required=True, help="the demo's model")
-    parser.add_argument("--guide-ckpt", help="an earlier checkpoint, for guidance by a weaker model")
-    parser.add_argument("--cfg-scale", type=float, default=2.0, help="guidance weight")
-    parser.add_argument("--images", type=int, default=200, help="images a seed and row")
-    parser.add_argument("--batch-size", type=int, default=100, help="images at once")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--parallel", type=int, default=2, help="rows at a time, one core each")
-    parser.add_argument("--json", help="write the numbers here")
-    parser.add_argument("--plot", help="draw the samplers here")
-    args = parser.parse_args(argv)
-    rows = [(sampler, sampler, steps, {}) for steps in reversed(STEPS) for sampler in samplers.SAMPLERS]
-    guided = [(name, "dpm-solver++", 20, c) for name, c in GUIDED if args.guide_ckpt or "guide" not in c]
-    jobs = [
-        (args, name, seed, sampler, steps, tuple(changes.items()))
-        for name, sampler, steps, changes in guided + rows
-        for seed in range(args.seeds)
-    ]
-    torch.set_num_threads(1)
-    with multiprocessing.get_context("fork").Pool(args.parallel) as pool:
-        results = list(tqdm(pool.imap_unordered(run, jobs), total=len(jobs), unit="row"))
-    by_steps = summarise(results, [(sampler, steps) for sampler in samplers.SAMPLERS for steps in STEPS])
-    options = summarise(results, [(name, 20) for name, *_ in guided])
-    print_table(by_steps)
-    print_table(options)
-    reference = next(r for r in by_steps if (r["name"], r["steps"]) == ("ddpm", 250))
-    few = [
-        r for r in by_steps if r["steps"] == 20 and 12 * r["evaluations_per_image"] <= reference["evaluations_per_image"]
-    ]
-    best = min(few, key=lambda r: abs(r["frechet_distance"] - reference["frechet_distance"]))
-    points = 100 * (best["read_as_asked"] - reference["read_as_asked"])
-    percent = 100 * (best["frechet_distance"] / reference["frechet_distance"] - 1)
-    share = best["seconds"] / reference["seconds"]
-    print(
-        f"At 20 steps {best['name']} is {points:+.1f} points of accuracy and {percent:+.1f} % of distance from 250 of "
-        f"ddpm, in 1/{1 / share:.1f} of its time"
-    )
-    if args.json:
-        Path(args.json).write_text(json.dumps({"samplers": by_steps, "guidance": options}, indent=2) + "\n")
-    if args.plot:
-        plot(by_steps, args.plot)
+    parser = Parser(SamplersConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        for name in ("json", "plot"):
+            if getattr(config, name):
+                check_output(getattr(config, name), f"--{name}")
+        samplers, guided = make_jobs(config)
+        for _, sampler, guidance in guided:
+            if Source.open(config.ckpt, sampler, guidance).settings["image_size"] != 8:
+                raise UserError(f"--ckpt {config.ckpt}: is not a model of the digits, whose images are 8x8 pixels")
+        jobs = [(config, *row[:1], seed, *row[1:]) for row in [*guided, *samplers] for seed in range(config.seeds)]
+        torch.set_num_threads(1)
+        with multiprocessing.get_context("fork").Pool(config.parallel) as pool:
+            results = list(tqdm(pool.imap_unordered(run, jobs), total=len(jobs), unit="row"))
+        tables = [summarise(results, [(name, s.num_sampling_steps) for name, s, _ in rows]) for rows in (samplers, guided)]
+        for table in tables:
+            print_table(table)
+        print_best_of_20_steps(tables[0])
+        with write_errors("the results"):
+            if config.json:
+                write_json(config.json, dict(zip(("samplers", "guidance"), tables, strict=True)))
+            if config.plot:
+                plot(tables[0], config.plot)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Drawing images: a guided step of ours, eager and compiled, against the original release's recipe and the matrix rate.
+"""A guided sampling step: ours, eager and compiled, against the original release's recipe and the matrix rate.
 
-    python benchmarks/sampling.py --model DiT-S/4 --batch-size 16 --device cpu --precision bf16 --json
-    python benchmarks/sampling.py --model DiT-XL/2 --batch-size 64 --device cuda --repeats 250
+    python -m benchmarks.sampling --model DiT-S/4 --batch-size 16 --device cpu --precision bf16 --json
+    python -m benchmarks.sampling --model DiT-XL/2 --batch-size 64 --device cuda --repeats 250
 
-The original's recipe: float32 (on a GPU TF32), eager, the batch doubled in every step, `p_sample_loop` around
-`forward_with_cfg`. Ours is the loop of sample_ddp.py. Each variant draws its batch step by step, in turns with the others;
---repeats 250 times a whole run of 250 steps. Drawing the noise and decoding, the same for all, are not in it.
+The original's recipe is float32 (on a GPU TF32), eager, with the batch doubled in every step: `p_sample_loop` around
+`forward_with_cfg`. Ours is the loop of sample_ddp.py. The variants take turns; medians are printed. With --repeats 250 the
+time is that of a whole run of 250 steps. Drawing the noise and decoding, the same for all, are not part of it.
 """
 
 import sys
@@ -15,56 +15,57 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python benchmarks/sampling.py`
 import complexity
-import sample_ddp
 from benchmarks import timing
-from benchmarks.train_step import lively
-from cli import options
-from diffusion import create_diffusion, samplers
+from checkpoint.config import ModelOptions
+from cli.parser import Parser
+from data.autoencoder import check_image_size
+from diffusion import create_diffusion
+from diffusion.registry import SAMPLERS
 from models import DiT_models
 from runtime import distributed
-from runtime.errors import UserError
-from sampling import pipeline as sampling
+from runtime.config import Config, option
+from runtime.devices import set_precision
+from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
+from sampling.pipeline import Pipeline, place
 
 
-def parse_args(argv=None):
-    parser = options.Parser(__doc__.split("\n")[0] + " Takes the options of sample_ddp.py beside these.")
-    mine, args = timing.parse(parser, sample_ddp.parse_args, argv, "--per-proc-batch-size")
-    args.precision = args.precision or ("tf32" if args.tf32 and args.device == "cuda" else "fp32")
-    with parser.reporting():
-        for option in ("ckpt", "guide_ckpt", "guidance_interval"):
-            if getattr(args, option):
-                raise UserError(f"--{option.replace('_', '-')}: models here are random, every step is guided; leave it out")
-        sampling.check_arithmetic(args)
-        options.check_image_size(args.image_size, 8, DiT_models[args.model].keywords["patch_size"])
-    return parser, mine, args
+@dataclass(frozen=True)
+class StepConfig(Config):
+    """Options of sampling.py."""
+
+    timing: timing.TimingConfig
+    model: ModelOptions
+    sampler: SamplerConfig
+    compute: ComputeConfig
+    cfg_scale: float = option(1.5, "scale of classifier-free guidance; 1 is no guidance", low=0)
 
 
-def build(args):
-    return DiT_models[args.model](input_size=args.image_size // 8, num_classes=args.num_classes)
+def build(config):
+    return DiT_models[config.model.model](input_size=config.model.image_size // 8, num_classes=config.model.num_classes)
+
+
+def labels(config, device):
+    return torch.arange(config.timing.batch_size, device=device) % max(config.model.num_classes, 1)
 
 
 @dataclass
 class Ours:
     """Makes the next step of sample_ddp.py's loop, over and over."""
 
-    args: object
-    compile: str | None
+    config: StepConfig
 
     def __call__(self):
-        args, device = self.args, distributed.setup(self.args.device).device
-        args.compile = self.compile
-        model = sampling.place(args, lively(build(args)).eval(), device)
-        shape = (model.in_channels, model.input_size, model.input_size)
-        steps = 0 if sampling.is_deterministic(args) else args.num_sampling_steps
-        noise = sampling.image_noise(0, range(args.per_proc_batch_size), steps, shape).to(device)
-        y = labels(args, device)
+        config, device = self.config, distributed.setup(self.config.compute.device).device
+        model = place(timing.replace_zeros(build(config)).eval(), config.compute, device)
+        guidance = GuidanceConfig(cfg_scale=config.cfg_scale)
+        pipeline = Pipeline(model, None, config.sampler, guidance, precision=config.compute.products)
+        y, noise = labels(config, device), pipeline.noise(0, range(config.timing.batch_size))
 
         def loop():
             while True:
-                denoise = sampling.denoiser(args, model, y)
-                yield from sampling.steps(args, denoise, noise[0], lambda x, i: noise[1 + i])
+                yield from pipeline.steps(y, *noise)
 
         return torch.inference_mode()(partial(next, loop()))
 
@@ -73,15 +74,14 @@ class Ours:
 class OriginalRecipe:
     """Makes the next step of the original release's loop, over and over."""
 
-    args: object
+    config: StepConfig
 
     def __call__(self):
-        args, device = self.args, torch.device(self.args.device)
-        timing.set_precision(args.device, "tf32")
-        model = lively(build(args)).eval().to(device)
-        diffusion = create_diffusion(str(args.num_sampling_steps))
-        y = labels(args, device)
-        kwargs = {"y": torch.cat([y, torch.full_like(y, model.null_class)]), "cfg_scale": args.cfg_scale}
+        config, device = self.config, torch.device(self.config.compute.device)
+        set_precision("tf32", device)
+        model = timing.replace_zeros(build(config)).eval().to(device)
+        diffusion, y = create_diffusion(str(config.sampler.num_sampling_steps)), labels(config, device)
+        kwargs = {"y": torch.cat([y, torch.full_like(y, model.null_class)]), "cfg_scale": config.cfg_scale}
         shape = (2 * len(y), model.in_channels, model.input_size, model.input_size)
         noise = torch.randn(*shape, device=device)
 
@@ -94,31 +94,37 @@ class OriginalRecipe:
         return torch.no_grad()(partial(next, loop()))
 
 
-def labels(args, device):
-    return torch.arange(args.per_proc_batch_size, device=device) % max(args.num_classes, 1)
-
-
-def measure(mine, args):
-    """The report, a dict."""
+def measure(config):
+    """Time the step. Returns the report, a dict. Raises UserError for what cannot work, before anything slow."""
+    config = timing.resolve(config, gpu_precision=config.compute.products)
+    model, sampler, size = config.model, config.sampler, config.timing.batch_size
+    sampler.check_steps()
+    check_image_size(model.image_size, 8, DiT_models[model.model].keywords["patch_size"])
     with torch.device("meta"):
-        macs = complexity.forward_macs(build(args))
-    evaluations = samplers.model_evaluations(args.sampler, args.num_sampling_steps) / args.num_sampling_steps
-    flops = 2 * macs * evaluations * (1 if args.cfg_scale == 1 else 2) * args.per_proc_batch_size
-    settings = ("model", "image_size", "sampler", "num_sampling_steps", "cfg_scale")
-    report = {**{name: getattr(args, name) for name in settings}, "batch_size": args.per_proc_batch_size}
-    images = args.per_proc_batch_size / args.num_sampling_steps
-    report |= timing.compare(mine, args, OriginalRecipe, Ours, flops, images)
+        macs = complexity.forward_macs(build(config))
+    evaluations = SAMPLERS[sampler.sampler].evaluations(sampler.num_sampling_steps) / sampler.num_sampling_steps
+    flops = 2 * macs * evaluations * (1 if config.cfg_scale == 1 else 2) * size
+    report = timing.compare(config, OriginalRecipe, Ours, flops, size / sampler.num_sampling_steps)
     if "images_per_second" in report:
         report["images_per_second_without_decoding"] = report.pop("images_per_second")
-    return report
+    return {
+        "model": model.model,
+        "image_size": model.image_size,
+        "sampler": sampler.sampler,
+        "num_sampling_steps": sampler.num_sampling_steps,
+        "cfg_scale": config.cfg_scale,
+        "batch_size": size,
+        **report,
+    }
 
 
 def main(argv=None):
-    parser, mine, args = parse_args(argv)
-    with parser.reporting():
-        report = measure(mine, args)
-    timing.show(mine, report, f"sampling step of {args.model}, {args.image_size} px, batch {args.per_proc_batch_size}, "
-                f"{args.sampler}, guidance {args.cfg_scale}")  # fmt: skip
+    parser = Parser(StepConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        report = measure(config)
+        title = "sampling step of {model}, {image_size} px, batch {batch_size}, {sampler}, guidance {cfg_scale}"
+        timing.show(report, title.format(**report), config.timing.json)
 
 
 if __name__ == "__main__":

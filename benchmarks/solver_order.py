@@ -1,10 +1,9 @@
-"""How fast each sampler comes to the exact answer, on data N(0.3, 0.5^2) whose denoiser is known in closed form.
+"""How the error of each sampler falls with the number of steps, on data N(0.3, 0.5^2), whose exact denoiser is known.
 
 python -m benchmarks.solver_order        prints the errors and orders, writes assets/solver_order.png
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import matplotlib
@@ -16,9 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks import gaussian
-from diffusion import sample, samplers
+from diffusion import sample
+from diffusion.registry import SAMPLERS
+from runtime.files import replace_file
 
-DETERMINISTIC = samplers.SAMPLERS[1:]
+DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if sampler.is_deterministic()]
 FITTED = [20, 28, 40, 56, 80]
 NUMBERS = [*FITTED, 112, 160, 224, 320, 448, 640, 999]
 STYLES = dict(zip(DETERMINISTIC, ("k-", "C0.-", "C2.-", "C3.-", "C1.--"), strict=True))
@@ -83,9 +84,7 @@ def main():
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    figure.savefig(temporary, dpi=90, format="png")
-    os.replace(temporary, args.out)
+    replace_file(args.out, lambda file: figure.savefig(file, dpi=90, format="png"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Timing variants of the same work against each other, in turns, and against the rate of matrix products.
+"""Time variants of the same work in turns, and compare them with the rate of matrix products.
 
-Each variant lives in a process of its own, so that none sees another's memory, settings or compiled code; while one works
-the others wait. One more process multiplies matrices: what it reaches is the limit that shares refer to.
+Each variant runs in a process of its own, so that none sees another's memory, settings or compiled code. While one
+computes, the others wait. One more process multiplies matrices; its rate is what the shares refer to.
 """
 
 import contextlib
@@ -19,51 +19,58 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from cli import options
-from runtime import devices
+from runtime.config import Config, option
+from runtime.devices import check_compile, has_bf16, pick_device, set_precision
 from runtime.errors import RunError, UserError
-from training.watch import peak_memory
+from training.meter import peak_memory
 
-VARIANTS = ("baseline", "eager", "compiled")  # the original's recipe, and ours without and with --compile
-PROFILED = 5  # calls
+VARIANTS = ("baseline", "eager", "compiled")  # the original release's recipe, and ours without and with --compile
+PROFILED_CALLS = 5
 MATRIX_PRODUCT = "matrix product"
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
-def parse(parser, command, argv, batch_option):
-    """(mine, theirs): the options of a benchmark, which are added to its `parser`, and those of the command that it times:
-    command(argv) parses what is left. batch_option: that command's name of --batch-size."""
-    add = parser.add_argument
-    add("--batch-size", batch_option, dest="batch_size", type=options.positive, default=16, metavar="N",
-        help="images at once, on one device")  # fmt: skip
-    add("--variants", nargs="+", choices=VARIANTS, help="what takes part (default: all that can)")
-    add("--repeats", type=options.positive, default=10, help="rounds that count")
-    add("--warmup", type=options.count, default=2, help="rounds that do not, after the first, which is start-up")
-    add("--json", action="store_true", help="print JSON instead of a table")
-    mine, rest = parser.parse_known_args(argv)
-    _, theirs = command([*rest, batch_option, str(mine.batch_size)])
-    with parser.reporting():
-        theirs.device = theirs.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if devices.pick_device(theirs.device) == "mps":
-            raise UserError("--device mps: cannot be timed here; pass --device cpu")
-        asked = theirs.compile or (mine.variants and "compiled" in mine.variants)
-        theirs.compile, mine.variants = theirs.compile or "inductor", mine.variants or list(VARIANTS)
-        try:
-            options.check_compile(theirs.compile, theirs.device)
-        except UserError as error:
-            if asked:
-                raise
-            print(f"{error}; left out here", file=sys.stderr)
-            mine.variants = [name for name in mine.variants if name != "compiled"]
-        if theirs.precision == "bf16" and not devices.has_bf16(torch.device(theirs.device)):
-            theirs.precision = "fp32"
-            print("--precision bf16: this machine has no bfloat16 instructions; measured in fp32", file=sys.stderr)
-    return mine, theirs
+@dataclass(frozen=True)
+class TimingConfig(Config):
+    """timing"""
+
+    batch_size: int = option(16, "images computed at once, on one device", low=1, high=65536)
+    variants: tuple[str, ...] | None = option(None, "variants to time (default: all that can run here)", choices=VARIANTS)
+    repeats: int = option(10, "number of timed rounds", low=1, high=10_000_000)
+    warmup: int = option(2, "rounds that are not counted, besides the first one, which is the start-up", low=0, high=10_000)
+    json: bool = option(False, "print JSON instead of a table")
+
+
+def resolve(config, gpu_precision):
+    """The config with its `timing` and `compute` decided for this machine: variants that can run, device, precision and
+    compiler. gpu_precision: the default precision on a GPU; elsewhere it is fp32. Raises UserError."""
+    timing, compute = config.timing, config.compute
+    device = pick_device(compute.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device == "mps":
+        raise UserError("--device mps: is not supported here; pass --device cpu")
+    compiler = compute.compile or "inductor"
+    variants = timing.variants or VARIANTS
+    try:
+        check_compile(compiler, device)
+    except UserError as error:
+        if compute.compile or "compiled" in (timing.variants or ()):
+            raise
+        print(f"{error}; the compiled variant is left out", file=sys.stderr)
+        variants = [name for name in variants if name != "compiled"]
+    precision = compute.precision or (gpu_precision if device == "cuda" else "fp32")
+    if precision == "bf16" and not has_bf16(torch.device(device)):
+        precision = "fp32"
+        print("--precision bf16: this machine has no bfloat16 instructions; fp32 is measured", file=sys.stderr)
+    return dataclasses.replace(
+        config,
+        timing=dataclasses.replace(timing, variants=variants),
+        compute=dataclasses.replace(compute, device=device, compile=compiler, precision=precision),
+    )
 
 
 @dataclass
 class Timing:
-    """Of one variant: seconds of each call, of the first one (start-up, compilation), peak memory, profile."""
+    """Measurements of one variant. first: seconds of the first call, with start-up and compilation. seconds: of the timed
+    calls. profile: {category: seconds} of one call."""
 
     first: float = 0.0
     seconds: list = field(default_factory=list)
@@ -75,21 +82,25 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def compare(mine, theirs, baseline, ours, flops, images, profile=None):
-    """The report, a dict: every variant of `mine`, in turns with each other and with matrix products. baseline(theirs) and
-    ours(theirs, compile) make makers, see `race`. flops, images: of one call."""
-    makers = {"baseline": baseline(theirs), "eager": ours(theirs, None), "compiled": ours(theirs, theirs.compile)}
-    makers = {name: makers[name] for name in VARIANTS if name in mine.variants}
-    product = MatrixProduct(theirs.device, theirs.precision)
-    timings = race({**makers, MATRIX_PRODUCT: product}, theirs.device, mine.repeats, mine.warmup, profile)
+def compare(config, baseline, ours, flops, images, profile=None):
+    """Time the variants of a resolved config. Returns the report, a dict. baseline(config) and ours(config), where
+    config.compute.compile may be None, return makers as `race` takes them. flops, images: of one call."""
+    eager = dataclasses.replace(config, compute=dataclasses.replace(config.compute, compile=None))
+    makers = {"baseline": baseline(config), "eager": ours(eager), "compiled": ours(config)}
+    makers = {name: makers[name] for name in VARIANTS if name in config.timing.variants}
+    product = MatrixProduct(config.compute.device, config.compute.precision)
+    makers[MATRIX_PRODUCT] = product
+    timings = race(makers, product.device, config.timing.repeats, config.timing.warmup, profile)
     return summarise(timings, product, flops, images)
 
 
 def race(makers, device, repeats, warmup=2, profile=None):
-    """{name: Timing}. makers: {name: make}, where make(), picklable, is called in the variant's process and returns what is
-    timed, a function without arguments. warmup: calls after the first, which is kept apart, that are not counted. profile:
-    {what: seconds} of a torch.profiler.profile of one more call, in the variant's process; means of several are taken.
-    Raises RunError where one fails."""
+    """Time all makers in turns. Returns {name: Timing}.
+
+    makers: {name: make}. make() must be picklable; it is called in the variant's process and returns the function without
+    arguments that is timed. warmup: uncounted calls after the first. profile: turns a torch.profiler.profile of one more
+    call into {category: seconds}, in the variant's process; the mean of several is taken. Raises RunError where one fails.
+    """
     with contextlib.ExitStack() as stack:
         runners = {name: stack.enter_context(Runner(name, make, device, profile)) for name, make in makers.items()}
         timings = {name: Timing() for name in makers}
@@ -102,16 +113,16 @@ def race(makers, device, repeats, warmup=2, profile=None):
                     timings[name].seconds.append(seconds)
         for name, runner in runners.items():
             timings[name].peak_memory_gib = runner.ask("memory")
-        for _ in range(PROFILED if profile else 0):
+        for _ in range(PROFILED_CALLS if profile else 0):
             for name, runner in runners.items():
                 total = timings[name].profile
-                for what, seconds in runner.ask("profile").items():
-                    total[what] = total.get(what, 0.0) + seconds / PROFILED
+                for category, seconds in runner.ask("profile").items():
+                    total[category] = total.get(category, 0.0) + seconds / PROFILED_CALLS
     return timings
 
 
 class Runner:
-    """A variant in its process. GPUs cannot be used in forked processes; CPUs can, and forking saves importing again."""
+    """A variant in its process. A GPU cannot be used in a forked process; a CPU can, and forking saves importing again."""
 
     def __init__(self, name, make, device, profile):
         context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
@@ -120,7 +131,7 @@ class Runner:
 
     def __enter__(self):
         self.process.start()
-        self.theirs.close()  # so that its death ends the pipe
+        self.theirs.close()  # so that the pipe ends when the process dies
         return self
 
     def ask(self, what):
@@ -129,8 +140,8 @@ class Runner:
             answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            reason = f"exit code {self.process.exitcode}"
-            raise RunError(f"{self.name}: its process died ({reason}); is there memory for it?") from None
+            code = self.process.exitcode
+            raise RunError(f"{self.name}: its process died (exit code {code}); is there memory for it?") from None
         if isinstance(answer, str):
             raise RunError(f"{self.name}: {answer}")
         return answer
@@ -145,15 +156,15 @@ def _serve(make, device, profile, pipe):
     try:
         while True:
             while not pipe.poll(1):
-                if os.getppid() != parent:  # killed; the pipe does not tell, since forked siblings hold its other end too
+                if os.getppid() != parent:  # killed; the pipe stays open, since forked siblings hold its other end too
                     return
             what = pipe.recv()
             if what == "memory":
                 pipe.send(peak_memory(device) / 2**30)
             elif what == "profile":
-                pipe.send(_profiled(call, device, profile))
+                pipe.send(_profile(call, device, profile))
             else:
-                if call and device.type == "cuda":  # its memory went back after its last turn, for the others to use
+                if call and device.type == "cuda":  # it gave its memory to the others after its last turn
                     call()
                     synchronize(device)
                 start = time.perf_counter()
@@ -164,11 +175,12 @@ def _serve(make, device, profile, pipe):
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     except Exception as error:
-        pipe.send((traceback.format_exc() if os.environ.get("DEBUG") else str(error)).strip() or type(error).__name__)
+        text = traceback.format_exc() if os.environ.get("DEBUG") else str(error).strip().split("\n")[0]
+        pipe.send(text or type(error).__name__)
 
 
-def _profiled(call, device, digest):
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of its start and end, and of every GPU that is not there
+def _profile(call, device, categorise):
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its start, its end and every missing GPU
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     with torch.profiler.profile(activities=activities) as profile:
@@ -176,7 +188,7 @@ def _profiled(call, device, digest):
         call()
         synchronize(device)
         elapsed = time.perf_counter() - start
-    return digest(profile, device, elapsed)
+    return categorise(profile, device, elapsed)
 
 
 def synchronize(device):
@@ -186,7 +198,7 @@ def synchronize(device):
 
 @dataclass
 class MatrixProduct:
-    """A maker of square matrix products as large as fill the device: the rate that nothing else exceeds."""
+    """Makes a product of square matrices that are large enough to use the whole device. Its rate is taken as the limit."""
 
     device: str
     precision: str
@@ -200,18 +212,22 @@ class MatrixProduct:
         return 2 * self.side**3 / timing.median
 
     def __call__(self):
-        set_precision(self.device, self.precision)
-        a, b = (torch.randn(self.side, self.side, device=self.device, dtype=DTYPES[self.precision]) for _ in range(2))
+        set_precision(self.precision, torch.device(self.device))
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        a, b = (torch.randn(self.side, self.side, device=self.device, dtype=dtype) for _ in range(2))
         return lambda: a @ b
 
 
-def set_precision(device, precision):
-    if device == "cuda":
-        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+def replace_zeros(model):
+    """Give the parameters that adaLN-Zero starts at zero random values: arithmetic on zeros can be faster."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def machine(device):
-    """The device's name, for the record that every number needs."""
+    """The device's name, which belongs to every measurement."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     names = []
@@ -222,8 +238,8 @@ def machine(device):
 
 
 def summarise(timings, product, flops, images):
-    """What both benchmarks of steps report, a dict. timings: of `race`, the `product`'s among them. flops, images: of one
-    call. The fastest variant but "baseline" is the one that counts."""
+    """The report of a race, a dict. timings: of `race`, with the `product`'s among them. flops, images: of one call. The
+    headline numbers are those of our fastest variant."""
     timings = dict(timings)
     rate = product.rate(timings.pop(MATRIX_PRODUCT))
     report = {"machine": machine(product.device), "torch": torch.__version__, "precision": product.precision}
@@ -240,22 +256,19 @@ def summarise(timings, product, flops, images):
     return report | {"variants": {name: dataclasses.asdict(times) for name, times in timings.items()}}
 
 
-def print_table(report):
-    base, flops = report.get("baseline_seconds_per_step"), report["flops_per_step"]
-    print(f"{report['machine']}; torch {report['torch']}; {report['precision']} products at "
-          f"{report['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s, {flops / 1e9:,.1f} GFLOP a step")  # fmt: skip
-    print(f"{'':12}{'s/step':>10}{'(least - most)':>20}{'speed-up':>10}{'share':>8}{'memory':>11}{'start-up':>10}")
+def show(report, title, as_json):
+    """Print the report as JSON, or the title and a table."""
+    if as_json:
+        return print(json.dumps(report, indent=2))
+    base, flops, rate = (
+        report.get(key) for key in ("baseline_seconds_per_step", "flops_per_step", "matrix_flops_per_second")
+    )
+    print(f"{title}\n{report['machine']}; torch {report['torch']}; {report['precision']} products at "
+          f"{rate / 1e9:,.0f} GFLOP/s, {flops / 1e9:,.1f} GFLOP per step")  # fmt: skip
+    print(f"{'':12}{'s/step':>10}{'(min - max)':>20}{'speed-up':>10}{'share':>8}{'memory':>11}{'start-up':>10}")
     for name, times in report["variants"].items():
         seconds = statistics.median(times["seconds"])
         spread = f"({min(times['seconds']):.4f} - {max(times['seconds']):.4f})"
         ratio = f"{base / seconds:.2f}" if base else ""
-        share = flops / seconds / report["matrix_flops_per_second"]
-        print(f"{name:12}{seconds:10.4f}{spread:>20}{ratio:>10}{share:8.1%}{times['peak_memory_gib']:7.2f} GiB"
-              f"{times['first']:8.1f} s")  # fmt: skip
-
-
-def show(mine, report, title):
-    if mine.json:
-        return print(json.dumps(report, indent=2))
-    print(title)
-    print_table(report)
+        print(f"{name:12}{seconds:10.4f}{spread:>20}{ratio:>10}{flops / seconds / rate:8.1%}"
+              f"{times['peak_memory_gib']:7.2f} GiB{times['first']:8.1f} s")  # fmt: skip

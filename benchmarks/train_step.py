@@ -1,10 +1,10 @@
 """A training step from latents: ours, eager and compiled, against the original release's recipe and the matrix rate.
 
-    python benchmarks/train_step.py --model DiT-S/4 --batch-size 16 --device cpu --precision bf16 --json
-    python benchmarks/train_step.py --model DiT-XL/2 --batch-size 64 --device cuda --profile --plot train_step.png
+    python -m benchmarks.train_step --model DiT-S/4 --batch-size 16 --device cpu --precision bf16 --json
+    python -m benchmarks.train_step --model DiT-XL/2 --batch-size 64 --device cuda --profile --plot train_step.png
 
-The original's recipe: float32 (on a GPU TF32), eager, AdamW with PyTorch's defaults, the average one parameter at a time.
-Ours is `train.Trainer`, as train.py runs it. Variants take turns; medians are shown.
+The original's recipe is float32 (on a GPU TF32), eager, AdamW with PyTorch's defaults, and an EMA that is updated one
+parameter at a time. Ours is the step of train.py. The variants take turns; medians are printed.
 """
 
 import copy
@@ -17,15 +17,21 @@ import torch
 from matplotlib.figure import Figure
 from torch.profiler import record_function
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python benchmarks/train_step.py`
 import complexity
 import train
 from benchmarks import timing
-from cli import options
-from data import autoencoder as latents
+from checkpoint.config import DesignOptions, ModelOptions
+from cli.parser import Parser
+from data.autoencoder import StoredSpace
 from diffusion import create_diffusion
 from runtime import distributed
+from runtime.config import Config, option
+from runtime.devices import set_precision
 from runtime.errors import UserError
+from runtime.files import check_output, replace_file
+from training.config import ComputeConfig, RecipeConfig
+from training.trainer import Trainer
 
 COLOURS = {
     "matrix products": "#4269d0",
@@ -35,59 +41,59 @@ COLOURS = {
     "moving average": "#6cc5b0",
     "Python, dispatch, waiting": "#9498a0",
 }
+MATRIX_PRODUCTS = "mm addmm bmm baddbmm mkldnn_convolution cudnn_convolution convolution_backward".split()
+SPACE = StoredSpace(channels=4, factor=8, scaling=1.0, shift=0.0)
 
 
-def parse_args(argv=None):
-    parser = options.Parser(__doc__.split("\n")[0] + " Takes the options of train.py beside these.")
-    parser.add_argument("--profile", action="store_true", help="also say where the time of each variant goes")
-    parser.add_argument("--plot", metavar="FILE", help="draw the profile")
-    data_path = ["--data-path", "random latents"]
-    mine, args = timing.parse(parser, lambda rest: train.parse_args(data_path + rest), argv, "--global-batch-size")
-    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
-    with parser.reporting():
-        train.check_batch(args, 1)
-        build(args)
-        if mine.plot and (Path(mine.plot).suffix != ".png" or not Path(mine.plot).absolute().parent.is_dir()):
-            raise UserError(f"--plot {mine.plot}: name a .png file in a folder that exists")
-    return parser, mine, args
+@dataclass(frozen=True)
+class StepConfig(Config):
+    """Options of train_step.py."""
 
+    timing: timing.TimingConfig
+    model: ModelOptions
+    design: DesignOptions
+    compute: ComputeConfig
+    profile: bool = option(False, "also measure where the time of each variant goes")
+    plot: str | None = option(None, "draw where the time goes into this .png file (default: off)", metavar="FILE")
 
-LATENTS = latents.Stored({"channels": 4, "factor": 8, "scaling": 1.0, "shift": 0.0})
+    def check(self):
+        if self.plot and Path(self.plot).suffix != ".png":
+            raise UserError(f"--plot {self.plot}: name a .png file")
+
+    @property
+    def recipe(self):
+        return RecipeConfig(global_batch_size=self.timing.batch_size)
 
 
 @dataclass
 class Ours:
     """Makes the step of train.py."""
 
-    args: object
-    compile: str | None
+    config: StepConfig
 
     def __call__(self):
-        args = copy.copy(self.args)
-        args.compile = self.compile
-        model = lively(train.build_model(args, LATENTS))
-        trainer = train.Trainer(args, distributed.setup(args.device), model, LATENTS)
-        mean = random_latents(args, model)
-        moments = torch.stack([mean, torch.rand_like(mean)], dim=1)  # as stored: the mean and standard deviation
-        batch = {"moments": moments.half(), "label": random_labels(args)}
-        return lambda: trainer.update(batch)
+        config, compute = self.config, self.config.compute
+        model = timing.replace_zeros(train.build_model(config, SPACE))
+        trainer = Trainer(config.recipe, compute, distributed.setup(compute.device), model, SPACE, compute.precision)
+        mean, label = random_batch(config, model)
+        batch = {"moments": torch.stack([mean, torch.rand_like(mean)], dim=1).half(), "label": label}
+        return lambda: trainer.step(batch)
 
 
 @dataclass
 class OriginalRecipe:
     """Makes the step of the original release's recipe."""
 
-    args: object
+    config: StepConfig
 
     def __call__(self):
-        args = self.args
-        device = torch.device(args.device)
-        timing.set_precision(args.device, "tf32")
-        model = lively(train.build_model(args, LATENTS)).to(device).train()
+        device = torch.device(self.config.compute.device)
+        set_precision("tf32", device)
+        model = timing.replace_zeros(train.build_model(self.config, SPACE)).to(device).train()
         average = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
         diffusion = create_diffusion("")
-        x_0, y = random_latents(args, model).to(device), random_labels(args).to(device)
+        x_0, y = (values.to(device) for values in random_batch(self.config, model))
 
         def step():
             t = torch.randint(diffusion.num_timesteps, (len(x_0),), device=device)
@@ -102,30 +108,15 @@ class OriginalRecipe:
         return step
 
 
-def build(args):
-    """The model without values. Raises UserError for sizes that cannot be built."""
-    with torch.device("meta"):
-        return train.build_model(args, LATENTS)
-
-
-def lively(model):
-    """Without the zeros that adaLN-Zero starts from: arithmetic on zeros can be faster than on numbers."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
-
-
-def random_latents(args, model):
-    return torch.randn(args.global_batch_size, model.in_channels, model.input_size, model.input_size)
-
-
-def random_labels(args):
-    return torch.randint(max(args.num_classes, 1), (args.global_batch_size,))
+def random_batch(config, model):
+    """Latents (N, C, H, W) and labels (N,)."""
+    size = config.timing.batch_size
+    labels = torch.randint(max(model.num_classes, 1), (size,))
+    return torch.randn(size, model.in_channels, model.input_size, model.input_size), labels
 
 
 def where_time_goes(profile, device, elapsed):
-    """{category: seconds} of one step, by the operation that takes the time; a GPU's idle time is spent waiting."""
+    """{category: seconds} of one step, by the operation that takes the time. A GPU's idle time counts as waiting."""
     seconds = dict.fromkeys(COLOURS, 0.0)
     for event in profile.events():
         if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel: its time is its operation's, and counted there
@@ -149,30 +140,11 @@ def category_of(event):
         return "optimizer"
     if "scaled_dot_product" in name or "attention" in name:
         return "attention"
-    if name.removeprefix("aten::") in (
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "mkldnn_convolution",
-        "cudnn_convolution",
-        "convolution_backward",
-    ):
-        return "matrix products"
-    if "linear" in name and "mkldnn" in name:
+    if name.removeprefix("aten::") in MATRIX_PRODUCTS or ("linear" in name and "mkldnn" in name):
         return "matrix products"
     if name.startswith("aten::") or "CompiledFxGraph" in name or "triton" in name:
         return "norms, GELU, other elementwise"
     return "Python, dispatch, waiting"
-
-
-def measure(mine, args):
-    """The report, a dict."""
-    flops = 3 * 2 * complexity.forward_macs(build(args)) * args.global_batch_size
-    settings = ("model", "block", "image_size", "grad_accum", "grad_checkpoint")
-    report = {**{name: getattr(args, name) for name in settings}, "batch_size": args.global_batch_size}
-    profile = where_time_goes if mine.profile or mine.plot else None
-    return report | timing.compare(mine, args, OriginalRecipe, Ours, flops, args.global_batch_size, profile)
 
 
 def print_profile(report):
@@ -182,8 +154,8 @@ def print_profile(report):
         print(f"{category:34}" + "".join(f"{share:12.1%}" for share in shares))
 
 
-def draw_profile(path, report):
-    """A bar for each variant, as long as its step, cut into categories."""
+def draw_profile(path, report, title):
+    """Draw a bar for each variant, as long as its step takes, divided into the categories."""
     figure = Figure(figsize=(9, 1.2 + 0.6 * len(report["variants"])), layout="constrained")
     axes = figure.subplots()
     for name, times in reversed(report["variants"].items()):
@@ -194,30 +166,48 @@ def draw_profile(path, report):
             left += length
     needed = report["flops_per_step"] / report["matrix_flops_per_second"]
     axes.axvline(needed, color="black", linestyle="--", linewidth=1)
-    axes.text(
-        needed, len(report["variants"]) - 0.5, "all products at the matrix rate ", va="bottom", ha="right", fontsize=8
-    )
+    axes.text(needed, len(report["variants"]) - 0.5, "all products at the matrix rate ", va="bottom", ha="right",
+        fontsize=8)  # fmt: skip
     axes.set_ylim(-0.5, len(report["variants"]) - 0.2)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[: len(COLOURS)], labels[: len(COLOURS)], loc="outside lower center", ncols=3, frameon=False)
-    axes.set(xlabel=f"seconds a step, {report['precision']}, {report['machine']}", title=describe(report))
+    axes.set(xlabel=f"seconds per step, {report['precision']}, {report['machine']}", title=title)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def describe(report):
-    return f"training step of {report['model']}, {report['image_size']} px, batch {report['batch_size']}"
+def measure(config):
+    """Time the step. Returns the report, a dict. Raises UserError for what cannot work, before anything slow."""
+    config = timing.resolve(config, gpu_precision="bf16")
+    train.check_batch(config, world_size=1)
+    if config.plot:
+        check_output(config.plot, "--plot")
+    with torch.device("meta"):
+        macs = complexity.forward_macs(train.build_model(config, SPACE))
+    model, compute, size = config.model, config.compute, config.timing.batch_size
+    profile = where_time_goes if config.profile or config.plot else None
+    return {
+        "model": model.model,
+        "block": config.design.block,
+        "image_size": model.image_size,
+        "grad_accum": compute.grad_accum,
+        "grad_checkpoint": compute.grad_checkpoint,
+        "batch_size": size,
+        **timing.compare(config, OriginalRecipe, Ours, 3 * 2 * macs * size, size, profile),
+    }
 
 
 def main(argv=None):
-    parser, mine, args = parse_args(argv)
-    with parser.reporting():
-        report = measure(mine, args)
-    timing.show(mine, report, describe(report))
-    if mine.profile and not mine.json:
-        print_profile(report)
-    if mine.plot:
-        draw_profile(mine.plot, report)
+    parser = Parser(StepConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        report = measure(config)
+        title = "training step of {model}, {image_size} px, batch {batch_size}".format(**report)
+        timing.show(report, title, config.timing.json)
+        if config.profile and not config.timing.json:
+            print_profile(report)
+        if config.plot:
+            draw_profile(config.plot, report, title)
 
 
 if __name__ == "__main__":

@@ -76,15 +76,17 @@ class Parser(argparse.ArgumentParser):
         with self.report_errors():
             return self.config_class.from_flat(values)
 
-    def error(self, message, status=UserError.status):
-        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun the line appears once
+    def error(self, message, status=UserError.status, every_rank=False):
+        if every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the line appears once
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(status)
 
     @contextlib.contextmanager
     def report_errors(self):
-        """Print a UserError that is raised inside as one line and exit with its status."""
+        """Print a UserError that is raised inside as one line and exit with its status; Ctrl-C exits with 130."""
         try:
             yield
         except UserError as error:
-            self.error(error, error.status)
+            self.error(error, error.status, every_rank=error.of_one_rank)
+        except KeyboardInterrupt:
+            self.error("interrupted", 130)

@@ -1,29 +1,31 @@
-"""Images for training: folders of them, or the handwritten digits that ship with scikit-learn; the training crop; and the
-order of the data, which is a function of (seed, epoch) alone, whatever the number of processes and workers."""
+"""Images for training: folders of them, or the handwritten digits that come with scikit-learn. load_dataset() also takes
+folders of stored latents."""
 
 import itertools
-import signal
+import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import ImageFolder
+from torch.utils.data import Dataset
 
-from runtime import seeds
+from data.autoencoder import load_space
+from data.class_names import readable_names
+from data.crop import center_crop_arr
+from data.listing import list_images, printable
+from data.order import is_mirrored
+from data.stored_latents import StoredLatents, is_latents_folder
+from runtime import files
 from runtime.errors import UserError
-
-
-class DataError(UserError):
-    """Images that cannot be used; the message is one line that names the file or folder and the way out."""
 
 
 def open_image(path):
     """The file as an upright 8-bit RGB picture: grey, 16-bit, palette, CMYK, transparent and EXIF-rotated files alike.
-    Raises DataError naming the file where it cannot be read whole."""
+    Raises UserError naming the file where it cannot be read whole."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")  # a named pipe would wait for ever
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # about metadata and palettes, which are dealt with here
             image.load()
@@ -34,192 +36,107 @@ def open_image(path):
                 image = image.convert("RGBA")  # resolves a palette's transparency, which is then dropped
             return image.convert("RGB")
     except FileNotFoundError:
-        raise DataError(f"{path}: the file is gone") from None
+        raise UserError(f"{printable(path)}: the file is gone") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files, struct.error and SyntaxError among them
-        reason = str(error).replace(str(path), "it").split("\n")[0] or type(error).__name__
-        raise DataError(f"{path}: not a readable image ({reason}); remove it, or pass --skip-bad-images") from None
+        reason = files.reason(error).replace(str(path), "it")
+        raise UserError(
+            f"{printable(path)}: not a readable image ({printable(reason)}); remove it, or pass --skip-bad-images"
+        ) from None
 
 
-def center_crop_arr(image, size):
-    """The training crop of a PIL image, (size, size): halved by box averages while the shorter side is at least twice the
-    size (which keeps fine detail from aliasing), then bicubic so that the shorter side is the size, then the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+class ImageDataset(Dataset):
+    """An image folder. Item (index, epoch) is a dict of `image` (C, H, W) uint8, `label`, `index` and `replaced`; whether
+    it is mirrored depends on (seed, epoch, index). With skip_bad an image that cannot be read is replaced by the next one
+    that can, and `replaced` says why; otherwise it raises UserError.
 
-
-def mirrored(seed, index, epoch):
-    """Whether an image is seen mirrored in this epoch, 0 or 1: a fair coin."""
-    return int(seeds.generator(seed, seeds.FLIP, epoch, index).integers(2))
-
-
-class Images(Dataset):
-    """An image folder, one folder a class. Item (index, epoch) is a dict of `image` (C, H, W) uint8, `label` and `index`;
-    whether it is mirrored depends on (seed, epoch, index). channels: of a pixel-space model. With skip_bad an unreadable
-    image is replaced by the next readable one, and reported in `replaced`; otherwise it raises DataError."""
+    listing: the folder's, where it is known. channels: of the images. classes: a name for each label. folders: the names of
+    their folders. notes: lines to tell the user."""
 
     channels = 3
+    in_memory = False
 
-    def __init__(self, folder, image_size, seed=0, flip=True, skip_bad=False):
-        self.image_size, self.seed, self.flip, self.skip_bad = image_size, seed, flip, skip_bad
-        root = Path(folder)
-        if not root.is_dir():
-            raise DataError(f"--data-path {folder}: no such folder")
-        if not any(entry.is_dir() for entry in root.iterdir()):
-            raise DataError(f"--data-path {folder}: holds no folders; put each class's images into a folder of its own")
-        try:
-            found = ImageFolder(root, allow_empty=True)
-        except (FileNotFoundError, PermissionError) as error:
-            raise DataError(f"--data-path {folder}: {error}") from None
-        if not found.samples:
-            raise DataError(f"--data-path {folder}: no images in any of its {len(found.classes)} folders")
-        self.samples, self.classes = found.samples, found.classes
+    def __init__(self, root, image_size, seed=0, flip=True, skip_bad=False, listing=None):
+        known, listing = listing, listing or list_images(root)
+        self.root, self.image_size, self.seed, self.flip, self.skip_bad = root, image_size, seed, flip, skip_bad
+        self.names, self.labels, self.folders, self.notes = listing.names, listing.labels, listing.folders, listing.notes
+        self.classes, self.checksum = readable_names([printable(f) for f in listing.folders]), listing.checksum
+        if known and not os.path.lexists(self.path(len(self) - 1)):
+            raise UserError(f"--data-path {root}: the processes do not see the same images")
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.labels)
+
+    def path(self, index):
+        return os.path.join(self.root, self.names[index])
 
     def name(self, index):
-        return self.samples[index][0]
+        return printable(self.path(index))
 
-    def fingerprint(self):
-        """What identifies the data on resuming: the files' relative names and labels, in order."""
-        return [f"{Path(path).parent.name}/{Path(path).name} {label}" for path, label in self.samples]
+    def identity(self):
+        """[number of images, CRC-32 of their names and labels]: by it a resumed run knows its data."""
+        return [len(self), int(self.checksum, 16)]
+
+    def open_space(self, vae, decode=False):
+        """The space that --vae names, for these images."""
+        return load_space(vae, self.channels)
 
     def __getitem__(self, key):
         index, epoch = key
         image, replaced = None, ""
         for source in itertools.chain(range(index, len(self)), range(index)):
             try:
-                image = open_image(self.samples[source][0])
+                image = open_image(self.path(source))
                 break
-            except DataError as error:
+            except UserError as error:
                 if not self.skip_bad:
                     raise
                 replaced = str(error)
         if image is None:
-            raise DataError("none of the images can be read")
+            raise UserError("none of the images can be read")
         image = np.asarray(center_crop_arr(image, self.image_size)).transpose(2, 0, 1)
-        return self.item(image, self.samples[source][1], index, epoch, replaced)
-
-    def item(self, image, label, index, epoch, replaced=""):
-        if self.flip and mirrored(self.seed, index, epoch):
+        if self.flip and is_mirrored(self.seed, index, epoch):
             image = image[:, :, ::-1]
         image = torch.from_numpy(np.ascontiguousarray(image))
-        return {"image": image, "label": label, "index": index, "replaced": replaced}
+        return {"image": image, "label": int(self.labels[source]), "index": index, "replaced": replaced}
 
 
-class Digits(Images):
+class Digits(ImageDataset):
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels, ten classes, never mirrored."""
 
     channels = 1
+    in_memory = True
 
     def __init__(self, image_size):
         from sklearn.datasets import load_digits  # takes a second to import
 
         if image_size != 8:
-            raise DataError(f"--image-size {image_size}: the digits are 8x8 pixels; pass --image-size 8")
+            raise UserError(f"--image-size {image_size}: the digits are 8x8 pixels; pass --image-size 8")
         data = load_digits()
-        self.images = np.round(data.images[:, None] * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
-        self.labels, self.classes, self.flip = data.target, [str(digit) for digit in range(10)], False
-
-    def __len__(self):
-        return len(self.images)
+        self.images = torch.from_numpy(np.round(data.images[:, None] * (255 / 16)).astype(np.uint8))  # 0..16 -> 0..255
+        self.labels, self.classes, self.notes = data.target, [str(digit) for digit in range(10)], []
+        self.checksum = files.checksum_of_text(["digits"])
 
     def name(self, index):
         return f"digits[{index}]"
 
-    def fingerprint(self):
-        return ["digits"]
-
     def __getitem__(self, key):
-        index, epoch = key
-        return self.item(self.images[index], int(self.labels[index]), index, epoch)
+        index, _ = key
+        return {"image": self.images[index], "label": int(self.labels[index]), "index": index, "replaced": ""}
 
 
-def load(data_path, image_size, seed=0, flip=True, skip_bad=False):
-    """The dataset that --data-path names: a folder, or "digits". Raises DataError."""
-    if data_path == "digits":
+def load_dataset(config, image_size, seed=0, context=None):
+    """The dataset that a DataConfig names: an image folder, a folder of latents, or the digits. With a context all ranks
+    call this, and rank 0 lists the images for all. Raises UserError."""
+    path = config.data_path
+
+    def look():
+        return "latents" if is_latents_folder(path) else "digits" if path == "digits" else list_images(path)
+
+    found = context.run_on_main(look) if context else look()
+    if found == "digits":
         return Digits(image_size)
-    return Images(data_path, image_size, seed, flip, skip_bad)
-
-
-class GlobalOrder(Sampler):
-    """Batches of (index, epoch) for one process. The epochs' shuffled images form one endless row, of which global batch b
-    is the b-th stretch and process r takes every world_size-th, so that any number of processes sees the same batches and
-    a run can go on anywhere. An epoch's end falls inside a batch; no image is left out or seen twice in an epoch.
-
-    start, stop: positions in that row, in images."""
-
-    def __init__(self, num_images, batch_size, seed, rank=0, world_size=1, start=0, stop=None):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
-
-    def __len__(self):
-        return (self.stop - self.start) // self.batch_size
-
-    def __iter__(self):
-        shuffled_epoch, order = None, None
-        for first in range(self.start, self.stop - self.batch_size + 1, self.batch_size):
-            batch = []
-            for position in range(first + self.rank, first + self.batch_size, self.world_size):
-                epoch, place = divmod(position, self.num_images)
-                if epoch != shuffled_epoch:
-                    order = seeds.generator(self.seed, seeds.DATA_ORDER, epoch).permutation(self.num_images)
-                    shuffled_epoch = epoch
-                batch.append((int(order[place]), epoch))
-            yield batch
-
-
-def _worker_init(worker_id):
-    # a scheduler's signal reaches the whole process group; the training process decides when the workers end
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def loader(dataset, order, num_workers=0, pin_memory=False):
-    """Batches of dataset in the given order, read ahead by worker processes (none for data in memory). A dataset with
-    `__getitems__` makes the batch of a list of keys itself."""
-    if isinstance(dataset, Digits):
-        num_workers = 0
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        collate_fn=_as_it_is if hasattr(dataset, "__getitems__") else None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_worker_init,
-        persistent_workers=num_workers > 0,
-    )
-
-
-def next_batch(batches):
-    """(batch, None), or (None, what went wrong in one line): another rank may be waiting, so an error is not raised yet."""
-    try:
-        return next(batches), None
-    except (DataError, RuntimeError, OSError, EOFError) as error:
-        # the frames of the traceback hold the DataLoader's iterator; as long as anything holds the error, its workers would
-        # live on, and the interpreter waits for them at exit for ever
-        error.__traceback__ = None
-        text = str(error).strip()
-        if isinstance(error, DataError):  # from a worker, it comes with the worker's traceback around it
-            return None, text.split("DataError: ")[-1].split("\n")[0]
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in text and "shared memory" not in text:
-            raise
-        reason = " ".join(text.split())[:300]
-        return None, (
-            f"a data worker died: {reason} (if memory was short: lower --num-workers; if /dev/shm is small, as in Docker, "
-            "start the container with --ipc=host or a larger --shm-size)"
-        )
-
-
-def to_model_range(images):
-    """uint8 (N, C, H, W) -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    if found == "latents":
+        dataset = StoredLatents(path, seed, config.flip)
+        dataset.check(image_size, config.skip_bad_images)
+        return dataset
+    return ImageDataset(path, image_size, seed, config.flip, config.skip_bad_images, found)

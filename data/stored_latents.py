@@ -5,207 +5,290 @@ images.json       the images' relative names and their labels
 shard-00000.npy   numpy array (n, M, 2, C, h, w), float16 or float32: n images in the image folder's order; M = 2, the image
                   and its mirror, or 1; mean and standard deviation of the posterior, raw, neither scaled nor shifted
 shard-00000.json  the shard's record: count, CRC-32, rounding error, replaced images
-options.json      what the extraction was begun with
+options.json      the settings that the extraction was begun with
 """
 
 import json
+import math
+import re
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data import autoencoder as latents
-from data import images as data
+from data.autoencoder import RELEASED, Autoencoder, StoredSpace, load_space
+from data.class_names import readable_names
+from data.config import MAX_BATCH, MAX_SHARD, MAX_SIDE
+from data.listing import Names, printable
+from data.order import is_mirrored
 from runtime import files
+from runtime.config import Config, differences, option
 from runtime.errors import UserError
 
 VERSION = 1
 AGAIN = "run the same extract_latents.py command again"
 
 
+@dataclass(frozen=True)
+class Settings(Config):
+    """What a folder of latents is made with and of: options.json, and the first part of index.json."""
+
+    version: int = option()
+    vae: str = option()
+    encoder_crc32: str = option()
+    scaling: float = option(above=0)
+    shift: float = option()
+    channels: int = option(low=1, high=1024)
+    factor: int = option(low=1, high=1024)
+    image_size: int = option(low=1, high=MAX_SIDE)
+    dtype: str = option(choices=("float16", "float32"))
+    mirrors: bool = option()
+    batch_size: int = option(low=1, high=MAX_BATCH)
+    shard_size: int = option(low=1, high=MAX_SHARD)
+    tf32: bool = option()
+    images: int = option(low=1, high=10**10)
+    names_crc32: str = option()
+    classes: tuple[str, ...] = option()
+
+    @property
+    def num_shards(self):
+        return -(-self.images // self.shard_size)
+
+    def shard_shape(self, number):
+        """(n, M, 2, C, h, w) of a shard."""
+        count = min(self.shard_size, self.images - number * self.shard_size)
+        cells = self.image_size // self.factor
+        return (count, 1 + self.mirrors, 2, self.channels, cells, cells)
+
+    def shard_bytes(self, number):
+        return math.prod(self.shard_shape(number)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class ShardRecord(Config):
+    """shard-*.json. squared_errors: the sums over the shard's values that rounding_errors() needs. replaced: for each image
+    that could not be read its index, the label of the one in its place, and why."""
+
+    count: int = option(low=1)
+    crc32: str = option()
+    squared_errors: tuple[float, float] = option(low=0)
+    replaced: list = option()  # noqa: RUF009 -- option() makes a field, no list
+
+    def check(self):
+        for image in self.replaced:
+            if not isinstance(image, dict) or any(type(image.get(name)) is not int for name in ("index", "label")):
+                raise UserError("--replaced: an entry lacks the index or the label")
+
+
+@dataclass(frozen=True)
+class Index(Settings):
+    """index.json. shards: a dict for each, with its checksum."""
+
+    replaced: int = option(low=0)
+    images_json_crc32: str = option()
+    shards: tuple[dict, ...] = option()
+
+    def check(self):
+        checksums = [shard.get("crc32") for shard in self.shards]
+        if len(checksums) != self.num_shards or not all(re.fullmatch("[0-9a-f]{8}", str(crc32)) for crc32 in checksums):
+            raise UserError("--shards: not one checksum for each shard")
+
+
+def read_record(kind, path, way_out=AGAIN):
+    """The Config `kind` in a JSON file. Raises UserError, in one line, where the file is missing or damaged."""
+    values = files.read_json(path)
+    if values is None:
+        raise UserError(f"{path}: damaged; {way_out}")
+    if isinstance(version := values.get("version"), int) and version != VERSION:
+        raise UserError(f"{path}: of format {version}, known is {VERSION}; extract the latents again")
+    try:
+        return kind.from_flat(values)
+    except UserError as error:
+        raise UserError(f"{path}: damaged ({str(error).removeprefix('--')}); {way_out}") from None
+
+
 def shard_path(folder, number, suffix=".npy"):
     return Path(folder) / f"shard-{number:05d}{suffix}"
 
 
-def shard_shape(record, number):
-    """(n, M, 2, C, h, w) of a shard, of the images and sizes in the folder's record."""
-    count = min(record["shard_size"], record["images"] - number * record["shard_size"])
-    cells = record["image_size"] // record["factor"]
-    return (count, 1 + record["mirrors"], 2, record["channels"], cells, cells)
-
-
-def num_shards(record):
-    return -(-record["images"] // record["shard_size"])
-
-
 def write_shard(folder, number, moments, squared_errors=(0.0, 0.0), replaced=()):
-    """Write a shard's array and then its record. squared_errors: the sums over its values that `errors` is made of."""
+    """Write a shard's array and then its record, a ShardRecord."""
     path = shard_path(folder, number)
     files.replace_file(path, lambda file: np.save(file, moments))
-    record = {"count": len(moments), "crc32": files.checksum(path)}
-    record |= {"squared_errors": list(squared_errors), "replaced": list(replaced)}
-    files.write_json(shard_path(folder, number, ".json"), record)
+    record = ShardRecord(len(moments), files.checksum(path), tuple(squared_errors), list(replaced))
+    files.write_json(shard_path(folder, number, ".json"), record.flat())
 
 
-def open_shard(folder, number, record):
+def open_shard(folder, number, settings):
     """The shard's array, mapped, not read. Raises UserError where it is not there or not of its size."""
     path = shard_path(folder, number)
     try:
-        moments = np.load(path, mmap_mode="r")  # raises ValueError where the file is shorter than its header says
-    except (OSError, ValueError, EOFError) as error:
+        moments = np.lib.format.open_memmap(path, mode="r")  # raises ValueError where the file is shorter than it says
+    except Exception as error:  # of a damaged header numpy raises half a dozen kinds
         reason = getattr(error, "strerror", None)  # the system's, such as that there is no such file
         reason = f"cannot be read ({reason})" if reason else "truncated or damaged"
-        raise data.DataError(f"{path}: {reason}; {AGAIN}") from None
+        raise UserError(f"{path}: {reason}; {AGAIN}") from None
     size = moments.offset + moments.nbytes
-    if moments.shape != shard_shape(record, number) or moments.dtype != record["dtype"] or path.stat().st_size != size:
-        raise data.DataError(f"{path}: not of the size that index.json tells; {AGAIN}")
+    if moments.shape != settings.shard_shape(number) or moments.dtype != settings.dtype or path.stat().st_size != size:
+        raise UserError(f"{path}: not of the size that index.json tells; {AGAIN}")
     return moments
 
 
-def is_whole(folder, number, record):
-    """Whether a shard and its record are there and agree; reads all of it."""
+def is_complete(folder, number, settings):
+    """Whether a shard and its record are there and agree; reads all of the shard."""
+    path, count, first = shard_path(folder, number), settings.shard_shape(number)[0], number * settings.shard_size
     try:
-        open_shard(folder, number, record)
-    except data.DataError:
+        open_shard(folder, number, settings)
+        record = read_record(ShardRecord, path.with_suffix(".json"))
+    except UserError:
         return False
-    told = files.read_json(shard_path(folder, number, ".json"))
-    return isinstance(told, dict) and told.get("crc32") == files.checksum(shard_path(folder, number))
+    fits = all(
+        first <= image["index"] < first + count and 0 <= image["label"] < len(settings.classes) for image in record.replaced
+    )
+    return fits and record.count == count and record.crc32 == files.checksum(path)
 
 
-def errors(record, shards):
+def rounding_errors(settings, shards):
     """What rounding to the stored dtype did, root mean square over all values: that of the mean, in units of the scaled
     latents (whose variance is about 1), and that of the standard deviation as a share of it."""
-    values = sum(np.prod(shard_shape(record, number), dtype=float) for number in range(len(shards))) / 2
-    mean, std = (np.sqrt(sum(shard["squared_errors"][i] for shard in shards) / values) for i in (0, 1))
-    return {"mean_rms": float(mean * record["scaling"]), "std_relative_rms": float(std)}
+    values = sum(math.prod(settings.shard_shape(number)) for number in range(len(shards))) / 2
+    mean, std = (np.sqrt(sum(shard.squared_errors[i] for shard in shards) / values) for i in (0, 1))
+    return {"mean_rms": float(mean * settings.scaling), "std_relative_rms": float(std)}
 
 
-def finish(folder, record, names, labels):
-    """Make a folder of whole shards complete: write images.json and, last, index.json. A replaced image has the label of
-    the one in its place. Returns (the index, whether anything had to be written)."""
-    shards = [files.read_json(shard_path(folder, number, ".json")) for number in range(num_shards(record))]
-    replaced = [line for shard in shards for line in shard["replaced"]]
-    for line in replaced:
-        labels[line["index"]] = line["label"]
-    images = json.dumps({"names": names, "labels": labels}).encode()
-    index = {**record, "replaced": len(replaced), "images_json_crc32": f"{zlib.crc32(images):08x}"}
-    index["shards"] = [{"count": shard["count"], "crc32": shard["crc32"]} for shard in shards]
-    index["rounding"] = errors(record, shards)
-    stale = _damaged_images(folder, index) or files.read_json(Path(folder) / "index.json") != index
-    if stale:
-        files.replace_file(Path(folder) / "images.json", lambda file: file.write(images))
-        files.write_json(Path(folder) / "index.json", index)
-    return index, stale
+def write_index(folder, settings, names, labels):
+    """Finish a folder whose shards are complete: write images.json and, last, index.json. A replaced image has the label of
+    the one in its place. Returns (the index as a dict, whether anything had to be written)."""
+    folder, labels = Path(folder), list(labels)
+    shards = [read_record(ShardRecord, shard_path(folder, number, ".json")) for number in range(settings.num_shards)]
+    replaced = [image for shard in shards for image in shard.replaced]
+    for image in replaced:
+        labels[image["index"]] = image["label"]
+    images = json.dumps({"names": list(names), "labels": labels}).encode()
+    index = {**settings.flat(), "replaced": len(replaced), "images_json_crc32": f"{zlib.crc32(images):08x}"}
+    index["shards"] = [{"count": shard.count, "crc32": shard.crc32} for shard in shards]
+    index["rounding"] = rounding_errors(settings, shards)
+    path = folder / "images.json"
+    changed = not path.is_file() or path.read_bytes() != images or files.read_json(folder / "index.json") != index
+    if changed:
+        files.replace_file(path, lambda file: file.write(images))
+        files.write_json(folder / "index.json", index)
+    return index, changed
 
 
-def _damaged_images(folder, index):
-    path = Path(folder) / "images.json"
-    return not path.is_file() or files.checksum(path) != index["images_json_crc32"]
-
-
-def recognised(folder):
+def is_latents_folder(folder):
     """Whether it is a folder of latents, finished or not."""
     records = (files.read_json(Path(folder) / name) for name in ("index.json", "options.json"))
-    return any(isinstance(record, dict) and "encoder_crc32" in record for record in records)
+    return any(record and "encoder_crc32" in record for record in records)
 
 
-class Latents(Dataset):
-    """Stored latents, read as `data.Images` is. The batch of keys (index, epoch) is a dict of `moments` (N, 2, C, h, w) as
-    stored, `label`, `index` and `replaced`; the same (seed, epoch, index) as there are mirrored. Raises DataError for a
-    folder that is not whole as far as sizes tell; bytes are checked by extract_latents.py, given again."""
+class StoredLatents(Dataset):
+    """Stored latents, read as data.images.ImageDataset is. The batch of keys (index, epoch) is a dict of `moments`
+    (N, 2, C, h, w) as stored, `label`, `index` and `replaced`; the same (seed, epoch, index) as there are mirrored. Raises
+    UserError for a folder that is not complete as far as sizes tell; bytes are checked by extract_latents.py, run again."""
 
     channels = 3  # of the images
+    in_memory = False
 
     def __init__(self, folder, seed=0, flip=True):
-        self.folder, self.seed, self.flip, self.shards = Path(folder), seed, flip, {}
+        self.folder, self.seed, self.flip, self.shards, self.notes = Path(folder), seed, flip, {}, []
         path = self.folder / "index.json"
         if not self.folder.is_dir():
-            raise data.DataError(f"--data-path {folder}: no such folder")
+            raise UserError(f"--data-path {folder}: no such folder")
         if not path.exists():
-            raise data.DataError(f"--data-path {folder}: unfinished latents, there is no index.json yet; {AGAIN}")
-        self.record = record = files.read_json(path)
-        if not isinstance(record, dict) or "version" not in record:
-            raise data.DataError(f"{path}: damaged; {AGAIN}")
-        if record["version"] != VERSION:
-            raise data.DataError(f"{path}: of format {record['version']}, known is {VERSION}; extract the latents again")
-        if flip and not record["mirrors"]:
-            raise data.DataError(
+            raise UserError(f"--data-path {folder}: unfinished latents, there is no index.json yet; {AGAIN}")
+        self.settings = read_record(Index, path)
+        if flip and not self.settings.mirrors:
+            raise UserError(
                 f"--flip: {folder} holds no mirrored latents; pass --no-flip, or extract them again, with --flip"
             )
-        if _damaged_images(folder, record):
-            raise data.DataError(f"{self.folder / 'images.json'}: missing or damaged; {AGAIN}")
-        for number in range(num_shards(record)):
-            open_shard(folder, number, record)
-        images = files.read_json(self.folder / "images.json")
-        self.classes, self.names, self.labels = record["classes"], images["names"], np.array(images["labels"], np.int64)
+        self.classes = readable_names([printable(name) for name in self.settings.classes])
+        self.names, self.labels = self._read_images(self.folder / "images.json")
+        for number in range(self.settings.num_shards):
+            open_shard(folder, number, self.settings)
+
+    def _read_images(self, path):
+        """(names, labels (N,) int64) of images.json."""
+        try:
+            content = path.read_bytes()
+            if f"{zlib.crc32(content):08x}" != self.settings.images_json_crc32:
+                raise ValueError
+            images = json.loads(content)
+            names, labels = Names(images["names"]), np.array(images["labels"])
+            if labels.shape != (self.settings.images,) or labels.dtype != np.int64 or len(names) != len(labels):
+                raise ValueError
+            if labels.min() < 0 or labels.max() >= len(self.classes):
+                raise ValueError
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            raise UserError(f"{path}: missing or damaged; {AGAIN}") from None
+        return names, labels
 
     def __len__(self):
-        return len(self.names)
+        return len(self.labels)
 
     def __getstate__(self):  # for workers that are not forked: a pickled map would be the whole file
         return {**self.__dict__, "shards": {}}
 
     def name(self, index):
-        return self.names[index]
+        return printable(self.names[index])
 
-    def fingerprint(self):
-        return ["latents", self.record["images_json_crc32"], *(shard["crc32"] for shard in self.record["shards"])]
+    def identity(self):
+        """[number of images, CRC-32 of the folder's contents]: by it a resumed run knows its data."""
+        lines = ["latents", self.settings.images_json_crc32, *(shard["crc32"] for shard in self.settings.shards)]
+        return [len(self), int(files.checksum_of_text(lines), 16)]
 
     def check(self, image_size, skip_bad):
         """Refuse options that ask for what is not stored."""
-        if image_size != self.record["image_size"]:
+        stored = self.settings.image_size
+        if image_size != stored:
             raise UserError(
-                f"--image-size {image_size}: {self.folder} holds latents of {self.record['image_size']} pixels; "
-                f"pass --image-size {self.record['image_size']}, or extract others"
+                f"--image-size {image_size}: {self.folder} holds latents of {stored} pixels; "
+                f"pass --image-size {stored}, or extract others"
             )
         if skip_bad:
             raise UserError(f"--skip-bad-images: {self.folder} holds latents, and no images to skip; leave the option out")
 
-    def space(self, vae, decodes=False):
+    def open_space(self, vae, decode=False):
         """The latents' space, without an autoencoder where it need not decode. vae: what --vae names, which has to be the
         recorded one or to have the same encoder. Raises UserError."""
-        recorded = self.record["vae"]
-        if latents.RELEASED.get(vae, vae) == latents.RELEASED.get(recorded, recorded):
-            if not decodes and not Path(vae).is_dir():  # a folder's contents may have changed, and are read in a second
-                return latents.Stored(self.record)
-            space = latents.load(vae).place("cpu")
+        now = self.settings
+        stored = StoredSpace(now.channels, now.factor, now.scaling, now.shift)
+        if RELEASED.get(vae, vae) == RELEASED.get(now.vae, now.vae):
+            if not decode and not Path(vae).is_dir():  # a folder's contents may have changed, and are read in a second
+                return stored
+            space = load_space(vae).place("cpu")
         else:
             try:
-                space = latents.load(vae).place("cpu")
+                space = load_space(vae).place("cpu")
             except UserError:  # the way out is another one than for images
                 space = None
-        known = isinstance(space, latents.Autoencoder) and description(space)
-        if not known or any(self.record[name] != value for name, value in known.items()):
+        if not isinstance(space, Autoencoder) or differences(now.flat(), encoder_settings(space)):
             raise UserError(
-                f"--vae {vae}: {self.folder} holds latents of {recorded}, and this is not that autoencoder, nor one with "
-                f"its encoder; pass --vae {recorded}, or extract others"
+                f"--vae {vae}: {self.folder} holds latents of {now.vae}, and this is not that autoencoder, nor one with "
+                f"its encoder; pass --vae {now.vae}, or extract others"
             )
-        return space if decodes else latents.Stored(self.record)
+        return space if decode else stored
 
     def __getitem__(self, key):
         return {name: values[0] for name, values in self.__getitems__([key]).items()}
 
     def __getitems__(self, keys):
         """One batch, gathered in one go: 10,000 latents a second leave no time for a tensor each."""
-        moments = np.empty((len(keys), *shard_shape(self.record, 0)[2:]), self.record["dtype"])
+        moments = np.empty((len(keys), *self.settings.shard_shape(0)[2:]), self.settings.dtype)
         for row, (index, epoch) in zip(moments, keys, strict=True):
-            number, place = divmod(index, self.record["shard_size"])
+            number, place = divmod(index, self.settings.shard_size)
             if number not in self.shards:  # opened here: by each data worker for itself
-                self.shards[number] = np.asarray(open_shard(self.folder, number, self.record))
-            row[:] = self.shards[number][place, int(self.flip and data.mirrored(self.seed, index, epoch))]
+                self.shards[number] = np.asarray(open_shard(self.folder, number, self.settings))
+            row[:] = self.shards[number][place, int(self.flip and is_mirrored(self.seed, index, epoch))]
         index = np.array([index for index, _ in keys])
         batch = {"moments": moments, "label": self.labels[index], "index": index}
         return {**{name: torch.from_numpy(array) for name, array in batch.items()}, "replaced": [""] * len(keys)}
 
 
-def description(space):
-    """What must agree between stored latents and an autoencoder, whose weights are there."""
-    return {
-        "encoder_crc32": space.encoder_checksum(),
-        "scaling": space.scaling,
-        "shift": space.shift,
-        "channels": space.channels,
-        "factor": space.factor,
-    }
+def encoder_settings(space):
+    """What must agree between stored latents and an autoencoder, whose weights are loaded."""
+    names = ("scaling", "shift", "channels", "factor")
+    return {"encoder_crc32": space.encoder_checksum(), **{name: getattr(space, name) for name in names}}

@@ -4,7 +4,7 @@
 import numpy as np
 import torch
 
-from .samplers import as_model, steps_of, with_bar
+from .samplers import progress_bar
 
 
 @torch.no_grad()
@@ -14,15 +14,20 @@ def ddim_inversion(diffusion, denoiser, x_0, progress=False):
 
     diffusion: the process of the steps, `create_diffusion("ddim50")`. denoiser, and what is yielded: as `diffusion.sample`,
     with as many evaluations as steps; `step` counts up, and the last `sample` is x_T. x_0: (N, C, ...)."""
-    steps, timesteps = steps_of(diffusion, x_0), diffusion.timestep_map
-    model = as_model(denoiser, timesteps[:1] + timesteps[:-1])  # the image itself is taken for a sample of step 0
+    timesteps = diffusion.timestep_map
     x = pred_xstart = x_0
-    for i in with_bar(range(diffusion.num_timesteps), progress):
+    for i in progress_bar(range(diffusion.num_timesteps), progress):
+        below = max(i - 1, 0)  # the image itself is taken for a sample of step 0
+        t = torch.full((len(x),), below, device=x.device)
+
+        def model(x, t, timestep=timesteps[below]):
+            return denoiser(x, timestep)
+
         if i == 0:
-            from_image = diffusion.p_mean_variance(model, x, steps[0], clip_denoised=False)["pred_xstart"]
-            x = diffusion.q_sample(x_0, steps[0], diffusion.predict_eps_from_xstart(x, steps[0], from_image))
+            from_image = diffusion.p_mean_variance(model, x, t, clip_denoised=False)["pred_xstart"]
+            x = diffusion.q_sample(x_0, t, diffusion.predict_eps_from_xstart(x, t, from_image))
         else:
-            out = diffusion.ddim_reverse_sample(model, x, steps[i - 1], clip_denoised=False)
+            out = diffusion.ddim_reverse_sample(model, x, t, clip_denoised=False)
             x, pred_xstart = out["sample"], out["pred_xstart"]
         yield {"sample": x, "pred_xstart": pred_xstart, "step": i}
 
@@ -34,7 +39,7 @@ def inpainting_denoiser(denoiser, diffusion, x_0, mask):
     level, DDPM draws from its eq. 7. Where the mask is 0 the model's prediction stays.
 
     diffusion: the whole process, `create_diffusion("")`. x_0: (N, C, H, W). mask: (N or 1, 1, H, W), 0 or 1."""
-    sigmas = np.sqrt(1 / np.cumprod(1 - diffusion.betas) - 1)
+    sigmas = diffusion.sqrt_recipm1_alphas_cumprod
     known_part = mask.bool()
 
     def denoise(x_t, t):

@@ -1,27 +1,15 @@
-"""Denoisers made of denoisers: classifier-free guidance (Ho and Salimans 2022) and its variants. Pure functions on tensors.
+"""Classifier-free guidance (Ho and Salimans 2022) and its variants, as plain functions on tensors.
 
-A denoiser, for `diffusion.sample`, maps (x_t, t) to the model's output; t, the same for the batch, is a Python number.
+    denoiser = guided_denoiser(model, y, null_class, cfg_scale=4.0, channels=3, interval=(0.1, 0.6))
+    x_0 = samplers.last(sample("ddpm", denoiser, x_T, num_steps=250))
 
-    denoiser = guided_denoiser(model, y, null_class, cfg_scale=4.0, interval=(0.1, 0.6))
+A denoiser maps (x_t, t) to the model's output; t, the same for the batch, is a Python number.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
-# scale - 1 as a share of its full value, by s = 1 - t / num_timesteps, from 0 at pure noise to 1 at the image
-SCHEDULES = {
-    "constant": lambda s: 1.0,
-    "linear": lambda s: s,  # Chang et al. 2023 (Muse)
-    "power-cosine": lambda s: (1 - math.cos(math.pi * s**4)) / 2,  # Gao et al. 2023 (MDT), with the power 4
-}
-
-
-def default_channels(in_channels):
-    """How many channels of eps are guided. The original release guides three of the autoencoder's four, and its published
-    numbers depend on it; 1.5 on three is about 1.375 on four. Any other number of channels is guided whole."""
-    return 3 if in_channels == 4 else in_channels
+from .registry import GUIDANCE_SCHEDULES
 
 
 def combine(cond, uncond, cfg_scale):
@@ -39,11 +27,12 @@ def rescale_to(guided, cond, phi):
 
 def scale_at(t, cfg_scale, interval=None, schedule="constant", num_timesteps=1000):
     """The guidance scale at the timestep t, a number: 1 outside of `interval`, in it 1 + (cfg_scale - 1) times the share
-    that `SCHEDULES` gives. interval: (low, high) in t / num_timesteps, both ends included (Kynkäänniemi et al. 2024)."""
+    that `registry.GUIDANCE_SCHEDULES` gives. interval: (low, high) in t / num_timesteps, both ends included (Kynkäänniemi
+    et al. 2024)."""
     time = t / num_timesteps
     if interval is not None and not interval[0] <= time <= interval[1]:
         return 1.0
-    share = SCHEDULES[schedule](1 - time)
+    share = GUIDANCE_SCHEDULES[schedule](1 - time)
     return cfg_scale if share == 1 else 1 + (cfg_scale - 1) * share  # not 1 + (cfg_scale - 1), which rounds
 
 
@@ -65,24 +54,24 @@ def guided_denoiser(
     guide=None,
     num_timesteps=1000,
 ):
-    """A denoiser of the condition y, around a model of (x_t, t, y). Where the scale is 1 the model is called once on the
-    batch, elsewhere once on [conditional; unconditional].
+    """A denoiser for `diffusion.sample`: a model of (x_t, t, y), guided towards the condition y. Where the scale is 1 the
+    model is called once on the batch, elsewhere once on [conditional; unconditional].
 
     y: (N,) int64 labels, or (N, K) weights as of `mix_classes`. null_class: the label of "no class". cfg_scale, interval,
-    schedule, num_timesteps: see `scale_at`. channels: guide the first so many of eps, or "all"; by default
-    `default_channels`. rescale: phi of `rescale_to`, over the guided channels. guide: a weaker model of (x_t, t, y), to be
-    guided away from in place of the unconditional prediction; it is given y (Karras et al. 2024, autoguidance).
-    The variance's channels are the conditional prediction's. Raises ValueError for values out of range."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"guidance schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+    schedule, num_timesteps: see `scale_at`. channels: how many of eps's channels are guided, the first ones; None is all of
+    them, `DiT.guided_channels` what the original release guides. rescale: phi of `rescale_to`, over the guided channels.
+    guide: a weaker model of (x_t, t, y), to be guided away from in place of the unconditional prediction; it is given y
+    (Karras et al. 2024, autoguidance). The variance's channels are the conditional prediction's.
+    Raises ValueError for values out of range."""
+    if schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance schedule {schedule!r} is not one of {', '.join(GUIDANCE_SCHEDULES)}")
     check_interval(interval)
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale {rescale} is not in [0, 1]")
     y_both = None if guide is not None else torch.cat([y, null_like(y, null_class)])
 
     def call(network, x, t, labels):
-        dtype = torch.int64 if isinstance(t, int) else torch.float32
-        return network(x, torch.full((len(x),), t, dtype=dtype, device=x.device), labels).to(x.dtype)
+        return network(x, torch.full((len(x),), t, device=x.device), labels).to(x.dtype)
 
     def denoise(x_t, t):
         scale = scale_at(t, cfg_scale, interval, schedule, num_timesteps)
@@ -92,8 +81,7 @@ def guided_denoiser(
             cond, weak = call(model, x_t, t, y), call(guide, x_t, t, y)
         else:
             cond, weak = call(model, torch.cat([x_t, x_t]), t, y_both).chunk(2)
-        in_channels = x_t.shape[1]
-        guided = {None: default_channels(in_channels), "all": in_channels}.get(channels, channels)
+        guided = x_t.shape[1] if channels is None else channels
         eps = combine(cond[:, :guided], weak[:, :guided], scale)
         if rescale:
             eps = rescale_to(eps, cond[:, :guided], rescale)
@@ -103,7 +91,7 @@ def guided_denoiser(
 
 
 def null_like(y, null_class):
-    """The null class in the form of y: labels or weights."""
+    """The null class in the form of y: labels, or weights of the classes."""
     labels = torch.full((len(y),), null_class, device=y.device)
     return F.one_hot(labels, y.shape[1]).to(y.dtype) if y.is_floating_point() else labels
 

@@ -8,8 +8,8 @@ def space_timesteps(num_timesteps, section_counts):
 
     section_counts: "ddimN" keeps every k-th timestep from 0, where k is the integer that leaves exactly N; "a,b,c" (or a
     list, or one number) splits the process into equal sections, the first ones taking the remainder, and keeps a, b, c
-    of each, evenly from its first to its last; "" keeps all. Returns the kept timesteps, ascending.
-    Raises ValueError when there is no such choice."""
+    of each, evenly from its first to its last, where 0 keeps none of a section; "" keeps all. Returns the kept timesteps,
+    ascending. Raises ValueError when there is no such choice."""
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             return _strided(num_timesteps, section_counts)
@@ -18,18 +18,20 @@ def space_timesteps(num_timesteps, section_counts):
         except ValueError:
             raise ValueError(f'timestep spacing "{section_counts}" is not "N", "a,b,c" or "ddimN"') from None
     counts = [section_counts] if isinstance(section_counts, int) else list(section_counts)
-    size, remainder = divmod(num_timesteps, len(counts))
+    size, remainder = divmod(num_timesteps, max(1, len(counts)))
     kept, start = [], 0
     for i, count in enumerate(counts):
         length = size + (i < remainder)
-        if not 1 <= count <= length:
-            raise ValueError(f"cannot keep {count} of a section of {length} timesteps: ask for 1 to {length}")
+        if not 0 <= count <= length:
+            raise ValueError(f"cannot keep {count} of a section of {length} timesteps: ask for 0 to {length}")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):  # summed, not multiplied: rounding to even then falls as in the published schedules
             kept.append(start + round(position))
             position += stride
         start += length
+    if not kept:
+        raise ValueError(f"a spacing must keep at least one of the {num_timesteps} timesteps")
     return kept
 
 

@@ -7,21 +7,18 @@
 so that progress, previews and early stopping are the caller's. `diffusion.sample` chooses among them by name.
 """
 
+import contextlib
+
 import torch
 from tqdm.auto import tqdm
 
-SOLVERS = ("dpm-solver++", "unipc", "heun", "euler")
-SAMPLERS = ("ddpm", "ddim", *SOLVERS)
-SPACINGS = ("leading", "linspace", "trailing")  # Lin et al. 2024, Table 2
+from .registry import DEFAULT_SPACING
 
 
-def initial_noise(model, shape, noise, device):
-    """x_T of `shape`: `noise` where given, else drawn, on `device` or by default on the model's."""
-    if noise is not None:
-        return noise if device is None else noise.to(device)
-    if device is None:
-        device = next(getattr(model, "__self__", model).parameters()).device  # a bound method has its model's
-    return torch.randn(*shape, device=device)
+def check_shape(what, tensor, shape):
+    """Raises ValueError for a tensor of another shape, which the equations would broadcast without a word."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
 
 
 def last(steps):
@@ -36,106 +33,93 @@ def fresh_noise(x, i):
     return torch.randn_like(x)
 
 
-def model_evaluations(sampler, num_steps):
-    """How often a sampler asks the denoiser: once a step, but Heun twice a step except in its last."""
-    return 2 * num_steps - 1 if sampler == "heun" else num_steps
+def no_noise(x, i):
+    """The noise of the steps of a deterministic sampler, in place of noise that would be drawn and multiplied by 0."""
+    return torch.zeros_like(x)
 
 
-def with_bar(order, progress):
-    return tqdm(order, desc="Sampling", unit="step", leave=False) if progress else order
-
-
-def countdown(num_steps, progress):
-    return with_bar(range(num_steps - 1, -1, -1), progress)
-
-
-def steps_of(diffusion, x):
-    """The process's steps 0, 1, ..., each as an (N,) tensor on x's device, made without a copy from the host."""
-    return [step.expand(len(x)) for step in torch.arange(diffusion.num_timesteps, device=x.device)]
-
-
-def as_model(denoiser, timesteps):
-    """A denoiser as the model of (x, t) that GaussianDiffusion calls once a step, when the steps are at `timesteps`."""
-    upcoming = iter(timesteps)
-    return lambda x, t: denoiser(x, next(upcoming))
+def progress_bar(steps, show):
+    return tqdm(steps, desc="Sampling", unit="step", leave=False) if show else steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# DDPM and DDIM, on a process that keeps only the steps to be made
+# DDPM and DDIM: single steps of a GaussianDiffusion that keeps only the timesteps of these steps
+
+
+def respaced_process(sampler, num_steps, create):
+    """The process of `create` that keeps num_steps timesteps as the sampler, of `registry.SAMPLERS`, chooses them.
+    Raises ValueError where none is possible."""
+    *preferred, always = (pattern.format(num_steps) for pattern in sampler.respacings)
+    for spacing in preferred:
+        with contextlib.suppress(ValueError):  # no integer stride leaves exactly num_steps
+            return create(spacing)
+    return create(always)
 
 
 @torch.no_grad()
-def ddpm(diffusion, model, x_T, progress=False, step_noise=fresh_noise, num_steps=None, **p_options):
-    """Ancestral sampling: DDPM, algorithm 2. step_noise(x, i) gives step i's noise, in the shape of x; it is asked at
-    i = 0 too, where nothing is added. num_steps: make only the last so many steps. p_options: of `p_mean_variance`."""
-    x, steps = x_T, steps_of(diffusion, x_T)
-    for i in countdown(num_steps or diffusion.num_timesteps, progress):
-        out = diffusion.p_mean_variance(model, x, steps[i], **p_options)
-        noise = step_noise(x, i)
-        x = out["mean"] + torch.exp(0.5 * out["log_variance"]) * noise if i else out["mean"]
-        yield {"sample": x, "pred_xstart": out["pred_xstart"], "step": i}
+def run_steps(step, x_T, num_steps, progress=False):
+    """The steps i = num_steps - 1, ..., 0 from x_T. step(x, t, i) makes step i, where t is (N,) and holds i, and returns a
+    dict of `sample` and `pred_xstart`. The caller may replace the dict's `sample`: the next step starts from it."""
+    x = x_T
+    for i in progress_bar(range(num_steps - 1, -1, -1), progress):
+        out = {**step(x, torch.full((len(x),), i, device=x.device), i), "step": i}
+        yield out
+        x = out["sample"]
 
 
-@torch.no_grad()
-def ddim(diffusion, model, x_T, progress=False, step_noise=fresh_noise, num_steps=None, eta=0.0, **p_options):
-    """DDIM, eq. 12, with the sigma of eq. 16 times eta: 0 is deterministic, 1 is close to DDPM. Otherwise as `ddpm`."""
-    x, steps = x_T, steps_of(diffusion, x_T)
-    for i in countdown(num_steps or diffusion.num_timesteps, progress):
-        t = steps[i]
-        x_0 = diffusion.p_mean_variance(model, x, t, **p_options)["pred_xstart"]
-        eps = diffusion.predict_eps_from_xstart(x, t, x_0)
-        alpha_bar, alpha_bar_prev = diffusion.at("alpha_bar", t, x), diffusion.at("alpha_bar_prev", t, x)
-        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
-        noise = step_noise(x, i)
-        x = x_0 * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
-        if i:
-            x = x + sigma * noise
-        yield {"sample": x, "pred_xstart": x_0, "step": i}
+def process_steps(process, make_step, denoiser, x_T, num_steps, progress=False, step_noise=fresh_noise, init=None):
+    """The last num_steps steps of a process, each made by make_step, the process's `p_sample` or `ddim_sample`. denoiser
+    and step_noise are those of `diffusion.sample`. init: start from this image, noised by x_T to the first step's level."""
+    if init is not None:
+        start = torch.full((len(x_T),), num_steps - 1, device=x_T.device)
+        x_T = process.q_sample(init, start, x_T)
+
+    def step(x, t, i):
+        return make_step(
+            lambda x_t, _: denoiser(x_t, process.timestep_map[i]),
+            x,
+            t,
+            clip_denoised=False,
+            draw_noise=lambda x_t: step_noise(x_t, i),
+        )
+
+    return run_steps(step, x_T, num_steps, progress)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The published solvers, from diffusers, on our schedule
 
 
-def solver_scheduler(sampler, betas, num_steps, spacing="linspace"):
-    """diffusers' scheduler for the process of `betas`, its timesteps set. Settings are those that the papers advise for
-    guided sampling. Raises ValueError where the spacing has no such number of distinct timesteps."""
+def solver_scheduler(sampler, betas, num_steps, spacing=None):
+    """diffusers' scheduler of a sampler, of `registry.SAMPLERS`, for the process of `betas`, its timesteps set. Raises
+    ValueError where the spacing has no such number of distinct timesteps."""
     import diffusers  # here: it takes seconds
 
-    make, options = {
-        # Lu et al. 2022, "DPM-Solver++": 2M, multistep of order 2 on the predicted x_0, for guided sampling; thresholding
-        # only for pixels, whose range is known
-        "dpm-solver++": (
-            diffusers.DPMSolverMultistepScheduler,
-            {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "thresholding": False},
-        ),
-        # Zhao et al. 2023, "UniPC": order 2 on the predicted x_0, with B_2(h) = e^h - 1, for guided sampling
-        "unipc": (
-            diffusers.UniPCMultistepScheduler,
-            {"predict_x0": True, "solver_order": 2, "solver_type": "bh2", "thresholding": False},
-        ),
-        "heun": (diffusers.HeunDiscreteScheduler, {}),  # Karras et al. 2022, algorithm 1
-        "euler": (diffusers.EulerDiscreteScheduler, {}),
-    }[sampler]
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
-    common = {"prediction_type": "epsilon", "timestep_spacing": spacing}
-    scheduler = make(num_train_timesteps=len(betas), trained_betas=betas, **common, **options)
+    spacing = spacing or DEFAULT_SPACING
+    scheduler = getattr(diffusers, sampler.scheduler)(
+        num_train_timesteps=len(betas),
+        trained_betas=betas,
+        prediction_type="epsilon",
+        timestep_spacing=spacing,
+        **sampler.settings,
+    )
     if 1 <= num_steps <= len(betas):
         scheduler.set_timesteps(num_steps)
         # for some numbers a spacing silently repeats a timestep or leaves the process
         if len(set(scheduler.timesteps.tolist())) == num_steps and scheduler.timesteps.min() >= 0:
             return scheduler
-    raise ValueError(f"{sampler} cannot make {num_steps} steps with {spacing} spacing: change their number or the spacing")
+    raise ValueError(
+        f"{sampler.name} cannot make {num_steps} steps with {spacing} spacing: change their number or the spacing"
+    )
 
 
 @torch.no_grad()
-def solver(scheduler, denoiser, x_T, progress=False, num_steps=None, init=None):
-    """Sampling with a scheduler of `solver_scheduler`. x_T is standard normal and every yielded x_t has the noise level
-    alpha_bar_t of DDPM, whatever space the scheduler works in. num_steps: make only the last so many steps. init: start
-    from this image, noised by x_T to the level of the first step. The denoiser's eps is used, its variance is not."""
-    skipped = scheduler.num_inference_steps - (num_steps or scheduler.num_inference_steps)
-    timesteps, index = scheduler.timesteps.tolist(), scheduler.order * skipped  # Heun lists a step's two stages
+def solver_steps(scheduler, denoiser, x_T, num_steps, progress=False, init=None):
+    """The last num_steps steps of a scheduler of `solver_scheduler`. x_T is standard normal and every yielded x_t has the
+    noise level alpha_bar_t of DDPM, whatever space the scheduler works in. init: start from this image, noised by x_T to
+    the level of the first step. The denoiser's eps is used, its variance is not."""
+    # Heun lists two timesteps for each step but the last
+    timesteps, index = scheduler.timesteps.tolist(), scheduler.order * (scheduler.num_inference_steps - num_steps)
     scheduler.set_begin_index(index)
     if init is None:
         x_t = x_T
@@ -144,11 +128,12 @@ def solver(scheduler, denoiser, x_T, progress=False, num_steps=None, init=None):
         x_t = (init + sigma * x_T) / (1 + sigma**2).sqrt()
     # Euler's and Heun's own x is x_t / sqrt(alpha_bar); for the others the factor is 1
     x = x_t / scheduler.scale_model_input(torch.ones(()), timesteps[index])
-    for i in countdown(scheduler.num_inference_steps - skipped, progress):
+    for i in progress_bar(range(num_steps - 1, -1, -1), progress):
         for stage in range(scheduler.order if i else 1):  # the last step leads to sigma = 0, where Heun has no slope
             t, sigma = timesteps[index], scheduler.sigmas[index]
             x_t = scheduler.scale_model_input(x, t)
             eps = denoiser(x_t, t)[:, : x.shape[1]].to(x.dtype)
+            check_shape("the denoiser's eps", eps, x.shape)
             if stage == 0:
                 pred_xstart = (1 + sigma**2).sqrt() * x_t - sigma * eps
             x = scheduler.step(eps, t, x).prev_sample

@@ -1,8 +1,10 @@
-"""FID of a model while it trains: all ranks draw, rank 0 compares.
+"""FID of a model during its training: all ranks draw samples, rank 0 compares them with the reference.
 
-evaluator = Evaluator(args, context, space)     # once: refuses what cannot work, measures the reference
+evaluator = Evaluator(EvalConfig(eval_every=1000, eval_reference="reference.npz"), context, space, 256, 1000, 32, seed=0)
 fid = evaluator(ema.module)
 """
+
+import contextlib
 
 import torch
 from tqdm.auto import tqdm
@@ -11,30 +13,39 @@ from evaluation.image_sets import open_images
 from evaluation.inception import POOLED, extract, gather_statistics, gaussians, inception_weights, load_inception
 from evaluation.metrics import Statistics, frechet_distance
 from runtime.errors import UserError
-from sampling import pipeline as sampling
+from sampling.config import GuidanceConfig, SamplerConfig
+from sampling.noise import image_label
+from sampling.pipeline import Pipeline, to_uint8
 
 
 class Evaluator:
-    """Measures as `args` say: eval_reference, eval_samples, eval_cfg_scale, eval_sampling_steps, inception_weights.
+    """Measures FID as an EvalConfig says, with the paper's sampler.
 
-    Image i depends on (global_seed, i) alone, so the number of ranks changes the result by rounding at most; no random
-    state of training is touched. Every rank has to make and call it. Raises UserError for an unusable reference."""
+    space: of the model's x_0. image_size: side of the images in pixels. batch_size: images that a process draws at once.
+    Image i depends on (seed, i) alone, so that the number of ranks changes the result by rounding at most. torch's random
+    state, its precision settings and the model's mode stay as they are. Every rank has to make the Evaluator and to call
+    it. Making it opens the reference and measures it. Raises UserError for a reference or weights that cannot be used."""
 
-    def __init__(self, args, context, space):
-        self.args, self.context, self.space = args, context, space
-        self.batch_size = args.global_batch_size // context.world_size  # what fits in training fits here
+    def __init__(self, config, context, space, image_size, num_classes, batch_size, seed):
+        self.config, self.context, self.space = config, context, space
+        self.num_classes, self.batch_size, self.seed = num_classes, batch_size, seed
+        self.sampler = SamplerConfig(num_sampling_steps=config.eval_sampling_steps)
+        self.guidance = GuidanceConfig(cfg_scale=config.eval_cfg_scale)
+        reference = context.run_on_all_ranks(lambda: self.open_reference(image_size))
+        context.run_on_main(reference.check)
+        weights = context.run_on_main(lambda: inception_weights(config.inception_weights))
+        self.network = context.run_on_all_ranks(lambda: load_inception(weights, context.device))
+        features = None
+        if "mu" not in reference.statistics:
+            features = extract(self.network, reference, context, batch_size, "features of the reference")
+        self.moments = gaussians(reference, features)["fid"] if context.is_main else None  # mu (D,), sigma (D, D)
+
+    def open_reference(self, side):
+        """The reference's images. Raises UserError where samples of `side` pixels cannot be compared with them."""
         try:
-            self.reference = open_images(args.eval_reference)
+            images = open_images(self.config.eval_reference)
         except UserError as error:
             raise UserError(f"--eval-reference {error}") from None
-        self.check(self.reference)
-        weights = context.run_on_main(lambda: inception_weights(args.inception_weights))
-        self.network = load_inception(weights, context.device)
-        self.moments = self.measure_reference()
-
-    def check(self, images):
-        """Refuse, before anything slow, a reference that these samples cannot be compared with."""
-        side = self.args.image_size
         if images.size and tuple(images.size) != (side, side):
             height, width = images.size
             raise UserError(
@@ -43,44 +54,55 @@ class Evaluator:
             )
         if "mu" not in images.statistics and len(images) < 2:
             raise UserError(f"--eval-reference {images.path}: holds neither mu and sigma nor 2 images")
-        self.context.run_on_main(images.check)
+        return images
 
-    def __call__(self, model, stop=None):
-        """FID of `model`, in eval mode, on rank 0; None on the others, and where a requested `stop` cut it short."""
-        statistics = self.draw(model, stop)
+    def __call__(self, model, should_stop=None):
+        """FID of `model` on rank 0. None on other ranks, after a stop, and where images are not finite, which is printed.
+
+        should_stop(): whether to give up, the same on all ranks; asked before each batch."""
+        try:
+            with eval_mode(model):
+                statistics = self.draw(model, should_stop)
+        except UserError as error:  # training need not end for it
+            self.context.print(f"FID cannot be measured: {error}")
+            return None
         return statistics and frechet_distance(*self.moments, statistics.mu, statistics.sigma)
 
-    def measure_reference(self):
-        """(mu, sigma) on rank 0: the file's own, or those of its images."""
-        features = None
-        if "mu" not in self.reference.statistics:
-            features = extract(self.network, self.reference, self.context, self.batch_size, "features of the reference")
-        return gaussians(self.reference, features)["fid"] if self.context.is_main else None
-
-    @torch.inference_mode()
-    def draw(self, model, stop):
-        """Statistics of the samples' features, on rank 0; None on the others, or after a stop. In each round every rank
-        draws one batch, so that all come to the question of stopping equally often."""
-        args, context = self.args, self.context
-        shape = (model.in_channels, model.input_size, model.input_size)
+    def draw(self, model, should_stop):
+        """Statistics of the samples' features on rank 0; None on other ranks and after a stop. Each rank draws one batch in
+        each round, so that all ranks ask should_stop() equally often. Raises UserError, on all ranks, for images that are
+        not finite."""
+        context, num_samples = self.context, self.config.eval_samples
+        pipeline = Pipeline(model, self.space, self.sampler, self.guidance)
         statistics = Statistics(POOLED, context.device)
-        with tqdm(total=args.eval_samples, desc="FID", unit="image", leave=False, disable=not context.is_main) as bar:
-            for first in range(0, args.eval_samples, self.batch_size * context.world_size):
-                if stop and context.any([stop.requested])[0]:
+        with tqdm(total=num_samples, desc="FID", unit="image", leave=False, disable=not context.is_main) as bar:
+            for first in range(0, num_samples, self.batch_size * context.world_size):
+                if should_stop and should_stop():
                     return None
-                end = min(first + self.batch_size * context.world_size, args.eval_samples)
+                end = min(first + self.batch_size * context.world_size, num_samples)
                 indices = range(first, end)[context.rank :: context.world_size]
+                images = context.run_on_all_ranks(lambda indices=indices: self.images(pipeline, indices))
                 if indices:
-                    statistics.update(self.features(model, shape, indices))
+                    pooled, _, _ = self.network(torch.from_numpy(images).to(context.device))
+                    statistics.update(pooled)
                 bar.update(end - first)
         return gather_statistics(statistics, context)
 
-    def features(self, model, shape, indices):
-        args, device = self.args, self.context.device
-        steps, scale = args.eval_sampling_steps, args.eval_cfg_scale
-        noise = sampling.image_noise(args.global_seed, indices, steps, shape).to(device)
-        y = [sampling.image_label(args.global_seed, index, args.num_classes) for index in indices]
-        y = torch.tensor(y, device=device)
-        images = sampling.draw(model, self.space, y, noise, scale, steps)
-        pooled, _, _ = self.network(torch.from_numpy(sampling.to_uint8(images)).to(device))
-        return pooled
+    def images(self, pipeline, indices):
+        """The images of these indices, uint8 (N, H, W, 3) on the CPU; None for no indices."""
+        if not indices:
+            return None
+        labels = [image_label(self.seed, index, self.num_classes) for index in indices]
+        return to_uint8(pipeline(labels, *pipeline.noise(self.seed, indices)))
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """Every module of `model` in eval mode, and afterwards in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,12 +1,14 @@
-"""Sets of finished images, to be measured: a .npz in ADM's layout or a folder of image files, read as a stream.
+"""Sets of finished images to be measured: an .npz file in ADM's layout or a folder of image files, read as a stream.
 
 images = open_images("samples.npz")
 for batch in images.batches(0, len(images), batch_size=64):     # uint8 (N, H, W, 3)
 """
 
+import contextlib
 import hashlib
+import math
+import os
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +16,15 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from data.images import open_image
 from runtime.errors import UserError
+from runtime.files import reason
+from runtime.npy import read_npy_header
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+LARGEST = 1e30  # of a statistic; larger ones are errors, and their squares would overflow
+MAX_RATIO = 1032  # of zip's compression (deflate)
 
 
 def open_images(path):
@@ -25,51 +32,93 @@ def open_images(path):
     path = Path(path)
     if path.is_dir():
         return FolderImages(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+    check_file(path)
     return NpzImages(path)
+
+
+def check_file(path):
+    """Refuse what is not a regular file: reading from a FIFO or a terminal would wait for ever. Raises UserError."""
+    if not path.exists():
+        what = "a link to a file that does not exist" if path.is_symlink() else "no such file or folder"
+        raise UserError(f"{path}: {what}")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file")
 
 
 class NpzImages:
     """`arr_0` uint8 (N, H, W, 3), optionally labels `arr_1` (N,), and precomputed `mu`, `sigma`, `mu_s`, `sigma_s`.
 
-    Images are read from the zip member as a stream: `np.load` would hold all of it, 40 GB for 50,000 at 512 px. Zip's
-    own checksum is compared by whoever reads to the end. `size` is (H, W), or None without images."""
+    Images are read from the zip member as a stream: `np.load` would hold all of them, 40 GB for 50,000 at 512 px. Zip's
+    checksum is compared whenever a member is read to its end. `size` is (H, W), or None without images."""
 
     def __init__(self, path):
         self.path, self.files, self.size, self.labels, self.length = path, [path], None, None, 0
+        if path.suffix == ".json":
+            raise UserError(f"{path}: a report, not a set of images; name the .npz file or the folder that it is about")
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: not a .npz file, or one cut short; write or download it again")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                names = set(file.files)
-                self.statistics = {name: np.asarray(file[name], np.float64) for name in STATISTICS if name in names}
-                if "arr_1" in names:
-                    self.labels = file["arr_1"]
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: damaged .npz file ({error}); write or download it again") from error
-        for name, array in self.statistics.items():
-            if array.shape != STATISTICS[name]:
-                raise UserError(f"{path}: {name} has shape {array.shape}, the statistics of {STATISTICS[name]} expected")
-        for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            if (mu in names) != (sigma in names):
-                raise UserError(f"{path}: only one of {mu} and {sigma} is there; give both or neither")
-        if "arr_0" in names:
-            self._check_images()
-        elif not self.statistics:
-            raise UserError(f"{path}: holds {sorted(names)}; needs arr_0 (images) or mu and sigma")
+        with self._errors(), zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+            self.statistics = {name: self._read_statistic(archive, name) for name in STATISTICS if name in names}
+            for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+                if (mu in names) != (sigma in names):
+                    raise UserError(f"{path}: holds only one of {mu} and {sigma}; give both or neither")
+            if "arr_0" in names:
+                self._check_images(archive)
+            elif not self.statistics:
+                raise UserError(f"{path}: holds {sorted(names)}; needs arr_0 (images) or mu and sigma")
+            if "arr_1" in names:
+                with self._open(archive, "arr_1") as (stream, shape, dtype):
+                    if shape == (self.length,):  # other arrays are no labels
+                        self.labels = np.frombuffer(stream.read(), dtype)
 
-    def _check_images(self):
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-            shape, fortran_order, dtype = _read_header(stream)
-            if len(shape) != 4 or shape[3] != 3 or fortran_order or 0 in shape:
+    @contextlib.contextmanager
+    def _errors(self):
+        """Raise what is wrong with the file as one line. A damaged zip makes its readers raise almost anything."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self.path}: damaged .npz file ({reason(error)}); write or download it again") from error
+
+    @contextlib.contextmanager
+    def _open(self, archive, name, row_major=True):
+        """(stream, shape, dtype) of one array; the stream is at its first value."""
+        member = archive.getinfo(f"{name}.npy")
+        with archive.open(member) as stream:
+            try:
+                size = min(member.file_size, MAX_RATIO * self.path.stat().st_size)
+                shape, dtype = read_npy_header(stream, size, row_major)
+            except ValueError as error:
+                raise UserError(f"{self.path}: {name} {error}") from None
+            yield stream, shape, dtype
+
+    def _read_statistic(self, archive, name):
+        # a covariance is symmetric, so that its order does not matter
+        with self._open(archive, name, row_major=False) as (stream, shape, dtype):
+            if shape != STATISTICS[name]:
+                raise UserError(f"{self.path}: {name} has shape {shape}, must have {STATISTICS[name]}")
+            if dtype.kind not in "fiu":
+                raise UserError(f"{self.path}: {name} is {dtype}; must be floating-point numbers")
+            values = np.frombuffer(stream.read(), dtype).reshape(shape).astype(np.float64)
+        if not (np.abs(values) < LARGEST).all():
+            raise UserError(f"{self.path}: {name} holds NaN, infinity or values above {LARGEST:g}; compute it again")
+        return values
+
+    def _check_images(self, archive):
+        with self._open(archive, "arr_0") as (stream, shape, dtype):
+            if len(shape) != 4 or shape[3] != 3 or 0 in shape:
                 raise UserError(f"{self.path}: arr_0 has shape {shape}; must be (N, H, W, 3) in row-major order")
             if dtype != np.uint8:
-                first = np.frombuffer(stream.read(min(shape[0], 16) * int(np.prod(shape[1:])) * dtype.itemsize), dtype)
+                values = ""
+                if dtype.kind in "iuf":
+                    some = stream.read(min(shape[0], 16) * math.prod(shape[1:]) * dtype.itemsize)
+                    first = np.frombuffer(some, dtype)
+                    values = f" with values from {first.min():.4g} to {first.max():.4g} in its first images"
                 raise UserError(
-                    f"{self.path}: arr_0 is {dtype} with values from {first.min():.4g} to {first.max():.4g} in its "
-                    "first images; must be uint8, 0 to 255. Cut to bytes as they are, such images measure as black or "
-                    "as noise; for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"
+                    f"{self.path}: arr_0 is {dtype}{values}; must be uint8, 0 to 255. Converted as they are, such images "
+                    "become black or noise; for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"
                 )
         self.length, self.size = shape[0], shape[1:3]
 
@@ -82,20 +131,16 @@ class NpzImages:
     def batches(self, start, stop, batch_size):
         """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises UserError for a damaged file."""
         image = self.size[0] * self.size[1] * 3
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-                _read_header(stream)
-                stream.seek(start * image, 1)
-                for first in range(start, stop, batch_size):
-                    n = min(batch_size, stop - first)
-                    data = stream.read(n * image)
-                    if len(data) < n * image:
-                        raise EOFError("arr_0 ends early")
-                    yield np.frombuffer(bytearray(data), np.uint8).reshape(n, *self.size, 3)
-                if stop == self.length:
-                    stream.read(1)  # the end of the member: here zipfile compares its checksum
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{self.path}: damaged ({error}); write or download it again") from error
+        with self._errors(), zipfile.ZipFile(self.path) as archive, self._open(archive, "arr_0") as (stream, _, _):
+            stream.seek(start * image, 1)
+            for first in range(start, stop, batch_size):
+                n = min(batch_size, stop - first)
+                data = stream.read(n * image)
+                if len(data) < n * image:
+                    raise EOFError("arr_0 ends early")
+                yield np.frombuffer(bytearray(data), np.uint8).reshape(n, *self.size, 3)
+            if stop == self.length:
+                stream.read(1)  # at the end of the member zipfile compares the checksum
 
 
 class FolderImages:
@@ -103,14 +148,10 @@ class FolderImages:
 
     def __init__(self, path, workers=4):
         self.path, self.workers, self.statistics = path, workers, {}
-        self.files = sorted(
-            (file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS),
-            key=lambda file: file.relative_to(path).as_posix(),
-        )
+        self.files = sorted(_image_files(path), key=lambda file: file.relative_to(path).as_posix())
         if not self.files:
             raise UserError(f"{path}: no image in this folder ({' '.join(sorted(EXTENSIONS))})")
-        height, width = _read(self.files[0]).shape[:2]
-        self.size = (height, width)
+        self.size = read_image(self.files[0]).size[::-1]
         parents = [file.parent.relative_to(path).as_posix() for file in self.files]
         self.labels = np.array(parents) if set(parents) != {"."} else None
 
@@ -118,47 +159,55 @@ class FolderImages:
         return len(self.files)
 
     def check(self):
-        """Read the header of every file; raises UserError for one that is no image or has another size."""
+        """Read the header of every file. Raises UserError for one that is no 8-bit image or that has another size."""
         for file in tqdm(self.files, desc=f"checking {self.path.name}", unit="image"):
-            try:
-                with Image.open(file) as image:
-                    width, height = image.size
-            except (OSError, SyntaxError) as error:
-                raise UserError(f"{file}: not a readable image ({error}); remove or rewrite it") from error
-            self._check_size(file, (height, width))
+            self._check_header(file)
 
-    def _check_size(self, file, size):
-        if size != self.size:
-            raise UserError(
-                f"{file}: {size[1]}x{size[0]} pixels, but {self.files[0]} has {self.size[1]}x{self.size[0]}; the "
-                "network squeezes each image to one square, so a number over mixed sizes means little: crop to one size"
-            )
+    def _check_header(self, file):
+        check_file(file)
+        try:
+            with Image.open(file) as image:
+                mode, size = image.mode, image.size[::-1]
+        except Exception as error:  # PIL raises many kinds
+            raise UserError(f"{file}: not a readable image ({reason(error)}); remove it or write it again") from error
+        if mode.startswith(("I", "F")):
+            raise UserError(f"{file}: mode {mode}, more than 8 bits a channel; save it as 8-bit RGB")
+        if sorted(size) != sorted(self.size):  # the rotation that EXIF data may ask for is not known here
+            self._refuse_size(file, size)
+
+    def _refuse_size(self, file, size):
+        raise UserError(
+            f"{file}: {size[1]}x{size[0]} pixels, but {self.files[0]} has {self.size[1]}x{self.size[0]}; the network "
+            "squeezes each image to one square, so a number over mixed sizes means little: crop to one size"
+        )
 
     def batches(self, start, stop, batch_size):
         """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises UserError for a damaged file."""
         with ThreadPoolExecutor(self.workers) as pool:
             for first in range(start, stop, batch_size):
-                files = self.files[first : min(first + batch_size, stop)]
-                images = list(pool.map(_read, files))
-                for file, image in zip(files, images, strict=True):
-                    self._check_size(file, image.shape[:2])
-                yield np.stack(images)
+                yield np.stack(list(pool.map(self._read, self.files[first : min(first + batch_size, stop)])))
+
+    def _read(self, file):
+        image = np.array(read_image(file))
+        self._check_header(file)
+        if image.shape[:2] != self.size:
+            self._refuse_size(file, image.shape[:2])
+        return image
 
 
-def _read_header(stream):
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)
-
-
-def _read(file):
+def read_image(file):
     try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{file}: mode {image.mode}, more than 8 bits a channel; save it as 8-bit RGB")
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{file}: damaged image ({error}); remove or rewrite it") from error
+        return open_image(file)
+    except UserError as error:
+        raise UserError(str(error).removesuffix(", or pass --skip-bad-images")) from None  # an option of training
+
+
+def _image_files(folder):
+    def refuse(error):
+        raise UserError(f"{error.filename}: cannot be read ({reason(error)})")
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(parent, name) for name in names if Path(name).suffix.lower() in EXTENSIONS)
 
 
 def checksum(path, files=None):
@@ -168,7 +217,7 @@ def checksum(path, files=None):
         if not path.is_dir():
             return _sha256(path, bar)
         lines = [f"{_sha256(file, bar)}  {file.relative_to(path).as_posix()}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()  # file names may hold any bytes
 
 
 def _sha256(path, bar):

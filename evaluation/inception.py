@@ -5,7 +5,6 @@ pooled, spatial, logits = network(images)                     # uint8 (N, H, W, 
 features = extract(network, open_images(path), context, batch_size=64)    # shared by all processes
 """
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -16,43 +15,50 @@ from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as port
 from tqdm.auto import tqdm
 
+from evaluation.image_sets import checksum
 from evaluation.metrics import Statistics, full_precision
+from runtime.download import DownloadError, fetch
 from runtime.errors import UserError
+from runtime.files import reason
 
 POOLED, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
 
 
 def inception_weights(path=None):
     """Path of the network's weights: `path`, or torch-fidelity's file, downloaded to torch's hub folder if missing.
-
-    Raises UserError when it cannot be had."""
+    Raises UserError when it cannot be downloaded."""
     if path is not None:
         return Path(path)
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(port.URL_INCEPTION_V3).name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        checksum = target.stem.rsplit("-", 1)[1]  # the file's name ends with the first digits of its SHA-256
-        try:
-            torch.hub.download_url_to_file(port.URL_INCEPTION_V3, target, hash_prefix=checksum)
-        except (OSError, RuntimeError) as error:  # no network, or another checksum
-            raise UserError(
-                f"{port.URL_INCEPTION_V3}: download failed ({error}); fetch the file and give it as --inception-weights"
-            ) from error
-    return target
+    try:
+        return fetch(port.URL_INCEPTION_V3, target, check_name)
+    except DownloadError as error:
+        raise UserError(f"{error}, or give the file as --inception-weights") from None
+
+
+def check_name(file):
+    """Raises ValueError if the first digits of the SHA-256 of a file are not those that its name ends with."""
+    wanted = file.name.partition(".")[0].rsplit("-", 1)[1]
+    found = checksum(file)
+    if not found.startswith(wanted):
+        raise ValueError(f"its SHA-256 is {found}, must begin with {wanted}")
 
 
 def load_inception(weights, device="cpu"):
-    """The network with the weights of a state-dict file, as InceptionFeatures on `device`.
+    """The network with the weights of a state-dict file, as InceptionFeatures on `device`. torch's random state stays.
 
-    Raises UserError when the file holds anything but tensors, or tensors of another network."""
+    Raises UserError when the file holds anything but tensors, tensors of another network, or values that are not finite."""
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        # torch-fidelity's constructor unpickles the file itself, without restriction; it is handed the tensors instead
-        with mock.patch.object(port, "load_state_dict_from_url", return_value=state):
+        # torch-fidelity's constructor unpickles the file itself, without restriction; it is given the tensors instead. It
+        # draws initial weights first.
+        with mock.patch.object(port, "load_state_dict_from_url", return_value=state), torch.random.fork_rng(devices=[]):
             network = port.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{weights}: not the weights of torch-fidelity's InceptionV3 ({reason})") from error
+    except Exception as error:  # a damaged file makes torch.load raise many kinds
+        raise UserError(f"{weights}: not the weights of torch-fidelity's InceptionV3 ({reason(error).strip()})") from error
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{weights}: {name} holds NaN or infinity; download the weights again")
     return InceptionFeatures(network).to(device)
 
 
@@ -78,7 +84,7 @@ class InceptionFeatures(nn.Module):
 
 @dataclass
 class Features:
-    """What a set of N images leaves behind: pooled (N, 2048) and logits (N, 1008) on the CPU, spatial Statistics."""
+    """Features of N images: pooled (N, 2048) and logits (N, 1008) on the CPU, and Statistics of the spatial features."""
 
     pooled: torch.Tensor
     logits: torch.Tensor
@@ -86,27 +92,26 @@ class Features:
 
 
 def extract(network, images, context, batch_size, progress=None):
-    """Features of all `images` (see image_sets), each process of `context` taking its share; `progress` names a bar.
+    """Features of all `images` (see image_sets.py), of which each process of `context` takes its share; `progress` is the
+    title of a progress bar. Returns Features in the images' order on rank 0, None on the others. Raises UserError for
+    damaged images, on every rank."""
 
-    Returns Features in the images' order on rank 0, None on the others. Raises UserError for damaged images."""
-    start, stop = share(len(images), context.rank, context.world_size)
-    pooled, logits, spatial = [], [], Statistics(SPATIAL, context.device)
-    with tqdm(total=stop - start, desc=progress, unit="image", disable=progress is None or not context.is_main) as bar:
-        try:
+    def extract_share():
+        start, stop = share(len(images), context.rank, context.world_size)
+        pooled, logits, spatial = [torch.empty(0, POOLED)], [torch.empty(0, CLASSES)], Statistics(SPATIAL, context.device)
+        with tqdm(total=stop - start, desc=progress, unit="image", disable=progress is None or not context.is_main) as bar:
             for batch in images.batches(start, stop, batch_size):
                 batch_pooled, batch_spatial, batch_logits = network(torch.from_numpy(batch).to(context.device))
                 pooled.append(batch_pooled.cpu())
                 logits.append(batch_logits.cpu())
                 spatial.update(batch_spatial)
                 bar.update(len(batch))
-            problem = None
-        except UserError as error:
-            problem = str(error)
-    problems = list(filter(None, context.all_gather(problem)))  # one rank's error is every rank's, and rank 0 prints it
-    if problems:
-        raise UserError(problems[0])
-    pooled = gather_rows(torch.cat([torch.empty(0, POOLED), *pooled]), len(images), context)
-    logits = gather_rows(torch.cat([torch.empty(0, CLASSES), *logits]), len(images), context)
+        if not all(x.isfinite().all() for x in (*pooled, *logits)):
+            raise UserError(f"{images.path}: the network's features are not finite; download the Inception weights again")
+        return torch.cat(pooled), torch.cat(logits), spatial
+
+    pooled, logits, spatial = context.run_on_all_ranks(extract_share)
+    pooled, logits = (gather_rows(rows, len(images), context) for rows in (pooled, logits))
     spatial = gather_statistics(spatial, context)
     return Features(pooled, logits, spatial) if context.is_main else None
 
@@ -114,8 +119,8 @@ def extract(network, images, context, batch_size, progress=None):
 def gaussians(images, features):
     """Mean and covariance of a set, pooled and spatial: {"fid": (mu, sigma), "sfid": (mu_s, sigma_s)}, float64 numpy.
 
-    Statistics that the file brings replace those of its images, as in ADM's suite. `features` may be None for a set
-    without images; what is then unknown is left out."""
+    Statistics in the file replace those of its images, as in ADM's suite. `features` may be None for a set without images;
+    the result then lacks what the file does not hold."""
     known = images.statistics
     result = {}
     if "mu" in known:
@@ -145,7 +150,7 @@ def gather_rows(rows, n, context):
 
 
 def gather_statistics(statistics, context):
-    """Statistics of what all ranks have seen on rank 0, None on the others; one rank's is held beside it at a time."""
+    """The merged Statistics of all ranks on rank 0, None on the others. Rank 0 receives one rank's at a time."""
     dim = len(statistics.mean)
     packed = torch.cat(
         [statistics.scatter, statistics.mean[None], torch.full_like(statistics.mean[None], statistics.count)]
@@ -159,7 +164,7 @@ def gather_statistics(statistics, context):
 
 
 def _gather(tensor, shapes, context):
-    """Yield each rank's tensor on rank 0, in rank order, and nothing elsewhere. They go from host to host, over gloo."""
+    """Yield each rank's tensor on rank 0, in the order of ranks, and nothing on the others. gloo sends from CPU to CPU."""
     tensor = tensor.cpu().contiguous()
     if context.is_main:
         yield tensor

@@ -5,13 +5,14 @@
         lr: float = option(1e-4, "learning rate", above=0)
         clip_grad_norm: float | None = option(None, "scale gradients down to this norm (default: off)", above=0)
 
-A field's type, bounds and choices are checked whenever a config is made: from the command line (cli/ builds the parsers from
-the fields), from a file, or in code. Field names are the flags' names, with _ for -. Configs may be nested.
+A field's type, bounds and choices are checked whenever a config is made: from the command line (cli/ builds the parsers
+from the fields), from a file, or in code. Field names are the flags' names, with _ for -. Configs may be nested.
 """
 
 import dataclasses
 import functools
 import math
+import os
 import types
 import typing
 
@@ -22,9 +23,10 @@ def option(default=dataclasses.MISSING, help="", *, low=None, high=None, above=N
            metavar=None, const=None, positional=False):  # fmt: skip
     """A field of a Config.
 
-    help: a sentence that stands alone; the default is added to it unless it says "(default". low, high: inclusive bounds of a
-    number; above: an exclusive one. choices: the allowed values. changeable: whether a resumed run may change the value
-    (options that change the result may not). const: the value of the flag without a value. positional: an argument, no flag."""
+    help: a sentence that stands alone; the default is added to it unless it says "(default". low, high: inclusive bounds
+    of a number; above: an exclusive one. choices: the allowed values. changeable: whether a resumed run may change the
+    value (options that change the result may not). const: the value of the flag when it is given without one.
+    positional: an argument without a flag."""
     metadata = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "changeable": changeable}
     metadata |= {"metavar": metavar, "const": const, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
@@ -61,19 +63,26 @@ def check_value(value, kind, metadata):
         bounds = [f"{low} or more" if low is not None else "", f"{high} or less" if high is not None else ""]
         bounds += [f"more than {above}" if above is not None else ""]
         wanted = f"{'a whole number' if kind is int else 'a number'}, {' and '.join(filter(None, bounds))}".rstrip(", ")
-        fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-        fits = (
-            fits and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-        )
-        if not fits:
-            raise ValueError(f"{value!r} is not {wanted}")
+        fits = isinstance(value, kind) and not isinstance(value, bool) and (kind is int or math.isfinite(value))
+        fits = fits and (low is None or value >= low) and (high is None or value <= high)
+        if not fits or (above is not None and value <= above):
+            raise ValueError(f"{value!r:.80} is not {wanted}")
     elif not isinstance(value, kind):
         raise ValueError(
-            f"{value!r} is not {'text' if kind is str else 'true or false' if kind is bool else kind.__name__}"
+            f"{value!r:.80} is not {'text' if kind is str else 'true or false' if kind is bool else kind.__name__}"
         )
+    if kind is str and not _is_encodable(value):
+        raise ValueError(f"{value!r:.80} has characters that no file name can have")
     if choices and value not in choices:
-        raise ValueError(f"{value!r} is not one of {', '.join(map(str, choices))}")
+        raise ValueError(f"{value!r:.80} is not one of {', '.join(map(str, choices))}")
     return value
+
+
+def _is_encodable(text):
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +124,7 @@ class Config:
 
     @classmethod
     def from_flat(cls, values):
-        """The config of flat values, such as those of a file; missing ones take their defaults, unknown ones are passed over.
+        """The config of flat values, such as those of a file. Missing ones take their defaults, unknown ones are ignored.
         Raises UserError."""
         own = {}
         for field in dataclasses.fields(cls):
@@ -124,6 +133,8 @@ class Config:
                 own[field.name] = kind.from_flat(values)
             elif field.name in values:
                 own[field.name] = values[field.name]
+            elif field.default is dataclasses.MISSING:
+                raise UserError(f"{flag(field.name)}: is missing; it has no default")
         return cls(**own)
 
     @classmethod

@@ -1,5 +1,6 @@
 """Devices and the precision of their arithmetic."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -7,7 +8,7 @@ import sys
 
 import torch
 
-from runtime.errors import UserError
+from runtime.errors import OutOfMemoryError, UserError
 
 
 def pick_device(name=None):
@@ -61,4 +62,15 @@ def check_compile(backend, device):
         raise UserError(f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or name another in CXX")
 
 
-NO_BF16 = "--precision bf16: this machine has no bfloat16 instructions, fp32 will be far faster"
+@contextlib.contextmanager
+def explain_out_of_memory(advice):
+    """Raise PyTorch's errors about memory as one line that ends with `advice`, the options that save memory."""
+    try:
+        yield
+    except MemoryError:
+        raise OutOfMemoryError(f"out of memory; {advice}") from None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
+        text = str(error).split("\n")[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+            raise
+        raise OutOfMemoryError(f"out of memory ({text[:160]}); {advice}") from None

@@ -1,4 +1,4 @@
-"""Processes: the same script under torchrun, on one node or many, and as plain `python`."""
+"""Processes: the same script under torchrun or srun, on one node or many, and as plain `python`."""
 
 import os
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from runtime.devices import pick_device
 from runtime.errors import UserError
+from runtime.launch import launched, rendezvous_address
 
 
 @dataclass
@@ -48,7 +49,10 @@ class Context:
 
     def broadcast(self, value):
         """Rank 0's picklable value, on every rank."""
-        return self.all_gather(value)[0]
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, 0, group=self.host_group)
+        return values[0]
 
     def any(self, flags):
         """For each of a few booleans whether any rank's is true: a list, on every rank."""
@@ -76,11 +80,10 @@ class Context:
 
 
 def setup(device=None):
-    """Join the processes that torchrun has started, if it has. device: "cuda", "mps", "cpu" or None for the best there is.
+    """Join the processes that torchrun or srun has started, if any. device: "cuda", "mps", "cpu"; None for the best one.
     Raises UserError for a device that is missing or cannot be shared."""
     name = pick_device(device)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, local_rank, world_size = launched()
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
@@ -93,6 +96,7 @@ def setup(device=None):
     if name == "cuda":
         torch.cuda.set_device(place)
     if world_size > 1:
+        rendezvous_address()
         # torchrun keeps its store over restarts, with the addresses of dead workers in it: each attempt has keys of its own
         store, _, _ = next(dist.rendezvous("env://", rank, world_size))
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

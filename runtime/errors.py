@@ -2,13 +2,20 @@
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names the option or file, what is wrong with it and the way out. Commands print
-    it without a traceback and exit with `status`."""
+    """Bad input. The message is one line that names the option or file, what is wrong with it and the way out. Commands
+    print it without a traceback and exit with `status`."""
 
     status = 2
+    of_one_rank = False  # whether the other ranks do not know of it, so that this one has to print it
 
 
 class RunError(UserError):
     """A run that had to stop although its command was right, such as one whose loss is not finite."""
 
     status = 1
+
+
+class OutOfMemoryError(RunError):
+    """The device or the host ran out of memory."""
+
+    of_one_rank = True

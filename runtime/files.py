@@ -62,7 +62,7 @@ def write_json(path, value):
 
 
 def read_json(path, kind=dict):
-    """The value in a JSON file, which must be a `kind`; None where there is no such file, or it is damaged or another kind."""
+    """The value in a JSON file, which must be a `kind`. None where the file is missing, damaged or holds another kind."""
     try:
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):

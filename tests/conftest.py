@@ -11,7 +11,7 @@ from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a network fails at once; read when the hub is imported
 
-from benchmarks.runs import Ranks, call
+from helpers import Ranks, call
 
 torch.set_num_threads(1)  # the numbers are small, and forked processes may not use OpenMP's threads
 

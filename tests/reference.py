@@ -1,10 +1,12 @@
-"""What the reference numbers in golden/ were made with: golden/README.md. Imported by the tests."""
+"""What several tests share: the reference numbers in golden/, what they were made with (golden/README.md), and a guard
+against steps that wait for a GPU."""
 
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = {
@@ -13,6 +15,16 @@ OPTIONS = {
     "xstart": {"predict_xstart": True},
     "kl": {"use_kl": True},
     "cosine": {"noise_schedule": "squaredcos_cap_v2"},
+}
+# the model of small.npz and train.npz
+SMALL = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 96,
+    "depth": 3,
+    "num_heads": 4,
+    "num_classes": 10,
 }
 
 
@@ -35,9 +47,9 @@ def fill(model):
 
 
 def stub(learn_sigma):
-    """The model of diffusion.npz and loops.npz, which sees the timesteps of the full process."""
+    """The model of diffusion.npz, loops.npz and steps.npz, which sees the timesteps of the full process."""
 
-    def model(x, t):
+    def model(x, t, y=None):
         eps = 0.7 * torch.tanh(x) + 0.1 * t.view(-1, 1, 1, 1) / 1000
         return torch.cat([eps, 0.9 * torch.cos(x)], dim=1) if learn_sigma else eps
 
@@ -57,3 +69,15 @@ def training_batch(i):
     x_0, noise = normal(f"batch{i}", 8, 4, 8, 8) * 0.5, normal(f"noise{i}", 8, 4, 8, 8)
     t = torch.from_numpy(np.random.RandomState(i).randint(0, 1000, 8))
     return x_0, noise, t, torch.from_numpy(np.random.RandomState(1000 + i).randint(0, 10, 8))
+
+
+class HostTraffic(TorchDispatchMode):
+    """Fails on what would copy between host and device, or wait for the device, were the device a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        tensors = [a for a in args if isinstance(a, torch.Tensor) and a.ndim > 0]
+        assert "_local_scalar_dense" not in name, "a step waits for the device"
+        assert not any(a.device.type == "cpu" for a in tensors), f"{name} reads a tensor on the host"
+        assert "_to_copy" not in name or not tensors or tensors[0].device.type != "cpu", f"{name} copies from the host"
+        return func(*args, **(kwargs or {}))

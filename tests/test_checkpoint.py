@@ -1,4 +1,4 @@
-"""checkpoint.py: complete or absent, recognised when damaged, and never a way to run code."""
+"""checkpoint/: files are written atomically, damage is recognised, records are checked, and no code is run."""
 
 import argparse
 import os
@@ -10,11 +10,15 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_models import SMALL
 
 from checkpoint import files as checkpoint
+from checkpoint import saver
 from checkpoint.files import CheckpointError
+from checkpoint.opened import Checkpoint
 from models import BLOCKS, DiT, DiT_models
 from runtime import files
 
@@ -94,25 +98,25 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
             checkpoint.load(tmp_path / name)
     torch.save({"a": 1}, tmp_path / "dict.pt")
     with pytest.raises(CheckpointError, match="neither weights"):
-        checkpoint.weights(checkpoint.load(tmp_path / "dict.pt"))
+        _ = Checkpoint.open(tmp_path / "dict.pt").weights
 
 
 def test_files_of_the_original_release_load(tmp_path):
     weights = DiT(**SMALL).state_dict()
     args = argparse.Namespace(model="DiT-S/2", num_classes=10, image_size=64, vae="ema")
     torch.save({"model": weights, "ema": weights, "opt": {}, "args": args}, tmp_path / "0400000.pt")
-    state = checkpoint.load(tmp_path / "0400000.pt")
-    assert checkpoint.options(state)["vae"] == "ema"
-    assert checkpoint.weights(state).keys() == weights.keys()
+    opened = Checkpoint.open(tmp_path / "0400000.pt")
+    assert (opened.vae, opened.image_size) == ("ema", 64)
+    assert opened.weights.keys() == weights.keys()
 
 
 def test_safetensors_hold_weights(tmp_path):
     model = DiT_models["DiT-S/8"](input_size=16, num_classes=10)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    state = checkpoint.load(tmp_path / "w.safetensors")
-    model.load_state_dict(checkpoint.weights(state))
-    config = checkpoint.model_config(state)
-    assert checkpoint.describe(config) == "DiT-S/8"
+    opened = Checkpoint.open(tmp_path / "w.safetensors")
+    model.load_state_dict(opened.weights)
+    config = opened.model_config
+    assert opened.describe() == "DiT-S/8"
     assert (config["input_size"], config["num_classes"], config["num_heads"]) == (16, 10, 6)
 
 
@@ -120,14 +124,16 @@ def test_safetensors_hold_weights(tmp_path):
 @pytest.mark.parametrize("change", [{}, {"in_channels": 1, "mlp_ratio": 2.0}, {"learn_sigma": False, "num_classes": 0}])
 def test_a_model_is_rebuilt_from_its_weights(block, change):
     model = DiT(**{**SMALL, **change}, block=block)
-    config = checkpoint.model_config({"ema": model.state_dict(), "args": {"num_heads": 4}})
-    DiT(**config).load_state_dict(model.state_dict())
-    assert config["block"] == block
+    opened = Checkpoint({"ema": model.state_dict(), "args": {"num_heads": 4}})
+    assert opened.model_config == {**model.config, "class_dropout_prob": 0.1}
+    for name, tensor in opened.build_model().state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert opened.model_config["block"] == block
 
 
 def test_heads_that_no_table_names_must_be_recorded():
     with pytest.raises(CheckpointError, match="heads"):
-        checkpoint.model_config(DiT(**SMALL).state_dict())
+        _ = Checkpoint(DiT(**SMALL).state_dict()).model_config
 
 
 def _in_fork(action):
@@ -170,7 +176,7 @@ def test_a_kill_while_writing_leaves_the_old_file(saved):
 
 
 def test_pruning_waits_for_the_new_one_and_keeps_what_was_asked(tmp_path, monkeypatch):
-    writer = checkpoint.Writer(tmp_path, keep_last=2, keep_every=4)
+    writer = saver.BackgroundSaver(tmp_path, keep_last=2, keep_every=4)
     for step in range(1, 8):
         writer.save(step, STATE)
     writer.wait()
@@ -189,7 +195,7 @@ def test_pruning_waits_for_the_new_one_and_keeps_what_was_asked(tmp_path, monkey
 def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(tmp_path, monkeypatch):
     plain_save = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda path, state: (time.sleep(0.1), plain_save(path, state)))
-    weights, writer = torch.zeros(10), checkpoint.Writer(tmp_path)
+    weights, writer = torch.zeros(10), saver.BackgroundSaver(tmp_path)
     writer.save(1, {"w": weights})
     weights += 1
     writer.wait()
@@ -217,7 +223,7 @@ def test_a_flipped_bit_in_the_archives_tables_is_recognised_or_changes_nothing(t
 def test_a_folder_of_damaged_checkpoints_is_not_an_empty_one(tmp_path):
     assert checkpoint.load_newest(tmp_path, print) == (None, None)
     (tmp_path / "0000003.pt").write_bytes(b"PK\3\4")
-    with pytest.raises(CheckpointError, match="none of its checkpoints"):
+    with pytest.raises(CheckpointError, match="all of its checkpoints"):
         checkpoint.load_newest(tmp_path, print)
 
 
@@ -232,6 +238,80 @@ def test_without_memory_for_a_copy_the_checkpoint_is_written_at_once(tmp_path, m
     def no_memory(state):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(checkpoint, "to_host", no_memory)
-    checkpoint.Writer(tmp_path).save(7, STATE)
+    monkeypatch.setattr(saver, "copy_to_host", no_memory)
+    saver.BackgroundSaver(tmp_path).save(7, STATE)
     assert checkpoint.load(tmp_path / "0000007.pt")["step"] == 7
+
+
+def test_a_callers_own_safe_classes_stay(tmp_path):
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pt")
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    try:
+        checkpoint.load(tmp_path / "x.pt")
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+    checkpoint.load(tmp_path / "x.pt")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_special_files_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "0000001.pt")
+    for check in (checkpoint.load, checkpoint.verify):
+        with pytest.raises(CheckpointError, match="not a file"):
+            check(tmp_path / "0000001.pt")
+
+
+def test_a_config_that_is_recorded_is_read_and_not_inferred():
+    model = DiT(**SMALL, class_dropout_prob=0)
+    opened = Checkpoint({"model": model.state_dict(), "model_config": model.config})
+    assert opened.model_config == model.config
+
+
+def test_weights_that_are_not_finite_are_refused_when_a_model_is_built():
+    model = DiT(**SMALL)
+    state = {"model": model.state_dict(), "model_config": model.config}
+    state["model"]["x_embedder.proj.bias"][0] = float("inf")
+    with pytest.raises(CheckpointError, match=r"not finite \(x_embedder.proj.bias\)"):
+        Checkpoint(state).build_model()
+
+
+def test_weights_that_do_not_fit_the_record_need_no_memory():
+    model = DiT(**SMALL)
+    config = {**model.config, "hidden_size": 65536, "depth": 4096, "num_heads": 64}
+    with pytest.raises(CheckpointError, match="its weights do not fit"):
+        Checkpoint({"model": model.state_dict(), "model_config": config}).build_model()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+RECORD = ("args", "model_config", "class_names", "step", "ema", "model")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(RECORD), JSON), st.dictionaries(st.sampled_from(list(DiT(**SMALL).config)), JSON))
+def test_any_record_is_read_or_refused_with_one_line(record, config):
+    model = DiT(**SMALL)
+    state = {"model": model.state_dict(), "model_config": {**model.config, **config}, **record}
+    opened = Checkpoint(state, "x.pt")
+    for read in (lambda: (opened.vae, opened.image_size), lambda: opened.class_names, lambda: opened.step,
+                 lambda: opened.model_config, opened.build_model, opened.describe):  # fmt: skip
+        line = None
+        try:
+            read()
+        except CheckpointError as error:
+            line = str(error)
+        assert line is None or (line.startswith("x.pt") and "\n" not in line)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_are_refused_with_one_line(tmp_path_factory, content):
+    for name in ("0000001.pt", "w.safetensors"):
+        path = tmp_path_factory.mktemp("bytes") / name
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=name):
+            Checkpoint.open(path)

@@ -11,7 +11,6 @@ import sys
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -19,9 +18,14 @@ import torch
 from PIL import Image
 
 import evaluate
+from evaluation import comparison
+from evaluation.comparison import METRICS
 from evaluation.image_sets import checksum, open_images
-from evaluation.inception import load_inception, share
+from evaluation.inception import inception_weights, load_inception, port, share
 from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from runtime import download, files
+from runtime.errors import UserError
+from runtime.npy import read_npy_header
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"reference": 11, "samples": 9}
@@ -70,7 +74,7 @@ def report_of(samples):
 
 
 def numbers(report):
-    return [report[name] for name in evaluate.METRICS]
+    return [report[name] for name in METRICS]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,18 @@ def test_numbers_do_not_depend_on_processes_batches_and_file_order(folder, measu
     assert done.stdout.count("Inception Score") == 1  # one table, from rank 0
 
 
+def test_an_image_that_one_process_cannot_read_ends_all(folder, ranks, tmp_path):
+    shutil.copytree(folder / "samples", tmp_path / "samples")
+    last = tmp_path / "samples" / "000008.png"
+    last.write_bytes(last.read_bytes()[:-40])
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    argv = [tmp_path / "statistics.npz", tmp_path / "samples", "--inception-weights", folder / "inception.pth"]
+    run = ranks(evaluate.main, [*argv, "--device", "cpu", "--batch-size", 2], 2)
+    assert run.wait() == [2, 2]
+    assert "000008.png: not a readable image" in run.text(0).splitlines()[-1]
+    assert run.text(1) == ""
+
+
 def test_report_traces_the_numbers(folder, measured):
     out, err, report = measured
     for name, n in COUNTS.items():
@@ -142,7 +158,7 @@ def test_checksum_of_a_folder_is_that_of_its_sha256sum_listing(folder):
 
 
 def test_cached_features_give_the_same_numbers_without_the_network(folder, measured, monkeypatch):
-    monkeypatch.setattr(evaluate, "extract", None)  # calling it would raise
+    monkeypatch.setattr(comparison, "extract", None)  # calling it would raise
     inputs = folder / "reference.npz", folder / "samples.npz"
     main(*inputs, *network_and_cache(folder))
     assert numbers(report_of(folder / "samples.npz")) == numbers(measured[2])
@@ -167,7 +183,7 @@ def test_statistics_of_the_file_replace_those_of_its_images(folder, measured, tm
     np.savez(tmp_path / "only.npz", mu=unit["mu"], sigma=unit["sigma"])
     main(tmp_path / "only.npz", folder / "samples.npz", *network_and_cache(folder))
     only = report_of(folder / "samples.npz")
-    assert [only[name] is None for name in evaluate.METRICS] == [False, True, False, True, True]
+    assert [only[name] is None for name in METRICS] == [False, True, False, True, True]
     assert only["fid"] == pytest.approx(report["fid"], rel=1e-6)
 
 
@@ -215,6 +231,156 @@ def test_damaged_npz_is_noticed_while_it_is_read(folder, tmp_path):
     assert zipfile.ZipFile(tmp_path / "good.npz").testzip() is None
 
 
+def npy(array=None, version=(1, 0), **header):
+    """The bytes of a .npy file, whose header may say something else than its array."""
+    stream = io.BytesIO()
+    if not header:
+        np.lib.format.write_array(stream, array, version=version)
+        return stream.getvalue()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (4,)} | header
+    text = repr(header).encode().ljust(117) + b"\n"
+    length = len(text).to_bytes(2 if version == (1, 0) else 4, "little")
+    return b"\x93NUMPY" + bytes(version) + length + text + bytes(4 if array is None else array)
+
+
+def zipped(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return path
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_npy_headers_of_every_version_are_read(version):
+    array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    data = npy(array, version)
+    stream = io.BytesIO(data)
+    assert read_npy_header(stream, len(data)) == ((2, 3, 4), np.int16)
+    assert stream.read() == array.tobytes()
+    assert read_npy_header(io.BytesIO(npy(np.zeros((3, 2), order="F"))), row_major=False) == ((3, 2), np.float64)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"notnpy" * 20, "is not a readable .npy array (the magic string"),
+        (b"", "is not a readable .npy array"),
+        (npy(np.zeros(4, np.uint8))[:30], "is not a readable .npy array"),
+        (npy(version=(9, 0), shape=(4,)), "its version 9.0 is unknown"),
+        (npy(shape=(-1, 4)), "has the impossible shape (-1, 4)"),
+        (npy(shape=(2**70, 4)), "has a header that promises 4,722,366,482,869,645,213,696 bytes where there are 4"),
+        (npy(shape=(5,)), "promises 5 bytes where there are 4"),
+        (npy(shape=(2, 2), fortran_order=True), "column-major (Fortran) order; save it in row-major order"),
+        (npy(descr="|O"), "holds Python objects"),
+        (npy(descr="|z9"), "is not a readable .npy array"),
+    ],
+)
+def test_npy_headers_that_cannot_be_right_are_refused(data, what):
+    with pytest.raises(ValueError) as error:
+        read_npy_header(io.BytesIO(data), len(data))
+    assert what in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["arr_0", "arr_1", "mu", "sigma_s"])
+def test_members_that_cannot_be_right_are_refused_unread(folder, capsys, tmp_path, name):
+    """By file names and one line, among them an array of 7 TiB that would be allocated before a byte of it is read."""
+    good = {"arr_0": npy(images_of(folder, "samples")), "mu": npy(np.zeros(2048)), "sigma": npy(np.eye(2048))}
+    good |= {"mu_s": npy(np.zeros(2023)), "sigma_s": npy(np.eye(2023))}
+    for data, what in (
+        (npy(shape=(7 * 2**40,)), "has a header that promises 7,696,581,394,432 bytes"),
+        (b"notnpy", "is not a readable .npy array"),
+        (npy(np.array([None, {}]), shape=(2,), descr="|O"), "holds Python objects"),
+    ):
+        path = zipped(tmp_path / "bad.npz", **{**good, name: data})
+        assert f"bad.npz: {name} {what}" in fails(capsys, folder / "reference.npz", path, *network_and_cache(folder))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e31])
+@pytest.mark.parametrize("name", ["mu", "sigma_s"])
+def test_statistics_that_are_not_finite_are_refused(tmp_path, name, value):
+    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    arrays[name].flat[5] = value
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(UserError, match=rf"bad.npz: {name} holds NaN, infinity or values above"):
+        open_images(tmp_path / "bad.npz")
+
+
+def test_statistics_may_be_of_any_order_and_type_of_number(tmp_path):
+    sigma = np.cov(np.random.default_rng(0).normal(size=(2048, 8))).astype(np.float32)
+    np.savez(tmp_path / "good.npz", mu=np.arange(2048), sigma=np.asfortranarray(sigma))
+    statistics = open_images(tmp_path / "good.npz").statistics
+    assert np.array_equal(statistics["sigma"], sigma)
+    assert np.array_equal(statistics["mu"], np.arange(2048.0))
+    np.savez(tmp_path / "bad.npz", mu=np.full(2048, "1"), sigma=sigma)
+    with pytest.raises(UserError, match="mu is <U1; must be floating-point numbers"):
+        open_images(tmp_path / "bad.npz")
+
+
+def test_a_damaged_statistic_is_noticed(tmp_path):
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    data = bytearray((tmp_path / "bad.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bad.npz").write_bytes(data)
+    with pytest.raises(UserError, match=r"bad.npz: damaged .npz file \(Bad CRC-32"):
+        open_images(tmp_path / "bad.npz")
+
+
+def test_what_is_no_regular_file_is_refused_by_name(folder, capsys, tmp_path):
+    """A reader of a FIFO would wait for ever."""
+
+    def line(path):
+        return fails(capsys, folder / "reference.npz", path, *network_and_cache(folder))
+
+    os.mkfifo(tmp_path / "fifo.npz")
+    assert "fifo.npz: not a regular file" in line(tmp_path / "fifo.npz")
+    (tmp_path / "gone.npz").symlink_to("nothing.npz")
+    assert "gone.npz: a link to a file that does not exist" in line(tmp_path / "gone.npz")
+    (tmp_path / "loop.npz").symlink_to("loop.npz")
+    assert "loop.npz: a link to a file that does not exist" in line(tmp_path / "loop.npz")
+    report = tmp_path / "samples.npz.metrics.json"
+    report.write_text("{}")
+    assert "metrics.json: a report, not a set of images" in line(report)
+
+    images = tmp_path / "images"
+    shutil.copytree(folder / "samples", images)
+    os.mkfifo(images / "zzz.png")
+    assert "zzz.png: not a regular file" in line(images)
+    with pytest.raises(UserError, match=r"zzz.png: not a readable image \(not a regular file"):
+        list(open_images(images).batches(9, 10, 1))
+    (images / "zzz.png").unlink()
+    (images / "zzz.png").symlink_to("loop.png")
+    (images / "loop.png").symlink_to("zzz.png")
+    assert "png: a link to a file that does not exist" in line(images)
+
+
+def test_an_image_above_the_limit_of_pillow_gets_one_line(folder, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 // 3)
+    line = fails(capsys, folder / "reference.npz", folder / "samples", *network_and_cache(folder))
+    assert "000000.png: not a readable image (Image size (1600 pixels) exceeds limit" in line
+    assert "skip-bad-images" not in line, "this command has no such option"
+
+
+def test_rotation_in_exif_data_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (24, 32)).save(tmp_path / "0.png")
+    Image.new("RGB", (32, 24)).save(tmp_path / "1.jpg", exif=exif)
+    images = open_images(tmp_path)
+    images.check()
+    assert next(images.batches(0, 2, 2)).shape == (2, 32, 24, 3)
+    Image.new("RGB", (32, 24)).save(tmp_path / "1.jpg")
+    with pytest.raises(UserError, match="1.jpg: 32x24 pixels, but .*0.png has 24x32"):
+        list(open_images(tmp_path).batches(0, 2, 2))
+
+
+def test_file_names_may_hold_any_bytes(folder, tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(folder / "samples" / "000000.png", path)
+    listing = subprocess.run("sha256sum *.png", shell=True, cwd=tmp_path, capture_output=True).stdout
+    assert checksum(tmp_path, open_images(tmp_path).files) == hashlib.sha256(listing).hexdigest()
+
+
 def test_mistakes_in_folders_get_one_line(folder, capsys, tmp_path):
     def mistake():
         return fails(capsys, folder / "reference.npz", tmp_path, *network_and_cache(folder))
@@ -228,7 +394,7 @@ def test_mistakes_in_folders_get_one_line(folder, capsys, tmp_path):
     assert "4.png: not a readable image" in mistake()
     data = (folder / "samples" / "000000.png").read_bytes()
     (tmp_path / "4.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"4.png: damaged image"):
+    with pytest.raises(ValueError, match=r"4.png: not a readable image \(image file is truncated.*; remove it$"):
         list(open_images(tmp_path).batches(4, 5, 1))
     Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(tmp_path / "4.png")
     with pytest.raises(ValueError, match="more than 8 bits"):
@@ -237,16 +403,92 @@ def test_mistakes_in_folders_get_one_line(folder, capsys, tmp_path):
 
 def test_mistakes_in_options_get_one_line(folder, monkeypatch, capsys, tmp_path):
     inputs = folder / "reference.npz", folder / "samples.npz"
-    assert "both are needed" in fails(capsys, inputs[0])
+    assert "required: SAMPLES" in fails(capsys, inputs[0])
     assert "none.pth: no such file" in fails(capsys, *inputs, "--inception-weights", "none.pth")
-    assert "its folder is missing" in fails(capsys, inputs[0], tmp_path / "none" / "samples.npz")
+    assert "samples.npz: no such file or folder" in fails(capsys, inputs[0], tmp_path / "none" / "samples.npz")
 
-    def offline(*args, **kwargs):
-        raise URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert "give it as --inception-weights" in fails(capsys, *inputs)
+def test_outputs_are_checked_before_anything_slow(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(comparison, "check", None)  # calling it would raise
+    inputs = folder / "reference.npz", folder / "samples.npz"
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", tmp_path / "file" / "cache"):
+        assert f"--cache {cache}: cannot be written (" in fails(capsys, *inputs, "--cache", cache)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "cache")
+    assert "--cache" in (line := fails(capsys, *inputs, "--cache", tmp_path / "cache"))
+    assert "(permission denied)" in line
+    shutil.copy(inputs[1], tmp_path / "samples.npz")
+    (tmp_path / "samples.npz.metrics.json").mkdir()
+    assert "samples.npz.metrics.json: is a folder" in fails(capsys, inputs[0], tmp_path / "samples.npz")
+
+
+def test_a_full_disk_loses_no_numbers(folder, measured, monkeypatch, capsys, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "replace_file", full)
+    images = folder / "reference.npz", folder / "samples.npz"
+    weights = "--inception-weights", folder / "inception.pth"
+    with pytest.raises(SystemExit) as stop:
+        main(*images, *weights, "--cache", tmp_path)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1
+    assert f"{measured[2]['fid']:.3f}" in out
+    assert err.count("cannot be written (No space left on device); the features are not kept") == 2
+    assert "samples.npz.metrics.json: cannot be written (No space left on device)" in err.splitlines()[-1]
+
+
+def test_damaged_features_in_the_cache_are_named(folder, measured, capsys, tmp_path):
+    for path in (folder / "cache").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:-1000])
+    line = fails(capsys, folder / "reference.npz", folder / "samples.npz", *network_and_cache(folder)[:3], tmp_path)
+    assert "--cache" in line
+    assert "cannot be read" in line
+    assert "delete it" in line
+
+
+def test_ctrl_c_ends_with_one_line(folder, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "load_inception", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(folder / "reference.npz", folder / "samples.npz", *network_and_cache(folder))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("error: interrupted")
+
+
+def test_a_command_line_is_parsed_without_slow_imports():
+    slow = {"torch", "numpy", "scipy", "PIL"}
+    code = f"import sys, evaluate, likelihood; assert not {slow} & sys.modules.keys(), {slow} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_network_is_downloaded_once_and_checked(monkeypatch, capsys, tmp_path, folder):
+    """From an address on this disk. A file with another checksum than the one in its name never gets the name."""
+    data = b"weights"
+    source = tmp_path / f"weights-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    monkeypatch.setattr(port, "URL_INCEPTION_V3", source.as_uri())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    inputs = folder / "reference.npz", folder / "samples.npz"
+    assert "download failed" in (line := fails(capsys, *inputs))
+    assert "give the file as --inception-weights" in line
+    source.write_bytes(b"Log in to the network first")
+    assert "its SHA-256 is" in (line := fails(capsys, *inputs))
+    assert "give the file as --inception-weights" in line
+    target = tmp_path / "home/hub/checkpoints" / source.name
+    assert not target.exists()
+    source.write_bytes(data)
+    monkeypatch.setattr(download, "fcntl", None)  # as on Windows
+    assert inception_weights() == target
+    source.unlink()
+    assert inception_weights().read_bytes() == data
+
+
+def test_loading_the_network_leaves_the_random_state(folder):
+    before = torch.get_rng_state()
+    load_inception(folder / "inception.pth")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weights_that_are_code_or_another_network_are_refused(folder, capsys, tmp_path):
@@ -262,19 +504,10 @@ def test_weights_that_are_code_or_another_network_are_refused(folder, capsys, tm
     assert not (tmp_path / "ran").exists()
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "weights.pth")
     assert "weights.pth: not the weights" in fails(capsys, *inputs)
-
-
-def test_reproduce_lists_both_tables_and_puts_measured_rows_below(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    Path("samples").mkdir()
-    row = Path("samples/DiT-XL-2-pretrained-size-256-vae-ema-cfg-1.5-seed-0.npz.metrics.json")
-    row.write_text(json.dumps({**dict.fromkeys(evaluate.METRICS, 0.125), "samples": {"images": 50000}}))
-    main("--reproduce")
-    out = capsys.readouterr().out
-    assert out.count("sample_ddp.py") == out.count("evaluate.py") == out.count("published") == 6
-    assert out.count("measured") == 1
-    published, measured = (out.index(text) for text in ("278.24", "measured (50000 images)"))
-    assert 0 < measured - published < 100
+    state = torch.load(folder / "inception.pth")
+    state["Mixed_6d.branch1x1.bn.weight"][7] = torch.nan
+    torch.save(state, tmp_path / "weights.pth")
+    assert "weights.pth: Mixed_6d.branch1x1.bn.weight holds NaN or infinity" in fails(capsys, *inputs)
 
 
 def test_shares_cover_every_item_once():

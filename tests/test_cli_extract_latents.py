@@ -3,24 +3,32 @@ interruption; the same training as from images; and what mistakes get."""
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from helpers import call, latest, metrics
 
 import extract_latents
 import train
-from benchmarks.runs import latest, metrics
-from data import autoencoder as latents
-from runtime import files
+from cli.parser import Parser
+from data import extraction
+from data.autoencoder import Autoencoder, StoredSpace
+from data.config import DataConfig
+from data.images import ImageDataset, load_dataset
+from data.order import GlobalOrder
+from data.stored_latents import StoredLatents
+from runtime import files as runtime_files
+from runtime.distributed import Context
+from training import finetune
 
 SHARDS = [f"shard-{number:05d}.npy" for number in range(4)]
 OPTIONS = "--image-size 16 --batch-size 2 --shard-size 3 --num-workers 0 --device cpu".split()
@@ -97,7 +105,7 @@ def test_bytes_do_not_depend_on_processes_or_workers(
 
 def counting(argv):
     """Notes each image that is encoded, and is killed while it would write the third shard."""
-    add, write = extract_latents.Shard.add, extract_latents.latent_folder.write_shard
+    add, write = extraction.ShardWriter.add, extraction.write_shard
     out = argv[argv.index("--out") + 1]
 
     def note(self, batch, failure):
@@ -112,7 +120,7 @@ def counting(argv):
             os.kill(os.getpid(), signal.SIGKILL)
         write(folder, number, *parts)
 
-    extract_latents.Shard.add, extract_latents.latent_folder.write_shard = note, killed
+    extraction.ShardWriter.add, extraction.write_shard = note, killed
     extract_latents.main(argv)
 
 
@@ -190,32 +198,47 @@ def test_training_from_latents_is_training_from_images(undisturbed, exact, image
     assert apart[2] > 2e-3, "the flips make a difference that the bands would show"
 
 
-def test_processes_and_workers_read_the_same_latents(undisturbed, small_vae, tmp_path, ranks):
-    """The first update's data are the same on two processes; noise is drawn per process, so the losses are not."""
-    argv = [*TRAIN, "--data-path", undisturbed, "--vae", small_vae, "--run-dir", tmp_path, "--num-workers", 1]
-    assert ranks(train.main, argv, 2).wait() == [0, 0]
-    assert latest(tmp_path)["images_seen"] == 32
+def noting_reads(argv):
+    """Notes which latents are read, by any worker of any rank."""
+    read = StoredLatents.__getitems__
+
+    def note(self, keys):
+        with open(f"{argv[argv.index('--run-dir') + 1]}.read", "a") as file:
+            file.writelines(f"{index} {epoch}\n" for index, epoch in keys)
+        return read(self, keys)
+
+    StoredLatents.__getitems__ = note
+    train.main(argv)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (2, 2)])
+def test_processes_and_workers_share_the_latents_of_each_batch(
+    undisturbed, small_vae, tmp_path, ranks, world_size, workers
+):
+    """Each latent of the global batches is read exactly once, whatever the number of processes and workers."""
+    argv = [*TRAIN, "--data-path", undisturbed, "--vae", small_vae, "--run-dir", tmp_path / "run", "--num-workers", workers]
+    run = ranks(noting_reads, [str(word) for word in argv], world_size)
+    assert run.wait() == [0] * world_size, run.text()
+    assert latest(tmp_path / "run")["images_seen"] == 32
+    read = [tuple(map(int, line.split())) for line in (tmp_path / "run.read").read_text().splitlines()]
+    assert sorted(read) == sorted(key for batch in GlobalOrder(12, 4, seed=0, stop=32) for key in batch)
 
 
 def test_training_holds_no_autoencoder_unless_it_evaluates(undisturbed, small_vae, tmp_path, monkeypatch):
-    assert type(train.prepare(arguments(undisturbed, small_vae)[0], CPU)[1]) is latents.Stored
+    def space(data_path, vae, *extra):
+        argv = [*TRAIN, "--data-path", data_path, "--vae", vae, *extra]
+        config = Parser(train.TrainConfig, "").parse([str(word) for word in argv])
+        config, _ = finetune.resolve(config)
+        return train.prepare(config, Context(0, 0, 1, torch.device("cpu")), None)[1]
+
+    assert type(space(undisturbed, small_vae)) is StoredSpace
     shutil.copytree(undisturbed, tmp_path / "released")
     index = json.loads((undisturbed / "index.json").read_text())
     (tmp_path / "released/index.json").write_text(json.dumps({**index, "vae": "ema"}))
     # a hub's name is taken at its word: no network is asked
-    assert type(train.prepare(arguments(tmp_path / "released", "ema")[0], CPU)[1]) is latents.Stored
-    args, _ = arguments(undisturbed, small_vae, "--eval-every", 4, "--eval-reference", "reference.npz")
-    _, space, _ = train.prepare(args, CPU)
-    assert space.decode(torch.zeros(1, 4, 2, 2)).shape == (1, 3, 16, 16)
-
-
-Processes = namedtuple("Processes", "world_size device")
-CPU = Processes(1, torch.device("cpu"))
-
-
-def arguments(data_path, vae, *extra):
-    argv = [*TRAIN, "--data-path", data_path, "--vae", vae, *extra]
-    return train.parse_args([str(word) for word in argv])[1], argv
+    assert type(space(tmp_path / "released", "ema")) is StoredSpace
+    evaluating = space(undisturbed, small_vae, "--eval-every", 4, "--eval-reference", "reference.npz")
+    assert evaluating.decode(torch.zeros(1, 4, 2, 2)).shape == (1, 3, 16, 16)
 
 
 def test_a_run_from_images_goes_on_from_latents_only_when_told(undisturbed, image_folder, small_vae, tmp_path, capfd):
@@ -269,7 +292,7 @@ def test_what_a_failed_start_was_begun_with_may_change(image_folder, small_vae, 
     assert call(extract_latents.main, *argv) == 2, "no shard was made: another batch size and shard size are taken"
     assert (tmp_path / "out" / SHARDS[2]).exists()
     assert call(extract_latents.main, *argv, "--batch-size", 3) == 2
-    assert "begun with batch_size 2, now 3" in one_line(capfd)
+    assert "begun with --batch-size 2, now 3" in one_line(capfd)
     assert call(extract_latents.main, *argv, "--skip-bad-images") == 0
     assert json.loads((tmp_path / "out/index.json").read_text())["replaced"] == 1
 
@@ -301,13 +324,20 @@ def test_mistakes_get_one_line(undisturbed, image_folder, small_vae, tmp_path, c
     bad("--vae none: pixels need no encoding", vae="none")
     bad("--vae", vae=tmp_path / "nowhere")
     bad("no such folder", images=tmp_path / "nowhere")
+    for option in ("--image-size", "--batch-size", "--shard-size", "--num-workers"):
+        for value in ("1000000000000", "-1", "'2.5'", "'many'"):
+            bad(f"{option}: {value} is not a whole number, ", extra=[option, value.strip("'")])
+    bad("--data-path: is empty", images="")
+    bad("--out: is empty", out="")
     bad("--image-size 20: not a multiple of 8", extra=["--image-size", 20])
-    bad("holds other files already; choose a new folder", out=image_folder)
-    (image_folder / ".lock").unlink()
+    bad("is inside --data-path", out=image_folder)
+    bad("is inside --data-path", out=image_folder / "ant/latents")
+    bad("holds other files already; choose a new folder", out=small_vae)
+    (small_vae / ".lock").unlink()
     before = files(undisturbed)
-    bad("image_size 16, now 24; use the same, or choose another folder", out=undisturbed, extra=["--image-size", 24])
-    bad("dtype float16, now float32", out=undisturbed, extra=["--dtype", "float32"])
-    bad("mirrors True, now False", out=undisturbed, extra=["--no-flip"])
+    bad("--image-size 16, now 24; use the same, or choose another folder", out=undisturbed, extra=["--image-size", 24])
+    bad("--dtype float16, now float32", out=undisturbed, extra=["--dtype", "float32"])
+    bad("--flip True, now False", out=undisturbed, extra=["--no-flip"])
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images/bee/1.png").rename(tmp_path / "images/bee/9.png")
     bad(f"not the 12 that {undisturbed} was begun with, or with other names", images=tmp_path / "images", out=undisturbed)
@@ -315,6 +345,107 @@ def test_mistakes_get_one_line(undisturbed, image_folder, small_vae, tmp_path, c
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     bad("0.4 MB are still to be written, the disk has 0.1 MB free", extra=["--image-size", 16 * 16, "--shard-size", 1])
+
+
+def test_another_autoencoder_is_refused(undisturbed, image_folder, small_vae, tmp_path, capfd):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(small_vae)
+    torch.nn.init.ones_(vae.encoder.conv_out.bias)
+    vae.save_pretrained(tmp_path / "vae")
+    assert call(extract_latents.main, *command(image_folder, tmp_path / "vae", undisturbed)) == 2
+    assert f"not the autoencoder {small_vae} that {undisturbed} was begun with" in one_line(capfd)
+
+
+def test_damaged_settings_are_not_guessed(undisturbed, image_folder, small_vae, tmp_path, capfd):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    path = tmp_path / "out/options.json"
+    path.write_text(path.read_text().replace('"shard_size": 3', '"shard_size": "3"'))
+    assert call(extract_latents.main, *command(image_folder, small_vae, tmp_path / "out")) == 2
+    assert "options.json: damaged (shard-size: '3' is not a whole number" in one_line(capfd)
+
+
+def test_what_is_left_out_of_the_images_is_told(undisturbed, image_folder, small_vae, tmp_path, capfd):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    (images / "bee/._1.png").write_bytes(b"not an image")
+    (images / "cat/4.gif").touch()
+    for folder in (".git", "bug"):
+        (images / folder).mkdir()
+    assert call(extract_latents.main, *command(images, small_vae, tmp_path / "out")) == 0
+    text = capfd.readouterr().out
+    assert f"Left out of {images}: folders without images, which are no classes: bug\n" in text
+    assert "1 .gif" in text
+    ours, expected = (json.loads((folder / "index.json").read_text()) for folder in (tmp_path / "out", undisturbed))
+    assert ours == expected
+
+
+def test_names_of_any_bytes_are_stored_and_trained_on(image_folder, small_vae, tmp_path, capfd):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    (images / "cat").rename(os.fsdecode(os.fsencode(images) + b"/cat\xe9"))
+    os.rename(images / "bee/1.png", os.fsencode(images) + b"/bee/\xff.png")
+    out = tmp_path / "out"
+    for message in ("latents of 12 images", "Nothing left to do"):
+        assert call(extract_latents.main, *command(images, small_vae, out)) == 0
+        assert message in capfd.readouterr().out
+    names = json.loads((out / "images.json").read_text())["names"]
+    assert all((images / name).is_file() for name in names)
+    assert StoredLatents(out).classes == ["ant", "bee", "cat\\udce9"]
+    losses(tmp_path / "latents", out, small_vae, "--max-steps", 1)
+    losses(tmp_path / "images_run", images, small_vae, "--max-steps", 1)
+
+
+def test_imagenets_classes_have_readable_names_in_training_alone(image_folder, small_vae, tmp_path):
+    """The folder of latents keeps the names of the folders, so that extractions begun before can be completed."""
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    for old, new in zip(("ant", "bee", "cat"), ("n02099601", "n02219486", "n02123045"), strict=True):
+        (images / old).rename(images / new)
+    assert call(extract_latents.main, *command(images, small_vae, tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out/index.json").read_text())["classes"] == ["n02099601", "n02123045", "n02219486"]
+    for path in (images, tmp_path / "out"):
+        dataset = load_dataset(DataConfig(str(path)), 16)
+        assert dataset.classes == ["golden retriever", "tabby", "ant"]
+
+
+@pytest.fixture(scope="module")
+def first_release(tmp_path_factory):
+    """Folders that commit 8023fbc has made; see the README beside them."""
+    folder = tmp_path_factory.mktemp("first_release")
+    for name in ("latents", "latents_expected"):
+        with tarfile.open(Path(__file__).parent / f"fixtures/8023fbc/{name}.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("out", ["unfinished", "latents", "new"])
+def test_folders_of_the_first_release_are_completed(first_release, monkeypatch, capfd, out):
+    monkeypatch.chdir(first_release)
+    argv = (
+        "--data-path images --vae vae --image-size 16 --shard-size 2 --dtype float16 --device cpu --num-workers 0".split()
+    )
+    before = files(first_release / "latents")
+    assert call(extract_latents.main, *argv, "--out", out) == 0
+    assert ("Nothing left to do" in capfd.readouterr().out) == (out == "latents")
+    made = files(first_release / out)
+    assert made.keys() == before.keys()
+    for name in made:
+        if name in ("index.json", "shard-00000.json", "shard-00001.json", "shard-00002.json"):
+            assert close(json.loads(made[name]), json.loads(before[name])), name
+        else:
+            assert made[name] == before[name], name
+    assert StoredLatents(out).identity() == [6, 3614378771]
+    assert ImageDataset("images", 16).identity() == [6, 1029345435]
+
+
+def close(a, b):
+    """Whether two values of JSON are equal but for rounding errors that another processor makes."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == pytest.approx(b, rel=1e-3) if isinstance(a, float) else a == b
 
 
 def test_a_second_run_is_refused(image_folder, small_vae, tmp_path, ranks, capfd):
@@ -331,7 +462,7 @@ def holding(argv):
     from pathlib import Path
 
     folder = Path(argv[0])
-    lock = extract_latents.files.lock_folder(folder)
+    lock = runtime_files.lock_folder(folder)
     (folder / "held").touch()
     while (folder / "held").exists():
         time.sleep(0.02)
@@ -371,12 +502,29 @@ def test_an_unreadable_image_ends_the_command_and_its_workers(image_folder, smal
     assert "3.png: not a readable image" in ended.stderr.splitlines()[-1]
 
 
+def limited(argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # bytes; what the command prints is far less
+    extract_latents.main(argv)
+
+
+@pytest.mark.parametrize(("workers", "message"), [
+    (0, "cannot be written ("),
+    (1, "a data worker died: RuntimeError: unable to resize file"),  # in shared memory, by which workers hand over images
+])  # fmt: skip
+def test_a_limit_of_file_sizes_ends_it_with_one_line(image_folder, small_vae, tmp_path, ranks, workers, message):
+    argv = command(image_folder, small_vae, tmp_path / "out", "--num-workers", workers)
+    run = ranks(limited, [*argv, "--image-size", 64, "--shard-size", 12])
+    assert run.wait() == [2], run.text()
+    assert message in run.text().splitlines()[-1]
+    assert "Traceback" not in run.text()
+
+
 def full_disk(argv):
     def no_room(path, write):
         raise OSError("8192 requested and 0 written")  # as numpy says it
 
     if os.environ["RANK"] == "1":
-        extract_latents.latent_folder.files.replace_file = no_room
+        runtime_files.replace_file = no_room
     extract_latents.main(argv)
 
 
@@ -390,21 +538,21 @@ def test_a_full_disk_of_any_rank_stops_all_with_one_line(undisturbed, image_fold
 
 
 def test_latents_that_are_not_finite_are_not_stored(image_folder, small_vae, tmp_path, capfd, monkeypatch):
-    moments = latents.Autoencoder.moments
+    moments = Autoencoder.moments
     for factor, way_out in ((1e6, "pass --dtype float32"), (np.nan, "look at them, and at --vae")):
-        monkeypatch.setattr(latents.Autoencoder, "moments", lambda self, x, factor=factor: moments(self, x) * factor)
+        monkeypatch.setattr(Autoencoder, "moments", lambda self, x, factor=factor: moments(self, x) * factor)
         assert call(extract_latents.main, *command(image_folder, small_vae, tmp_path)) == 2
         assert f"images 0 to 1: latents not finite as float16; {way_out}" in one_line(capfd)
 
 
 def interrupted(argv):
-    write = extract_latents.latent_folder.write_shard
+    write = extraction.write_shard
 
     def ctrl_c(folder, number, *parts):
         write(folder, number, *parts)
         os.kill(os.getpid(), signal.SIGINT)
 
-    extract_latents.latent_folder.write_shard = ctrl_c
+    extraction.write_shard = ctrl_c
     signal.signal(signal.SIGINT, signal.default_int_handler)
     extract_latents.main(argv)
 

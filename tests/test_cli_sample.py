@@ -1,33 +1,49 @@
 """sample.py as a whole: the original's images from a seed, labels by name, and what mistakes get."""
 
-import argparse
+import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from helpers import call
 from PIL import Image
 from reference import fill, golden
 
 import sample
-from checkpoint import files as checkpoint
+from checkpoint import files
+from checkpoint.opened import Checkpoint
+from data.autoencoder import Pixels
 from models import DiT, DiT_models
-from runtime.errors import UserError
-from sampling import pipeline as sampling
+from sampling import grid, pipeline, source
+
+
+def drawn_by_sample(monkeypatch):
+    """A list to which the x_0 that sample.py draws are appended."""
+    drawn, draw = [], sample.draw
+
+    def note(*args):
+        x_0, *others = draw(*args)
+        drawn.append(x_0)
+        return x_0[:, :3], *others
+
+    monkeypatch.setattr(sample, "draw", note)
+    return drawn
 
 
 def test_the_scripts_own_random_stream_is_the_originals(tmp_path, monkeypatch):
     """The golden latents, through what sample.py runs: guided without a doubled sampling batch."""
-    monkeypatch.setattr(sampling, "to_uint8", lambda latents: latents.numpy())
+    drawn = drawn_by_sample(monkeypatch)
+    monkeypatch.setattr(source, "load_space", lambda vae, channels: Pixels(channels))
     for key, expected in golden("sample_script").items():
         name, size, seed, steps, cfg_scale, labels = key.split(":")
         torch.save(fill(DiT_models[name](input_size=int(size), num_classes=1000)).state_dict(), tmp_path / "golden.pt")
-        argv = ["--ckpt", tmp_path / "golden.pt", "--image-size", 8 * int(size), "--seed", seed, "--cfg-scale", cfg_scale]
-        argv += ["--num-sampling-steps", steps, "--labels", *labels.split(",")]
-        _, args = sample.parse_args([str(word) for word in argv])
-        args.labels, args.vae, args.image_size = [int(label) for label in args.labels], "none", int(size)
-        latents, _ = sample.draw(args, torch.device("cpu"))
-        assert np.abs(latents - expected).max() <= 2e-4 * np.abs(expected).max(), key
+        argv = ["--ckpt", tmp_path / "golden.pt", "--seed", seed, "--cfg-scale", cfg_scale, "--device", "cpu"]
+        argv += ["--num-sampling-steps", steps, "--labels", *labels.split(","), "--output", tmp_path / "a.png"]
+        assert call(sample.main, *argv) == 0
+        assert np.abs(drawn.pop().numpy() - expected).max() <= 2e-4 * np.abs(expected).max(), key
 
 
 def test_a_grid_is_written(tiny_checkpoint, tmp_path, capsys):
@@ -46,24 +62,6 @@ def test_a_grid_is_written(tiny_checkpoint, tmp_path, capsys):
     assert output.read_bytes() != before
 
 
-def test_labels_go_by_number_and_name():
-    args = argparse.Namespace(state=None, num_classes=1000)
-    assert sampling.parse_labels(["207", "golden retriever", "Daisy"], args) == [207, 207, 985]
-    twice = argparse.Namespace(state={"args": {"class_names": ["crane", "bee", "Crane"]}}, num_classes=3)
-    with pytest.raises(UserError, match=r"several classes are called that; did you mean 0 \(crane\), 2 \(Crane\)"):
-        sampling.parse_labels(["crane"], twice)
-    with pytest.raises(UserError, match="no class is called that; did you mean .*goldfish"):
-        sampling.parse_labels(["goldfis"], args)
-    own = argparse.Namespace(state={"args": {"class_names": ["ant", "bee"]}}, num_classes=2)
-    assert sampling.parse_labels(["bee", "0"], own) == [1, 0]
-    assert sampling.parse_labels(["0"], argparse.Namespace(state={}, num_classes=0)) == [0]
-
-
-def test_pixels_are_rounded_as_published():
-    values = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 1, 6)
-    assert sampling.to_uint8(values)[0, 0].tolist() == [[v] * 3 for v in (0, 0, 128, 191, 255, 255)]
-
-
 def bad(words, *argv):
     return pytest.param([str(a) for a in argv], words, id=" ".join(map(str, argv))[-50:])
 
@@ -74,12 +72,29 @@ def bad(words, *argv):
         bad("--labels 10: out of range, the model's classes are 0 to 9", "--labels", 3, 10),
         bad("--labels -1: out of range", "--labels", "-1"),
         bad("no class is called that", "--labels", "cat"),
-        bad("--cfg-scale: -1 is not a number, 0 or more", "--cfg-scale", -1),
+        bad("argument --cfg-scale: -1.0 is not a number, 0 or more", "--cfg-scale", -1),
         bad("--model DiT-S/2: CKPT holds DiT-XL/2", "--model", "DiT-S/2"),
         bad("--image-size 256: CKPT holds 8", "--image-size", 256),
         bad("--num-classes 1000: CKPT holds 10", "--num-classes", 1000),
         bad("its folder does not exist", "--output", "nowhere/grid.png"),
-        bad("name an image file", "--output", "grid"),
+        bad("--output grid: cannot be written in this format; name an image file", "--output", "grid"),
+        bad("--output VAE: is a folder", "--output", "VAE"),
+        bad("--output a.psd: cannot be written in this format", "--output", "a.psd"),
+        bad("--output a.xbm: cannot hold 42 x 22 pixels in colour", "--output", "a.xbm"),
+        bad(
+            "--output a.webp: cannot hold 20562 x ",
+            "--output",
+            "a.webp",
+            "--columns",
+            40,
+            "--samples-per-label",
+            40,
+            "--enlarge",
+            64,
+        ),
+        bad("--save-trajectory a.mpg: cannot be written in this format", "--save-trajectory", "a.mpg"),
+        bad("--save-trajectory sample.png: is the file of --output too", "--save-trajectory", "sample.png"),
+        bad("--save-trajectory nowhere/a.gif: its folder does not exist", "--save-trajectory", "nowhere/a.gif"),
         bad("1001 is not a whole number, 1 or more and 1000 or less", "--num-sampling-steps", 1001),
         bad("absent.pt: no such file", "--ckpt", "absent.pt"),
         bad("cut.pt: not a checkpoint, or a truncated one", "--ckpt", "cut.pt"),
@@ -91,8 +106,18 @@ def bad(words, *argv):
         bad("give 0 <= LO < HI <= 1", "--guidance-interval", 0.5, 0.2),
         bad("--cfg-channels 3: the model has 1", "--cfg-channels", 3),
         bad("--guide-ckpt LATENT: in_channels 4", "--guide-ckpt", "LATENT"),
+        bad("--init-image a.jpg: no such file", "--init-image", "a.jpg"),
+        bad("--init-image text.pt: not a readable image", "--init-image", "text.pt"),
+        bad("--mask a.png: no such file", "--init-image", "picture.bmp", "--mask", "a.png"),
         bad("--mask: needs --init-image", "--mask", "a.png"),
-        bad("a.jpg: the file is gone", "--init-image", "a.jpg"),
+        bad("--invert: needs --init-image", "--invert"),
+        bad("--strength: needs --init-image", "--strength", 0.5),
+        bad("--strength: does not go with --mask", "--init-image", "picture.bmp", "--mask", "a.png", "--strength", 0.5),
+        bad("--to-seed: needs --interpolate seeds", "--to-seed", 2),
+        bad("--to-seed: needs --interpolate seeds", "--to-seed", 0, "--interpolate", "classes"),
+        bad("argument --seed: 9223372036854775808 is not a whole number, 0 or more and", "--seed", 2**63),
+        bad("argument --enlarge: 65 is not a whole number, 1 or more and 64 or less", "--enlarge", 65),
+        bad("draw fewer images, or enlarge them less", "--samples-per-label", 10000, "--enlarge", 64),
         bad("needs two --labels or more", "--interpolate", "classes", "--labels", 1),
         bad("--vae VAE: 4 channels", "--vae", "VAE"),
         bad("--vae none: LATENT has 4 channels, it works on latents", "--ckpt", "LATENT", "--vae", "none"),
@@ -103,13 +128,75 @@ def test_mistakes_get_one_line(tiny_checkpoint, small_vae, tmp_path, monkeypatch
     (tmp_path / "cut.pt").write_bytes(tiny_checkpoint.read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.bmp")
     (tmp_path / "VAE").symlink_to(small_vae)
     torch.save(DiT_models["DiT-S/8"](input_size=8).state_dict(), tmp_path / "LATENT")
     assert call(sample.main, "--ckpt", tiny_checkpoint, *extra) == 2
     error = capsys.readouterr().err
     assert words.replace("CKPT", str(tiny_checkpoint)) in error
+    assert "--skip-bad-images" not in error, "an option of train.py"
     assert len([line for line in error.splitlines() if line.strip()]) == 1, error
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_mistakes_are_told_without_importing_torch():
+    """Importing it takes seconds."""
+    script = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; import sample, sample_ddp; {}.main(['{}'])"
+    for command in ("sample", "sample_ddp"):
+        for option, status in (("--help", 0), ("--typo", 2)):
+            code = script.format(command, option)
+            done = subprocess.run([sys.executable, "-c", code], cwd=Path(sample.__file__).parent, capture_output=True)
+            assert done.returncode == status, done.stderr
+
+
+def fail(error):
+    def call(*args, **options):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("option", ["--output", "--save-trajectory"])
+def test_a_folder_that_is_closed_to_us_is_refused_before_any_work(tiny_checkpoint, tmp_path, monkeypatch, capsys, option):
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path / "closed"))  # root may write anywhere
+    monkeypatch.setattr(pipeline.Pipeline, "build", fail(AssertionError("a model is built")))
+    (tmp_path / "closed").mkdir()
+    output = ["--output", tmp_path / "a.png", option, tmp_path / "closed/a.gif"]
+    assert call(sample.main, "--ckpt", tiny_checkpoint, *output) == 2
+    assert f"{option} {tmp_path}/closed/a.gif: cannot be written to (permission denied)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.png", "t.png", "t.gif"])
+def test_a_full_disk_is_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys, name):
+    full, write = fail(OSError(errno.ENOSPC, "No space left on device")), grid.replace_file
+    monkeypatch.setattr(grid, "replace_file", lambda path, w: full() if Path(path).name == name else write(path, w))
+    command = ["--ckpt", tiny_checkpoint, *SHORT, "--labels", 1, "--output", tmp_path / "a.png"]
+    assert call(sample.main, *command, *([] if name == "a.png" else ["--save-trajectory", tmp_path / name])) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"{name}: cannot be written (No space left on device)")
+    assert (tmp_path / "a.png").exists() == (name != "a.png"), "the images must not be lost with the trajectory"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "lower --samples-per-label"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "lower --samples-per-label"),
+    ],
+)
+def test_what_stops_it_is_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys, error, status, words):
+    monkeypatch.setattr(pipeline.Pipeline, "steps", fail(error))
+    assert call(sample.main, "--ckpt", tiny_checkpoint, "--output", tmp_path / "a.png") == status
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_are_not_finite_are_not_written(lively, tmp_path, capsys):
+    command = ["--ckpt", lively, *SHORT, "--labels", 1, "--output", tmp_path / "a.png"]
+    assert call(sample.main, *command, "--cfg-scale", 1e38) == 2
+    assert "not finite: --cfg-scale is too large" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_checkpoint_only_the_released_models_are_drawn_from(capsys):
@@ -122,7 +209,7 @@ def test_a_model_without_null_labels_cannot_be_guided(tmp_path, capsys):
     sizes = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2}
     weights = DiT(**sizes, num_classes=3, class_dropout_prob=0.0).state_dict()
     args = {"num_heads": 2, "label_dropout": 0.0, "num_classes": 3, "image_size": 8, "vae": "none"}
-    checkpoint.save(tmp_path / "a.pt", {"ema": weights, "args": args})
+    files.save(tmp_path / "a.pt", {"ema": weights, "args": args})
     command = ["--ckpt", tmp_path / "a.pt", "--output", tmp_path / "a.png", "--num-sampling-steps", 2, "--labels", 1]
     assert call(sample.main, *command) == 2
     assert "trained without null labels; pass --cfg-scale 1" in capsys.readouterr().err
@@ -136,9 +223,9 @@ SHORT = ["--num-sampling-steps", "4", "--device", "cpu", "--columns", "3"]
 def lively(tiny_checkpoint, tmp_path_factory):
     """A checkpoint whose predictions are far from zero, and depend on the class."""
     state = torch.load(tiny_checkpoint, weights_only=True)
-    model = fill(DiT(**checkpoint.model_config(state)))
+    model = fill(DiT(**Checkpoint(state).model_config))
     path = tmp_path_factory.mktemp("lively") / "lively.pt"
-    checkpoint.save(path, {**state, "ema": {key: 0.5 * value for key, value in model.state_dict().items()}})
+    files.save(path, {**state, "ema": {key: 0.5 * value for key, value in model.state_dict().items()}})
     return path
 
 
@@ -167,8 +254,7 @@ def test_every_sampler_draws(lively, tmp_path, sampler):
     ids=str,
 )
 def test_every_option_changes_the_images(lively, tmp_path, monkeypatch, change):
-    drawn, plain = [], sampling.to_uint8
-    monkeypatch.setattr(sampling, "to_uint8", lambda images: (drawn.append(images), plain(images))[1])
+    drawn = drawn_by_sample(monkeypatch)
 
     def images(name, *extra):
         command = ["--ckpt", lively, *SHORT, "--labels", 1, 2, "--output", tmp_path / name]
@@ -182,23 +268,6 @@ def test_every_option_changes_the_images(lively, tmp_path, monkeypatch, change):
     base = [option for option in change[:2] if "--sampler" in change] or ["--cfg-scale", 4]
     change = [weaker if word == "CKPT" else word for word in change]
     assert not torch.allclose(images("a.png", *base), images("b.png", *change), rtol=1e-3)
-
-
-def test_bf16_is_autocast_and_near_float32(lively):
-    """The weights are rounded once, before the first step; the result must be that of rounding them in each."""
-    x, y = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 5, 9])
-
-    def predict(weights, products):
-        _, args = sample.parse_args(["--ckpt", str(lively), "--cfg-scale", "2", "--precision", weights])
-        model = sampling.place(args, sampling.load_model(args)[0], x.device)
-        args.precision = products
-        return sampling.denoiser(args, model, y)(x, 500)
-
-    plain, rounded = predict("fp32", "fp32"), predict("bf16", "bf16")
-    assert rounded.dtype == torch.float32
-    assert torch.equal(rounded, predict("fp32", "bf16"))
-    error = (rounded - plain).square().mean().sqrt() / plain.std()
-    assert 1e-4 < error < 0.02, "8 bits of mantissa, on a model of random weights"
 
 
 def test_interpolations_start_and_end_at_their_ends(lively, tmp_path):
@@ -239,6 +308,7 @@ def test_an_image_is_changed_by_its_strength_inverted_and_inpainted(tiny_checkpo
     assert distance[0.05] < 20 < distance[1.0]
     assert call(sample.main, *command, "--num-sampling-steps", 500, "--sampler", "ddim", "--invert") == 0
     assert np.abs(read(output) - original).mean() < 6, "inversion must lead back to the image"
+    assert call(sample.main, *command, "--num-sampling-steps", 300, "--sampler", "ddim", "--invert") == 0, "no even stride"
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")

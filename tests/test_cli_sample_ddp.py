@@ -1,6 +1,8 @@
 """sample_ddp.py as a whole: images that depend on seed and index alone, and nothing lost by an interruption."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from helpers import call
 from PIL import Image
 
 import sample_ddp
 from runtime.errors import UserError
-from sampling import pipeline as sampling
+from sampling import image_set, pipeline
 
 STEPS = ["--num-sampling-steps", "3", "--num-fid-samples", "11", "--device", "cpu", "--folder", "set"]
 
@@ -62,7 +64,7 @@ def test_decoding_aside_changes_nothing(undisturbed, tiny_checkpoint, tmp_path, 
     monkeypatch.setattr(sample_ddp, "DECODED_ASIDE", {"cpu"})
     assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", 3)) == 0
     assert (tmp_path / "set.npz").read_bytes() == (undisturbed / "set.npz").read_bytes()
-    monkeypatch.setattr(sample_ddp, "write_png", lambda path, pixels: full(path))
+    monkeypatch.setattr(image_set, "write_png", lambda path, pixels: full(path))
     assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path / "full")) == 2
     assert "000000.png: no space" in capsys.readouterr().err
 
@@ -129,13 +131,13 @@ def full_disk_of_rank_1(argv):
         raise OSError(28, "No space left on device")
 
     if os.environ["RANK"] == "1":
-        sample_ddp.files.replace_file = no_room
+        image_set.replace_file = no_room
     sample_ddp.main(argv)
 
 
 def test_an_error_of_any_rank_is_told(tiny_checkpoint, tmp_path, ranks):
     run = ranks(full_disk_of_rank_1, command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", 3), 2)
-    assert run.wait() == [2, 2], run.text()
+    assert run.wait() == [1, 1], run.text()
     assert "000003.png: cannot be written (No space left on device)" in run.text()
     assert "Traceback" not in run.text(0) + run.text(1)
 
@@ -156,7 +158,7 @@ def test_the_folder_is_named_after_the_settings(tiny_checkpoint, tmp_path):
 def test_other_settings_may_not_share_the_folder(undisturbed, tiny_checkpoint, capsys, change):
     before = (undisturbed / "set.npz").read_bytes()
     assert call(sample_ddp.main, *command(tiny_checkpoint, undisturbed), *change) == 2
-    assert f"{change[0][2:].replace('-', '_')} " in capsys.readouterr().err
+    assert f"its images were made with {change[0]} " in capsys.readouterr().err
     assert (undisturbed / "set.npz").read_bytes() == before
 
 
@@ -165,17 +167,117 @@ def test_another_checkpoint_of_the_same_name_may_not_share_the_folder(undisturbe
     state["ema"]["final_layer.linear.bias"] += 1
     torch.save(state, tmp_path / tiny_checkpoint.name)
     assert call(sample_ddp.main, *command(tmp_path / tiny_checkpoint.name, undisturbed)) == 2
-    assert "checkpoint_crc32" in capsys.readouterr().err
+    assert "its images were made with a checkpoint of CRC-32" in capsys.readouterr().err
 
 
-def test_an_images_numbers_are_its_own():
-    a = sampling.image_noise(0, [5, 6, 7], 2, (1, 4, 4))
-    assert a.shape == (3, 3, 1, 4, 4)
-    assert torch.equal(a[:, 1:2], sampling.image_noise(0, [6], 2, (1, 4, 4)))
-    assert not torch.equal(a, sampling.image_noise(1, [5, 6, 7], 2, (1, 4, 4)))
-    assert len({sampling.image_label(0, i, 1000) for i in range(200)}) > 150
-    labels = [sampling.image_label(0, i, 10) for i in range(2000)]
-    assert min(labels.count(c) for c in range(10)) > 140  # 200 expected, 4.5 standard deviations
+def test_options_that_are_newer_than_the_record_were_not_given(undisturbed, tiny_checkpoint, tmp_path, capsys):
+    """What earlier versions did not record; tests/test_old_folders.py completes a set of theirs."""
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    path = tmp_path / "copy/set/options.json"
+    record = json.loads(path.read_text())
+    assert (record.pop("labels"), record.pop("num_heads")) == (None, None)
+    path.write_text(json.dumps(record))
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path / "copy", "--labels", 1)) == 2
+    assert "its images were made with --labels None, now [1]" in capsys.readouterr().err
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path / "copy")) == 0
+    assert json.loads(path.read_text()) == {**record, "labels": None, "num_heads": None}
+
+
+def test_labels_can_be_chosen(tiny_checkpoint, tmp_path, capsys):
+    argv = command(tiny_checkpoint, tmp_path, "--labels")
+    assert call(sample_ddp.main, *argv, 7, "n02099601") == 2
+    assert "--labels n02099601: no class is called that" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+    assert call(sample_ddp.main, *argv, 7, 1, 7) == 0
+    assert read(tmp_path)[1].tolist() == [7, 1, 7, 7, 1, 7, 7, 1, 7, 7, 1]
+    assert json.loads((tmp_path / "set/options.json").read_text())["labels"] == [7, 1, 7]
+    assert call(sample_ddp.main, *argv[:-1]) == 2
+    assert "--labels [7, 1, 7], now None" in capsys.readouterr().err
+    assert call(sample_ddp.main, *argv, 7, "--balanced-labels") == 2
+    assert "--labels: does not go with --balanced-labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", ["[]", "{", "", "[" * 100_000, b"\xff", None], ids=lambda r: str(r)[:5])
+def test_a_damaged_record_is_one_line(undisturbed, tiny_checkpoint, tmp_path, capsys, record):
+    shutil.copytree(undisturbed / "set", tmp_path / "set")
+    (tmp_path / "set/options.json").unlink()
+    if record is None:
+        (tmp_path / "set/options.json").mkdir()
+    else:
+        (tmp_path / "set/options.json").write_bytes(record if isinstance(record, bytes) else record.encode())
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "set/options.json: missing or damaged" in error
+    assert len(error.strip().splitlines()) == 1
+    (tmp_path / "set.npz").mkdir()
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == 2
+    assert "set.npz: is a folder" in capsys.readouterr().err
+
+
+def test_a_folder_in_an_images_place_is_one_line(tiny_checkpoint, tmp_path, capsys):
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == 0
+    (tmp_path / "set.npz").unlink()
+    (tmp_path / "set/000003.png").unlink()
+    (tmp_path / "set/000003.png").mkdir()
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == 2
+    assert "000003.png: cannot be written (Is a directory)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_values_of_another_type_in_the_record_differ(undisturbed, tiny_checkpoint, tmp_path, capsys):
+    shutil.copytree(undisturbed / "set", tmp_path / "set")
+    record = json.loads((tmp_path / "set/options.json").read_text())
+    (tmp_path / "set/options.json").write_text(json.dumps({**record, "cfg_scale": ["1.5"], "eta": {}}))
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == 2
+    assert "--cfg-scale ['1.5'], now 1.5" in capsys.readouterr().err
+
+
+def fail(error):
+    def call(*args, **options):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "lower --per-proc-batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "lower --per-proc-batch-size"),
+        (MemoryError(), 1, "lower --per-proc-batch-size"),
+    ],
+)
+def test_what_stops_it_is_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys, error, status, words):
+    monkeypatch.setattr(pipeline.Pipeline, "noise", fail(error))
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == status
+    out, err = capsys.readouterr()
+    assert words in err.splitlines()[-1]
+    assert (f"the same command draws the images that {tmp_path}/set still lacks" in out) == (status == 130)
+
+
+def test_images_that_are_not_finite_are_not_written(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    steps = pipeline.Pipeline.steps
+    monkeypatch.setattr(
+        pipeline.Pipeline, "steps", lambda *args: ({**out, "sample": out["sample"] * torch.nan} for out in steps(*args))
+    )
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == 2
+    assert "not finite: --cfg-scale is too large" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--num-fid-samples", 10**8 + 1], "100000000 or less"),
+        (["--global-seed", 2**63], "9223372036854775807 or less"),
+        (["--per-proc-batch-size", 10**7], "1000000 or less"),
+        (["--compile", "nothing"], "--compile nothing: not a backend"),
+    ],
+)
+def test_mistakes_leave_no_folder(tiny_checkpoint, tmp_path, capsys, extra, words):
+    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path), *extra) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -189,9 +291,8 @@ def test_the_npz_is_written_in_constant_memory(tiny_checkpoint, tmp_path):
         for i in range(1, number):
             os.link(folder / "000000.png", folder / f"{i:06d}.png")
         script = (
-            "import argparse, resource, sample_ddp, sys; from pathlib import Path\n"
-            f"args = argparse.Namespace(image_size=32, num_fid_samples={number}, balanced_labels=True, num_classes=10)\n"
-            f"assert not sample_ddp.write_npz(Path({str(folder)!r} + '.npz'), Path({str(folder)!r}), args)\n"
+            "import resource; from pathlib import Path; from sampling.image_set import write_npz\n"
+            f"assert write_npz(Path({str(folder)!r} + '.npz'), Path({str(folder)!r}), {number}, 32, lambda index: 0)\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         root = Path(sample_ddp.__file__).parent

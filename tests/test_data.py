@@ -1,7 +1,12 @@
-"""data.py: every kind of file read right, the reference's crop, and an order that no number of processes changes."""
+"""data/: every kind of file read right, the reference's crop, the classes of a folder, and an order that no number of
+processes changes."""
 
+import json
 import math
+import os
+import threading
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from reference import golden
+from torchvision.datasets import ImageFolder
 
-from data import images as data
-from train import center_crop_arr
+from data import class_names
+from data.autoencoder import to_model_range
+from data.config import DataConfig
+from data.crop import center_crop_arr
+from data.images import ImageDataset, load_dataset, open_image
+from data.listing import Names, list_images
+from data.order import GlobalOrder, make_loader, next_batch
+from runtime.errors import UserError
 
 
 def test_crop_matches_the_reference():
@@ -47,7 +59,7 @@ def test_colours_and_orientation_are_read_right(tmp_path, kind):
         image.save(path, exif=exif)
     if kind != "exif":
         image.save(path)
-    assert np.array_equal(np.asarray(data.open_image(path)), PICTURE)
+    assert np.array_equal(np.asarray(open_image(path)), PICTURE)
 
 
 def test_grey_sixteen_bit_and_cmyk_are_read_right(tmp_path):
@@ -56,8 +68,8 @@ def test_grey_sixteen_bit_and_cmyk_are_read_right(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     Image.fromarray(PICTURE).convert("CMYK").save(tmp_path / "cmyk.tif")
     for name in ("grey.png", "deep.png"):
-        assert np.array_equal(np.asarray(data.open_image(tmp_path / name)), grey[:, :, None].repeat(3, axis=2)), name
-    assert np.array_equal(np.asarray(data.open_image(tmp_path / "cmyk.tif")), PICTURE)
+        assert np.array_equal(np.asarray(open_image(tmp_path / name)), grey[:, :, None].repeat(3, axis=2)), name
+    assert np.array_equal(np.asarray(open_image(tmp_path / "cmyk.tif")), PICTURE)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "gone"])
@@ -67,8 +79,8 @@ def test_unreadable_images_are_named(tmp_path, image_folder, damage):
         Image.fromarray(PICTURE.repeat(20, axis=0).repeat(20, axis=1)).save(path)
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"not an image", "empty": b""}[damage])
-    with pytest.raises(data.DataError, match="broken.jpg"):
-        data.open_image(path)
+    with pytest.raises(UserError, match="broken.jpg"):
+        open_image(path)
 
 
 def test_bad_images_are_replaced_only_on_request(tmp_path):
@@ -76,15 +88,15 @@ def test_bad_images_are_replaced_only_on_request(tmp_path):
     for i in range(3):
         Image.fromarray(PICTURE).save(tmp_path / f"a/{i}.png")
     (tmp_path / "a/1.png").write_bytes(b"broken")
-    with pytest.raises(data.DataError, match=r"1\.png"):
-        data.load(tmp_path, 4)[1, 0]
-    item = data.load(tmp_path, 4, flip=False, skip_bad=True)[1, 0]
+    with pytest.raises(UserError, match=r"1\.png"):
+        ImageDataset(tmp_path, 4)[1, 0]
+    item = ImageDataset(tmp_path, 4, flip=False, skip_bad=True)[1, 0]
     assert "1.png" in item["replaced"]
-    assert torch.equal(item["image"], data.load(tmp_path, 4, flip=False)[2, 0]["image"])
+    assert torch.equal(item["image"], ImageDataset(tmp_path, 4, flip=False)[2, 0]["image"])
     for i in range(3):
         (tmp_path / f"a/{i}.png").write_bytes(b"broken")
-    with pytest.raises(data.DataError, match="none of the images"):
-        data.load(tmp_path, 4, skip_bad=True)[0, 0]
+    with pytest.raises(UserError, match="none of the images"):
+        ImageDataset(tmp_path, 4, skip_bad=True)[0, 0]
 
 
 @given(st.integers(1, 40), st.sampled_from([1, 2, 3, 4]), st.integers(1, 4), st.integers(0, 9))
@@ -92,8 +104,8 @@ def test_bad_images_are_replaced_only_on_request(tmp_path):
 def test_processes_share_the_same_batches_and_an_epoch_holds_each_image_once(images, world_size, per_rank, seed):
     size = world_size * per_rank
     stop = 3 * images // size * size
-    one = list(data.GlobalOrder(images, size, seed, stop=stop))
-    shares = [list(data.GlobalOrder(images, size, seed, rank, world_size, stop=stop)) for rank in range(world_size)]
+    one = list(GlobalOrder(images, size, seed, stop=stop))
+    shares = [list(GlobalOrder(images, size, seed, rank, world_size, stop=stop)) for rank in range(world_size)]
     for i, batch in enumerate(one):
         assert sorted(batch) == sorted(key for share in shares for key in share[i]), "the global batch must not change"
     row = [key for batch in one for key in batch]
@@ -104,20 +116,20 @@ def test_processes_share_the_same_batches_and_an_epoch_holds_each_image_once(ima
 @given(st.integers(1, 6), st.integers(0, 5))
 @settings(deadline=None, max_examples=20)
 def test_order_goes_on_anywhere(batches_done, seed):
-    whole = list(data.GlobalOrder(10, 4, seed, stop=40))
-    assert list(data.GlobalOrder(10, 4, seed, start=4 * batches_done, stop=40)) == whole[batches_done:]
+    whole = list(GlobalOrder(10, 4, seed, stop=40))
+    assert list(GlobalOrder(10, 4, seed, start=4 * batches_done, stop=40)) == whole[batches_done:]
 
 
 def test_order_depends_on_seed_and_epoch():
     def epoch(seed, number):
-        return [i for b in data.GlobalOrder(50, 50, seed, start=50 * number, stop=50 * (number + 1)) for i, _ in b]
+        return [i for b in GlobalOrder(50, 50, seed, start=50 * number, stop=50 * (number + 1)) for i, _ in b]
 
     assert epoch(0, 0) != epoch(1, 0) != epoch(0, 1) != epoch(0, 0)
 
 
 def test_flips_are_fair_and_belong_to_seed_epoch_and_image(image_folder):
-    images = data.load(image_folder, 16, seed=3)
-    plain = data.load(image_folder, 16, flip=False)
+    images = ImageDataset(image_folder, 16, seed=3)
+    plain = ImageDataset(image_folder, 16, flip=False)
     mirrored = []
     for epoch in range(20):
         for index in range(len(images)):
@@ -129,11 +141,11 @@ def test_flips_are_fair_and_belong_to_seed_epoch_and_image(image_folder):
 
 
 def test_digits_are_eight_by_eight_and_never_mirrored():
-    digits = data.load("digits", 8, flip=True)
+    digits = load_dataset(DataConfig("digits"), 8)
     assert (len(digits), digits.channels, digits.classes) == (1797, 1, list("0123456789"))
     assert digits[0, 0]["image"].shape == (1, 8, 8)
     assert all(torch.equal(digits[5, 0]["image"], digits[5, epoch]["image"]) for epoch in range(10))
-    low, high = data.to_model_range(digits[0, 0]["image"]).aminmax()
+    low, high = to_model_range(digits[0, 0]["image"]).aminmax()
     assert low == -1
     assert abs(high - (15 / 8 - 1)) < 1 / 255  # 15 of 16, to the nearest of 256 levels
 
@@ -141,5 +153,147 @@ def test_digits_are_eight_by_eight_and_never_mirrored():
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p / "a").mkdir(parents=True)])
 def test_folders_without_images_are_refused(tmp_path, make):
     make(tmp_path / "data")
-    with pytest.raises(data.DataError, match="--data-path .*data"):
-        data.load(tmp_path / "data", 8)
+    with pytest.raises(UserError, match="--data-path .*data"):
+        ImageDataset(tmp_path / "data", 8)
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(UserError, match="--data-path: is empty; name a folder"):
+        DataConfig("")
+
+
+def make_files(root, *names):
+    """Small pictures in folders."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PICTURE).save(path, format="PNG")
+    return root
+
+
+def test_classes_and_order_are_torchvisions(tmp_path):
+    names = ["b/2.png", "b/10.png", "b/1.JPG", "b-c/0.webp", "b/x/0.png", "b/x-y/0.png", "b/x.png", "B/0.jpeg", "é/0.tiff"]
+    make_files(tmp_path / "images", *names)
+    make_files(tmp_path / "elsewhere", "deep/er/1.png", "0.png")
+    (tmp_path / "images/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images/b/broken.png").symlink_to("nowhere")
+    expected = ImageFolder(tmp_path / "images")
+    images = ImageDataset(tmp_path / "images", 8)
+    assert (images.classes, images.notes) == (expected.classes, [])
+    assert [(images.path(i), images.labels[i]) for i in range(len(images))] == expected.samples
+
+
+def test_what_is_no_class_or_image_is_left_out_and_told(tmp_path):
+    make_files(
+        tmp_path, "cat/0.png", "cat/._0.png", "cat/.thumbs/0.png", ".git/x/0.png", "__MACOSX/cat/._0.png", "dog/1.png"
+    )
+    make_files(tmp_path, "cat/1.HEIC", "dog/2.heic", "dog/3.gif", "dog/labels", "4.png")
+    (tmp_path / "cow").mkdir()
+    images = ImageDataset(tmp_path, 8)
+    assert images.classes == ["cat", "dog"]
+    assert [images.names[i] for i in range(len(images))] == ["cat/0.png", "dog/1.png"]
+    assert [note.removeprefix(f"Left out of {tmp_path}: ") for note in images.notes] == [
+        "folders without images, which are no classes: __MACOSX, cow",
+        "files whose endings are not those of readable images: 2 .heic, 1 .gif, 1 without an ending",
+        "images in no class's folder: 1",
+    ]
+    (tmp_path / "cat/0.png").unlink()
+    (tmp_path / "dog/1.png").unlink()
+    with pytest.raises(UserError, match=r"no images in any of its 4 folders; .*2 \.heic"):
+        ImageDataset(tmp_path, 8)
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    make_files(tmp_path, "cat/0.png", "lost+found/0.png")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # the tests may run as root, whom permissions do not bind
+    images = ImageDataset(tmp_path, 8)
+    assert images.classes == ["cat"]
+    assert images.notes == [f"Left out of {tmp_path}: folders that cannot be read (Permission denied): lost+found"]
+
+
+def test_links_that_lead_in_circles_end(tmp_path):
+    make_files(tmp_path, "a/0.png", "b/0.png")
+    links = {"c": ".", "a/up": "..", "a/itself": ".", "a/b": "../b", "b/a": "../a", "b/x.png": "x.png"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    listing = list_images(tmp_path)
+    assert list(listing.names) == ["a/0.png", "a/b/0.png", "a/b/x.png", "b/0.png", "b/x.png", "b/a/0.png"]
+    assert listing.folders == ["a", "b"]
+    with pytest.raises(UserError, match="b/x.png: not a readable image .Too many levels of symbolic links"):
+        open_image(tmp_path / "b/x.png")
+
+
+def test_special_files_are_named_instead_of_waited_for(tmp_path):
+    make_files(tmp_path, "a/0.png")
+    os.mkfifo(tmp_path / "a/1.png")
+    rescue = threading.Timer(10, lambda: os.open(tmp_path / "a/1.png", os.O_WRONLY | os.O_NONBLOCK))  # ends a wait
+    rescue.start()
+    images = ImageDataset(tmp_path, 4, skip_bad=True)
+    assert "1.png: not a readable image (not a regular file)" in images[1, 0]["replaced"]
+    rescue.cancel()
+
+
+def test_names_of_any_bytes_are_read_and_can_be_printed(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    for name in (b"\xff.png", b"a\nb.png"):
+        with open(folder + b"/" + name, "wb") as file:
+            Image.fromarray(PICTURE).save(file, format="PNG")
+    images = ImageDataset(tmp_path, 4)
+    assert [images[i, 0]["label"] for i in range(2)] == [0, 0]
+    assert images.classes == ["caf\\udce9"]
+    assert [images.name(i) for i in range(2)] == [f"{tmp_path}/caf\\udce9/{name}" for name in ("a\\nb.png", "\\udcff.png")]
+    assert images.identity() == ImageDataset(tmp_path, 4).identity()
+    assert json.loads(json.dumps(list(images.names))) == list(images.names)
+    os.truncate(folder + b"/\xff.png", 20)
+    for workers in (0, 1):
+        _, failure = next_batch(iter(make_loader(images, [[(1, 0)]], workers)))
+        assert f"{tmp_path}/caf\\udce9/\\udcff.png: not a readable image" in failure
+        failure.encode()
+
+
+@given(st.lists(st.text(st.characters(codec=None))))
+def test_names_in_one_buffer_are_the_list(names):
+    stored = Names(names)
+    assert (list(stored), len(stored)) == (names, len(names))
+    with pytest.raises(IndexError):
+        stored[len(names)]
+
+
+def test_imagenets_folders_get_readable_names(tmp_path):
+    folders = ["n02012849", "n02099601", "n03126707", "n02087122"]  # the last is no class of ILSVRC 2012
+    make_files(tmp_path / "some", *(f"{folder}/0.png" for folder in folders))
+    some = ImageDataset(tmp_path / "some", 8)
+    assert some.folders == sorted(folders)
+    assert some.classes == ["crane bird", "hunting dog", "golden retriever", "crane"]
+    make_files(tmp_path / "some", "unknown/0.png")
+    assert ImageDataset(tmp_path / "some", 8).classes == [*sorted(folders), "unknown"]
+
+
+def test_classes_of_the_same_name_can_be_told_apart(monkeypatch):
+    monkeypatch.setattr(class_names, "imagenet_names", lambda: {"n00000001": "crane", "n00000002": "crane"})
+    assert class_names.readable_names(["n00000002", "n00000001"]) == ["crane (n00000002)", "crane (n00000001)"]
+
+
+def test_the_identity_is_that_of_the_first_release(tmp_path):
+    """Number and CRC-32 that commit 8023fbc has stored in checkpoints."""
+    make_files(tmp_path, *(f"{folder}/{i}.png" for folder in ("ant", "bee") for i in range(3)))
+    assert ImageDataset(tmp_path, 16).identity() == [6, 1029345435]
+    assert load_dataset(DataConfig("digits"), 8).identity() == [1797, 3576519346]
+
+
+def test_rank_0_lists_the_images_for_all(image_folder, tmp_path, monkeypatch):
+    listing = list_images(image_folder)
+    monkeypatch.setattr("data.images.list_images", lambda root: pytest.fail("listed by another rank"))
+    context = SimpleNamespace(run_on_main=lambda action: listing)  # as another rank than 0 sees it
+    dataset = load_dataset(DataConfig(str(image_folder)), 8, context=context)
+    assert (len(dataset), dataset.classes) == (12, ["ant", "bee", "cat"])
+    with pytest.raises(UserError, match="the processes do not see the same images"):
+        load_dataset(DataConfig(str(tmp_path)), 8, context=context)

@@ -1,16 +1,16 @@
 """diffusion/ against the reference's numbers, closed forms and properties."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import OPTIONS, assert_golden, fill, golden, normal, stub, training_batch
-from test_models import SMALL
-from torch.utils._python_dispatch import TorchDispatchMode
+from reference import OPTIONS, SMALL, HostTraffic, assert_golden, fill, golden, normal, stub, training_batch
 
+from benchmarks import gaussian
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import discretized_gaussian_log_likelihood, get_named_beta_schedule
 from diffusion.respace import space_timesteps
@@ -68,6 +68,36 @@ def test_loops_from_a_seed_match_the_reference(key):
     else:
         out = diffusion.calc_bpd_loop(model, X_0, clip_denoised=True)[what.removeprefix("bpd_")]
     assert_golden(out, data, key, tol=2e-4)
+
+
+@pytest.mark.parametrize("key", golden("steps"))
+def test_single_steps_and_classifier_guidance_match_the_reference(key):
+    """Arguments are given by position: their order is part of the original's interface."""
+    data = golden("steps")[key]
+    if key.startswith("steps:"):
+        assert sorted(space_timesteps(1000, key.removeprefix("steps:"))) == list(data)
+        return
+    spacing, option, seed, what, *part = key.split(":")
+    diffusion, model = create_diffusion(spacing, **OPTIONS[option]), stub(OPTIONS[option].get("learn_sigma", True))
+    z, kwargs, end = normal("z", 3, 4, 8, 8), {"y": torch.tensor([0, 1, 2])}, diffusion.num_timesteps - 1
+    t = torch.tensor([0, end // 2, end])
+    calls = {
+        "loop_cond": lambda: diffusion.p_sample_loop(model, z.shape, z, False, None, cond_fn, kwargs, "cpu", False),
+        "ddim_cond": lambda: diffusion.ddim_sample_loop(model, z.shape, z, True, None, cond_fn, kwargs, "cpu", False, 0.5),
+        "p_sample_cond": lambda: diffusion.p_sample(model, z, t, True, None, cond_fn, kwargs),
+        "p_sample": lambda: diffusion.p_sample(model, z, t, False, torch.tanh, None, kwargs),
+        "ddim_sample": lambda: diffusion.ddim_sample(model, z, t, True, None, cond_fn, kwargs, 0.3),
+        "ddim_reverse": lambda: diffusion.ddim_reverse_sample(model, z, t, True, None, None, kwargs),
+        "q": lambda: dict(zip(("mean", "variance", "log_variance"), diffusion.q_mean_variance(z, t), strict=True)),
+    }
+    torch.manual_seed(int(seed))
+    out = calls[what]()
+    assert_golden(out[part[0]] if part else out, data, key, tol=2e-4)
+
+
+def cond_fn(x, t, y=None):
+    """The classifier's gradient of steps.npz."""
+    return 0.3 * (1 + t.view(-1, 1, 1, 1) / 1000 + 0.5 * y.view(-1, 1, 1, 1)) * torch.sin(x)
 
 
 def test_guided_loop_of_a_model_matches_the_reference():
@@ -135,13 +165,15 @@ def test_kept_steps_are_increasing_in_range_and_reach_both_ends(n, data):
 
 @given(n=st.integers(3, 500), data=st.data())
 def test_sections_split_the_process_evenly(n, data):
-    counts = [data.draw(st.integers(1, n // 3)) for _ in range(3)]
+    counts = data.draw(st.lists(st.integers(0, n // 3), min_size=3, max_size=3).filter(any))
     steps = space_timesteps(n, ",".join(map(str, counts)))
     ends = np.cumsum([n // 3 + (i < n % 3) for i in range(3)])
     assert [int(c) for c in np.histogram(steps, [0, *ends])[0]] == counts
 
 
-@pytest.mark.parametrize("spacing", ["ddim300", "ddim0", "ddimx", "1001", "0", "600,600", "5,x", "-3"])
+@pytest.mark.parametrize(
+    "spacing", ["ddim300", "ddim0", "ddimx", "1001", "0", "0,0", "600,600", "5,x", "-3", "5,-1,30", 0, []]
+)
 def test_impossible_spacings_are_refused(spacing):
     with pytest.raises(ValueError, match="timesteps|spacing"):
         create_diffusion(spacing)
@@ -177,11 +209,13 @@ def test_bins_of_the_discretised_gaussian_sum_to_one():
         assert abs(discretized_gaussian_log_likelihood(x, *args).exp().sum() - 1) < 1e-9
 
 
-def test_rescaled_variance_weight_applies_to_the_bound_alone():
-    t, model = torch.tensor([0, 5, 50, 150, 199]), stub(learn_sigma=True)
-    plain = create_diffusion("", diffusion_steps=200).training_losses(model, X_0, t, noise=NOISE)
-    scaled = create_diffusion("", diffusion_steps=200, rescale_learned_sigmas=True)
-    scaled = scaled.training_losses(model, X_0, t, noise=NOISE)
+@pytest.mark.parametrize(("spacing", "diffusion_steps"), [("", 200), ("200", 1000), ("ddim200", 400)])
+def test_rescaled_variance_weight_is_the_kept_steps_and_applies_to_the_bound_alone(spacing, diffusion_steps):
+    t, create = torch.tensor([0, 5, 50, 150, 199]), partial(create_diffusion, spacing, diffusion_steps=diffusion_steps)
+    plain, scaled = (
+        create(rescale_learned_sigmas=rescale).training_losses(stub(learn_sigma=True), X_0, t, noise=NOISE)
+        for rescale in (False, True)
+    )
     torch.testing.assert_close(scaled["vb"], plain["vb"] * 0.2)
     torch.testing.assert_close(scaled["mse"], plain["mse"])
     torch.testing.assert_close(scaled["loss"], plain["mse"] + 0.2 * plain["vb"])
@@ -211,9 +245,54 @@ def test_exact_denoiser_of_one_image_returns_it():
         torch.testing.assert_close(out, x_0.expand_as(out), rtol=0, atol=1e-8)
 
 
-def test_ddim_reverse_undoes_ddim():
+LOOPS = ["p_sample_loop_progressive", "ddim_sample_loop_progressive"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_next_step_starts_from_the_sample_that_the_caller_put_into_the_dict(loop):
+    seen = []
+
+    def model(x, t):
+        seen.append(x)
+        return stub(learn_sigma=True)(x, t)
+
+    for i, out in enumerate(getattr(create_diffusion("5"), loop)(model, X_0.shape, X_0, device="cpu")):
+        out["sample"] = torch.full_like(X_0, i)
+    assert len(seen) == 5
+    for i, x in enumerate(seen[1:]):
+        assert torch.equal(x, torch.full_like(X_0, i))
+
+
+def test_ddim_with_the_exact_classifier_samples_the_posterior():
+    """Data N(MU, S^2) and a measurement y = x_0 + noise of standard deviation r: x_0 given x_t is Gaussian, so that
+    log p(y | x_t) and p(x_0 | y) are known. DDIM is linear in x_T, so x_T = 0 and x_T = 1 show the mean and the deviation.
+    """
+    y, r, diffusion = 1.0, 0.4, create_diffusion("250", learn_sigma=False)
+
+    def cond_fn(x, t):
+        alpha_bar = gaussian.ALPHA_BAR[t[0]]
+        mean, std = gaussian.marginal(alpha_bar)
+        with torch.enable_grad():  # as scripts write it: the loop itself keeps no gradients
+            x = x.detach().requires_grad_()
+            mean_0 = gaussian.MU + alpha_bar**0.5 * gaussian.S**2 / std**2 * (x - mean)  # of x_0 given x_t
+            variance_0 = gaussian.S**2 * (1 - alpha_bar) / std**2
+            log_p = -((y - mean_0) ** 2) / (2 * (variance_0 + r**2))
+            return torch.autograd.grad(log_p.sum(), x)[0]
+
+    x_T = torch.tensor([0.0, 1.0]).double().view(2, 1, 1, 1)
+    x_0 = diffusion.ddim_sample_loop(
+        lambda x, t: gaussian.denoiser(x, t[0].item())[:, :1], x_T.shape, x_T, False, None, cond_fn
+    ).flatten()
+    precision = 1 / gaussian.S**2 + 1 / r**2
+    assert abs(x_0[0] - (gaussian.MU / gaussian.S**2 + y / r**2) / precision) < 0.01
+    assert abs(x_0[1] - x_0[0] - precision**-0.5) < 0.01
+
+
+def test_ddim_reverse_is_for_the_deterministic_process_and_undoes_ddim():
     diffusion = create_diffusion("")
     x = X_0[:2].double()
+    with pytest.raises(ValueError, match="eta 0.5"):
+        diffusion.ddim_reverse_sample(stub(learn_sigma=True), X_0, torch.arange(5), eta=0.5)
 
     def model(x, t):  # smooth in x and t, so that neighbouring steps agree
         eps = 0.3 * x + 0.1 * t.view(-1, 1, 1, 1) / 1000
@@ -232,19 +311,56 @@ def test_noise_is_drawn_on_the_models_device_when_none_is_given():
     assert out.shape == (2, 4, 8, 8)
 
 
-class HostTraffic(TorchDispatchMode):
-    """Fails on what would copy between host and device, or wait for the device, were the device a GPU."""
+@pytest.mark.parametrize(
+    ("what", "call"),
+    [
+        ("t has shape", lambda d, t: d.q_sample(X_0, t[:1])),
+        ("t has shape", lambda d, t: d.training_losses(stub(True), X_0, t[:1])),
+        ("t has shape", lambda d, t: d.p_sample(stub(True), X_0, t[:1])),
+        ("t has shape", lambda d, t: d.p_mean_variance(stub(True), X_0, t[:, None])),
+        ("x_start has shape", lambda d, t: d.q_posterior_mean_variance(X_0[:1], X_0, t)),
+        ("noise has shape", lambda d, t: d.training_losses(stub(True), X_0, t, noise=NOISE[:1])),
+        ("noise has shape", lambda d, t: d.p_sample_loop(stub(True), X_0.shape, NOISE[:1])),
+        ("model's output", lambda d, t: d.p_mean_variance(lambda x, t: torch.zeros(1, 8, 8, 8), X_0, t)),
+        ("model's output", lambda d, t: d.training_losses(lambda x, t: torch.zeros(5, 2, 8, 8), X_0[:, :2], t)),
+        ("model's output", lambda d, t: d.ddim_sample(stub(False), X_0, t)),
+        ("gradient", lambda d, t: d.p_sample(stub(True), X_0, t, cond_fn=lambda x, t: x[:1])),
+    ],
+)
+def test_shapes_that_disagree_are_refused(what, call):
+    with pytest.raises(ValueError, match=what):
+        call(create_diffusion(""), torch.arange(5))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        tensors = [a for a in args if isinstance(a, torch.Tensor) and a.ndim > 0]
-        assert "_local_scalar_dense" not in name, "a step waits for the device"
-        assert not any(a.device.type == "cpu" for a in tensors), f"{name} reads a tensor on the host"
-        assert "_to_copy" not in name or not tensors or tensors[0].device.type != "cpu", f"{name} copies from the host"
-        return func(*args, **(kwargs or {}))
+
+def test_a_fixed_variance_takes_no_second_half_of_channels():
+    with pytest.raises(ValueError, match="large variance"):
+        create_diffusion("", learn_sigma=False).training_losses(stub(learn_sigma=True), X_0, torch.arange(5))
 
 
-@pytest.mark.parametrize("loop", ["p_sample_loop_progressive", "ddim_sample_loop_progressive"])
+def test_tables_have_the_originals_names_in_float64():
+    diffusion, t = create_diffusion("10"), torch.arange(10)
+    x_0, x_t = normal("x_0", 10, 1).double(), normal("x_t", 10, 1).double()
+    mean, variance, log_variance = diffusion.q_posterior_mean_variance(x_0, x_t, t)
+    expected = {
+        "alphas_cumprod": np.cumprod(1 - diffusion.betas),
+        "alphas_cumprod_prev": [1, *np.cumprod(1 - diffusion.betas)[:-1]],
+        "alphas_cumprod_next": [*np.cumprod(1 - diffusion.betas)[1:], 0],
+        "sqrt_alphas_cumprod": diffusion.alphas_cumprod**0.5,
+        "sqrt_one_minus_alphas_cumprod": (1 - diffusion.alphas_cumprod) ** 0.5,
+        "log_one_minus_alphas_cumprod": np.log(1 - diffusion.alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": diffusion.alphas_cumprod**-0.5,
+        "sqrt_recipm1_alphas_cumprod": (1 / diffusion.alphas_cumprod - 1) ** 0.5,
+        "posterior_variance": variance[:, 0],
+        "posterior_log_variance_clipped": log_variance[:, 0],
+        "posterior_mean_coef1": ((mean - diffusion.at("posterior_mean_coef2", t, x_t) * x_t) / x_0)[:, 0],
+        "posterior_mean_coef2": ((mean - diffusion.at("posterior_mean_coef1", t, x_0) * x_0) / x_t)[:, 0],
+    }
+    for name, table in expected.items():
+        assert getattr(diffusion, name).dtype == np.float64
+        np.testing.assert_allclose(getattr(diffusion, name), table, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_no_step_copies_from_the_host_or_waits_for_the_device(loop):
     """On the meta device a copy to the host fails by itself; the rest is caught by watching every operation."""
     diffusion = create_diffusion("10")

@@ -8,13 +8,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 from reference import golden
 
 import download
-from download import DownloadError, find_model, released_checkpoint
+import runtime.download
+from download import DownloadError, download_model, find_model, released_checkpoint
 from models import DiT
 
 NAME = "DiT-XL-2-256x256.pt"
@@ -123,7 +125,7 @@ def test_local_files_need_no_server(state, tmp_path, monkeypatch):
         assert all(torch.equal(found[key], WEIGHTS[key]) for key in WEIGHTS)
 
 
-@pytest.mark.parametrize("call", [find_model, download.download])
+@pytest.mark.parametrize("call", [find_model, download_model, download.download])
 def test_other_names_are_not_fetched(server, call):
     with pytest.raises(DownloadError, match="^DiT-XL-2-128x128.pt: no such file, nor a released checkpoint; those are DiT"):
         call("DiT-XL-2-128x128.pt")
@@ -140,6 +142,19 @@ def test_fetches_once_with_a_progress_bar(server, path, capsys):
     server.body = b""
     find_model(NAME)
     assert len(server.ranges) == 1, "a file that is there must be used without the network"
+
+
+def test_download_model_gives_the_weights_even_where_a_file_has_the_name(server, path, tmp_path):
+    (tmp_path / NAME).write_text("not the released one")
+    assert all(torch.equal(tensor, WEIGHTS[key]) for key, tensor in download_model(NAME).items())
+    assert_whole(path)
+
+
+def test_systems_without_file_locks_can_download():
+    """Windows has no fcntl."""
+    code = "import sys; sys.modules['fcntl'] = None; from runtime import download, files; assert download.fcntl is None"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(download.__file__).parent, check=True)
+    assert "fcntl" not in Path(download.__file__).read_text()
 
 
 @pytest.mark.parametrize("can_resume", [True, False])
@@ -178,7 +193,7 @@ def test_part_that_is_complete_or_too_long(server, path, part, excess):
 def test_wrong_length_is_noticed(server, path, error):
     server.length_error = error
     message = error_of(find_model, NAME)
-    assert ("what came is unfit" if error < 0 else "broke off") in message
+    assert ("the downloaded file is unusable" if error < 0 else "broke off") in message
     assert not path.exists()
     server.length_error = 0
     find_model(NAME)
@@ -199,11 +214,11 @@ def test_wrong_length_is_noticed(server, path, error):
 )
 def test_wrong_content_never_gets_the_name(server, path, body, what):
     server.body = body
-    assert re.search(f"what came is unfit: .*{what}", error_of(find_model, NAME))
+    assert re.search(f"the downloaded file is unusable: .*{what}", error_of(find_model, NAME))
     assert not path.exists()
     server.body = BODY
     find_model(NAME)
-    assert server.ranges[-1] == "bytes=0-", "what was unfit must not be resumed"
+    assert server.ranges[-1] == "bytes=0-", "what is unusable must not be resumed"
     assert_whole(path)
 
 
@@ -248,7 +263,7 @@ def test_waits_for_another_process_and_continues_its_part_when_it_dies(server, p
 
 
 def test_another_process_finishes_while_this_one_waits(server, path, monkeypatch):
-    monkeypatch.setattr(download, "lock", lambda file: path.write_bytes(BODY))
+    monkeypatch.setattr(runtime.download, "lock", lambda file: path.write_bytes(BODY))
     find_model(NAME)
     assert server.ranges == []
     assert_whole(path)

@@ -3,28 +3,27 @@
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call
+from conftest import TINY
+from helpers import assert_same_state, call, latest, metrics, without_timings
 from sklearn.datasets import load_digits
-from test_cli_train import assert_same_state, latest, metrics, without_timings
 
 import train
-from checkpoint import files as checkpoint
-from data import autoencoder as latents
-from evaluation import during_training as evaluation
+from checkpoint.opened import Checkpoint
+from data.autoencoder import load_space
+from evaluation.config import EvalConfig
+from evaluation.during_training import Evaluator
 from evaluation.inception import load_inception
 from evaluation.metrics import Statistics, frechet_distance
-from models import DiT
 from runtime import distributed
-from sampling import pipeline as sampling
-from training.watch import Progress
-
-SETTINGS = {"eval_samples": 4, "eval_cfg_scale": 1.5, "eval_sampling_steps": 2, "global_seed": 0, "num_classes": 10,
-            "image_size": 8}  # fmt: skip
+from runtime.errors import UserError
+from sampling.config import GuidanceConfig, SamplerConfig
+from sampling.noise import image_label
+from sampling.pipeline import Pipeline, to_uint8
+from training.meter import Meter
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +72,20 @@ def test_training_is_bit_for_bit_the_same_with_it(tmp_path, statistics_file, inc
     assert [row["step"] for row in metrics(tmp_path / "measured") if "fid" in row] == [2, 4, 5]
 
 
+def make_evaluator(reference, weights, context, batch_size=2, **changes):
+    options = {"eval_samples": 4, "eval_cfg_scale": 1.5, "eval_sampling_steps": 2} | changes
+    config = EvalConfig(eval_every=1, eval_reference=str(reference), inception_weights=str(weights), **options)
+    return Evaluator(config, context, load_space("none", 1), 8, 10, batch_size, seed=0)
+
+
 def measure(argv):
     """As a command, for `ranks`: FID of a checkpoint's average, into a file."""
     ckpt, reference, weights, output = argv
     context = distributed.setup("cpu")
-    state = checkpoint.load(ckpt)
-    model = DiT(**checkpoint.model_config(state)).eval()
-    model.load_state_dict(checkpoint.weights(state))
-    args = SimpleNamespace(eval_reference=reference, inception_weights=weights, global_batch_size=2, **SETTINGS)
-    evaluator = evaluation.Evaluator(args, context, latents.load("none", 1))
-    assert evaluator(model, SimpleNamespace(requested=context.rank == context.world_size - 1)) is None, "a stop ends it"
-    fid = evaluator(model)
+    model = Checkpoint.open(ckpt).build_model()
+    evaluator = make_evaluator(reference, weights, context)
+    assert evaluator(model, lambda: context.any([context.rank == context.world_size - 1])[0]) is None, "a stop ends it"
+    fid = evaluator(model, lambda: False)
     assert (fid is None) == (not context.is_main)
     if context.is_main:
         Path(output).write_text(json.dumps(fid))
@@ -93,16 +95,12 @@ def measure(argv):
 @pytest.fixture(scope="module")
 def expected(tiny_checkpoint, reference, inception_file):
     """The same FID from the definition, in one batch."""
-    state = checkpoint.load(tiny_checkpoint)
-    model = DiT(**checkpoint.model_config(state)).eval()
-    model.load_state_dict(checkpoint.weights(state))
-    noise = sampling.image_noise(0, range(4), 2, (1, 8, 8))
-    y = torch.tensor([sampling.image_label(0, i, 10) for i in range(4)])
-    with torch.no_grad():
-        images = sampling.draw(model, latents.load("none", 1), y, noise, 1.5, 2)
+    model = Checkpoint.open(tiny_checkpoint).build_model()
+    pipeline = Pipeline(model, load_space("none", 1), SamplerConfig(num_sampling_steps=2), GuidanceConfig(cfg_scale=1.5))
+    images = pipeline([image_label(0, i, 10) for i in range(4)], *pipeline.noise(0, range(4)))
     network = load_inception(inception_file)
     with np.load(reference) as file:
-        sets = torch.from_numpy(file["arr_0"]), torch.from_numpy(sampling.to_uint8(images))
+        sets = torch.from_numpy(file["arr_0"]), torch.from_numpy(to_uint8(images))
     moments = [m for x in sets for s in [Statistics(2048).update(network(x)[0])] for m in (s.mu, s.sigma)]
     return frechet_distance(*moments)
 
@@ -117,12 +115,56 @@ def test_the_number_of_two_ranks_is_that_of_the_definition(
     assert json.loads((tmp_path / "fid.json").read_text()) == pytest.approx(expected, rel=1e-3)
 
 
+def test_training_finds_everything_as_it_was(tiny_checkpoint, statistics_file, inception_file):
+    """torch's random state, its precision settings, and the mode of every module."""
+    model = Checkpoint.open(tiny_checkpoint).build_model().train()
+    model.y_embedder.eval()
+    modes = [module.training for module in model.modules()]
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = False
+    state = torch.get_rng_state()
+    try:
+        fid = make_evaluator(statistics_file, inception_file, distributed.setup("cpu"))(model)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.get_float32_matmul_precision() == "high"
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+    assert [module.training for module in model.modules()] == modes
+    assert fid == make_evaluator(statistics_file, inception_file, distributed.setup("cpu"))(model.eval()), (
+        "no dropped labels"
+    )
+
+
+def test_samples_that_are_not_finite_do_not_end_training(tiny_checkpoint, statistics_file, inception_file, capsys):
+    model = Checkpoint.open(tiny_checkpoint).build_model()
+    torch.nn.init.constant_(model.final_layer.linear.bias, 1e38)
+    assert make_evaluator(statistics_file, inception_file, distributed.setup("cpu"))(model) is None
+    assert "FID cannot be measured: an image has values that are not finite" in capsys.readouterr().out
+
+
+def test_an_options_error_stands_before_any_work(statistics_file, inception_file):
+    both = {"eval_every": 5, "eval_reference": str(statistics_file)}
+    assert EvalConfig(**both, inception_weights=str(inception_file)).flat().keys() == EvalConfig.changeable()
+    for options, what in (
+        ({"eval_every": 5}, "--eval-every and --eval-reference: both are needed"),
+        ({"eval_reference": "x.npz"}, "--eval-every and --eval-reference: both are needed"),
+        ({**both, "inception_weights": "none.pth"}, "--inception-weights none.pth: no such file"),
+        ({**both, "eval_samples": 1}, "--eval-samples: 1 is not a whole number, 2 or more"),
+        ({**both, "eval_sampling_steps": 1001}, "--eval-sampling-steps: 1001 is not"),
+        ({**both, "eval_cfg_scale": float("nan")}, "--eval-cfg-scale: nan is not a number"),
+    ):
+        with pytest.raises(UserError, match=what):
+            EvalConfig(**options)
+
+
 def test_time_of_the_evaluation_is_no_training_time():
-    progress = Progress(torch.device("cpu"))
-    before = time.perf_counter() - progress.start
-    with progress.paused():
+    meter = Meter(torch.device("cpu"))
+    before = time.perf_counter() - meter.start
+    with meter.paused():
         time.sleep(0.2)
-    assert time.perf_counter() - progress.start - before < 0.1
+    assert time.perf_counter() - meter.start - before < 0.1
 
 
 def test_mistakes_are_refused_before_a_run_folder_is_made(tmp_path, capfd, reference, inception_file):
@@ -147,5 +189,8 @@ def test_mistakes_are_refused_before_a_run_folder_is_made(tmp_path, capfd, refer
     assert "null labels" in refused(*known, "--label-dropout", 0)
     np.savez(tmp_path / "large.npz", np.zeros((4, 16, 16, 3), np.uint8))
     assert "16x16 pixels, --image-size is 8" in refused(*known, "--eval-reference", tmp_path / "large.npz")
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    assert "--eval-reference" in (line := refused(*known, "--eval-reference", tmp_path / "nan.npz"))
+    assert "nan.npz: mu holds NaN, infinity or values above" in line
     np.savez(tmp_path / "one.npz", np.zeros((1, 8, 8, 3), np.uint8))
     assert "neither mu and sigma nor 2 images" in refused(*known, "--eval-reference", tmp_path / "one.npz")

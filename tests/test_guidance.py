@@ -1,4 +1,4 @@
-"""guidance.py against its equations, and how often it asks the model."""
+"""diffusion/guidance.py against its equations, and how often it asks the model."""
 
 import math
 
@@ -6,9 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import fill, normal
-from test_diffusion import HostTraffic
-from test_models import SMALL
+from reference import SMALL, HostTraffic, fill, normal
 
 from diffusion import create_diffusion, sample, samplers
 from diffusion.guidance import combine, guided_denoiser, mix_classes, rescale_to, scale_at
@@ -41,7 +39,7 @@ def test_scale_one_makes_no_unconditional_pass():
     assert [n for n, _, _ in calls] == [3]
 
 
-@pytest.mark.parametrize(("channels", "guided"), [(None, 3), (3, 3), ("all", 4), (1, 1)])
+@pytest.mark.parametrize(("channels", "guided"), [(None, 4), (4, 4), (3, 3), (1, 1)])
 def test_guided_channels_are_combined_and_the_others_are_the_conditional_ones(channels, guided):
     out = guided_denoiser(toy(), Y, NULL, cfg_scale=4.0, channels=channels)(X, 500)
     cond, uncond = toy()(X, at(500), Y), toy()(X, at(500), torch.full_like(Y, NULL))
@@ -59,7 +57,8 @@ def test_guided_ddpm_is_the_original_interfaces_bit_for_bit():
     )
     torch.manual_seed(11)
     noise = {"step_noise": lambda x, i: torch.randn(4, 4, 8, 8)[:2]}
-    out = samplers.last(sample("ddpm", guided_denoiser(model, y, NULL, cfg_scale=3.0), z, 12, **noise))
+    denoiser = guided_denoiser(model, y, NULL, cfg_scale=3.0, channels=model.guided_channels)
+    out = samplers.last(sample("ddpm", denoiser, z, 12, **noise))
     assert torch.equal(out, doubled[:2])
 
 
@@ -87,7 +86,7 @@ def test_schedules_rise_from_no_guidance_at_pure_noise_to_the_full_scale(t, scal
 
 def test_a_weaker_model_guides_with_the_same_condition_and_no_doubled_batch():
     calls, weak_calls = [], []
-    out = guided_denoiser(toy(calls), Y, NULL, cfg_scale=2.0, channels="all", guide=toy(weak_calls, gain=0.8))(X, 300)
+    out = guided_denoiser(toy(calls), Y, NULL, cfg_scale=2.0, guide=toy(weak_calls, gain=0.8))(X, 300)
     cond, weak = toy()(X, at(300), Y), toy(gain=0.8)(X, at(300), Y)
     torch.testing.assert_close(out, torch.cat([(weak + 2 * (cond - weak))[:, :4], cond[:, 4:]], dim=1))
     assert [n for n, _, _ in calls] == [n for n, _, _ in weak_calls] == [3]
@@ -100,7 +99,7 @@ def test_rescaling_gives_each_sample_the_conditional_standard_deviation():
     full = rescale_to(guided, cond, 1.0)
     torch.testing.assert_close(full.std((1, 2, 3)), cond.std((1, 2, 3)))
     torch.testing.assert_close(rescale_to(guided, cond, 0.7), 0.7 * full + 0.3 * guided)
-    out = guided_denoiser(toy(), Y, NULL, cfg_scale=5.0, rescale=1.0)(X, 500)
+    out = guided_denoiser(toy(), Y, NULL, cfg_scale=5.0, channels=3, rescale=1.0)(X, 500)
     torch.testing.assert_close(out[:, :3].std((1, 2, 3)), toy()(X, at(500), Y)[:, :3].std((1, 2, 3)))
 
 

@@ -6,13 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from helpers import call
 from PIL import Image
-from reference import normal, stub
-from test_models import SMALL
+from reference import SMALL, normal, stub
 
-import likelihood
+import likelihood as command
+from checkpoint.opened import Checkpoint
+from data.config import DataConfig
+from data.images import load_dataset
 from diffusion import create_diffusion
+from evaluation import likelihood
+from evaluation.config import LikelihoodConfig
 from models import DiT
 
 X_0 = normal("x0", 5, 4, 8, 8).clamp(-2, 2) * 0.5
@@ -25,11 +29,11 @@ def test_the_bound_of_a_perfect_model_is_the_entropy_of_gaussian_data():
     x_0 = ((levels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
     def exact(x_t, t):
-        alpha_bar = diffusion.at("alpha_bar", t, x_t)
+        alpha_bar = diffusion.at("alphas_cumprod", t, x_t)
         variance = s2 * (1 - alpha_bar) / (alpha_bar * s2 + 1 - alpha_bar)  # of x_0 given x_t
         eps = (1 - alpha_bar).sqrt() * x_t / (alpha_bar * s2 + 1 - alpha_bar)
-        step = diffusion.at("posterior_variance", t, x_t) + diffusion.at("posterior_x_start_weight", t, x_t) ** 2 * variance
-        low, high = diffusion.at("posterior_log_variance", t, x_t), diffusion.at("log_beta", t, x_t)
+        step = diffusion.at("posterior_variance", t, x_t) + diffusion.at("posterior_mean_coef1", t, x_t) ** 2 * variance
+        low, high = diffusion.at("posterior_log_variance_clipped", t, x_t), diffusion.at("log_betas", t, x_t)
         fraction = 2 * (step.log() - low) / (high - low) - 1
         return torch.cat([eps, fraction.expand_as(x_t)], dim=1)
 
@@ -62,7 +66,7 @@ def test_rows_are_the_terms_of_the_diffusion_in_ascending_order():
     torch.testing.assert_close(alone, rows[1:2], msg="an image's noise is its own")
 
 
-def command(ckpt, output, *extra):
+def options(ckpt, output, *extra):
     return ["--ckpt", ckpt, "--data-path", "digits", "--num-images", 7, "--num-timesteps", 6, "--device", "cpu",
             "--output", output, *extra]  # fmt: skip
 
@@ -75,7 +79,7 @@ def report(path):
 @pytest.fixture(scope="module")
 def measured(tiny_checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("likelihood") / "report.json"
-    assert call(likelihood.main, *command(tiny_checkpoint, path, "--batch-size", 3)) == 0
+    assert call(command.main, *options(tiny_checkpoint, path, "--batch-size", 3)) == 0
     return path
 
 
@@ -94,8 +98,8 @@ def test_the_report_adds_up_and_has_its_plot(measured):
 
 @pytest.mark.parametrize(("batch", "world_size"), [(3, 2), (7, 1)])
 def test_numbers_do_not_depend_on_processes_and_batches(measured, tiny_checkpoint, tmp_path, ranks, batch, world_size):
-    argv = command(tiny_checkpoint, tmp_path / "report.json", "--batch-size", batch)
-    run = ranks(likelihood.main, argv, world_size)
+    argv = options(tiny_checkpoint, tmp_path / "report.json", "--batch-size", batch)
+    run = ranks(command.main, argv, world_size)
     assert run.wait() == [0] * world_size, run.text()
     found, expected = report(tmp_path / "report.json")[0], report(measured)[0]
     if batch == 3:
@@ -126,7 +130,7 @@ def pictures(folder, names):
 
 
 def refused(capfd, *argv):
-    assert call(likelihood.main, *argv, "--device", "cpu") == 2
+    assert call(command.main, *argv, "--device", "cpu") == 2
     lines = capfd.readouterr().err.strip().splitlines()
     assert len([line for line in lines if "error:" in line]) == 1
     assert "Traceback" not in "".join(lines)
@@ -138,12 +142,25 @@ def test_latents_are_refused_with_the_reason(capfd, tmp_path):
     assert "works on latents" in refused(capfd, "--ckpt", ckpt, "--data-path", "digits")
 
 
+def class_numbers(ckpt, folder):
+    config = LikelihoodConfig(ckpt=str(ckpt), data_path=str(folder))
+    return likelihood.class_numbers(config, Checkpoint.open(ckpt), load_dataset(DataConfig(data_path=str(folder)), 8))
+
+
+@pytest.mark.parametrize(
+    "names", [["n01440764", "n01494475", "n03482128"], ["tench", "hammerhead (n01494475)", "hammerhead (n03482128)"]]
+)
+def test_classes_of_imagenet_go_by_number_or_by_word(tmp_path, names):
+    """Of two classes with the same name, a folder may hold one alone: it is then the only hammerhead there."""
+    ckpt = save_model(tmp_path / "a.pt", names, in_channels=3, num_classes=3, input_size=8)
+    assert class_numbers(ckpt, pictures(tmp_path / "all", ["n01440764", "n01494475", "n03482128"])) == [0, 1, 2]
+    assert class_numbers(ckpt, pictures(tmp_path / "one", ["n03482128"])) == [2]
+
+
 def test_classes_go_by_name_where_names_are_recorded(capfd, tmp_path):
     ckpt = save_model(tmp_path / "a.pt", ["ant", "bee", "cat"], in_channels=3, num_classes=3, input_size=8)
-    _, args = likelihood.parse_args(["--ckpt", str(ckpt), "--data-path", "x"])
     folder = pictures(tmp_path / "some", ["bee", "cat"])
-    dataset = likelihood.data.load(folder, 8)
-    assert likelihood.class_numbers(args, dataset) == [1, 2]
+    assert class_numbers(ckpt, folder) == [1, 2]
     folder = pictures(tmp_path / "other", ["bee", "dog"])
     assert "'dog' is no class" in refused(capfd, "--ckpt", ckpt, "--data-path", folder)
     ckpt = save_model(tmp_path / "b.pt", None, in_channels=3, num_classes=3, input_size=8)
@@ -154,10 +171,61 @@ def test_mistakes_get_one_line(capfd, tmp_path, tiny_checkpoint):
     known = "--ckpt", tiny_checkpoint, "--data-path"
     assert "images of 3 channels" in refused(capfd, *known, pictures(tmp_path / "colour", ["0", "1"]))
     assert "no such folder" in refused(capfd, *known, tmp_path / "none")
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents/index.json").write_text('{"encoder_crc32": "00000000"}')
+    assert "latents: holds latents of extract_latents.py" in refused(capfd, *known, tmp_path / "latents")
     assert "name a .json file" in refused(capfd, *known, "digits", "--output", tmp_path / "a.txt")
-    assert "its folder is missing" in refused(capfd, *known, "digits", "--output", tmp_path / "none/a.json")
+    assert "its folder does not exist" in refused(capfd, *known, "digits", "--output", tmp_path / "none/a.json")
     assert "1 is not a whole number, 2 or more" in refused(capfd, *known, "digits", "--num-timesteps", 1)
     assert "absent.pt: no such file" in refused(capfd, "--ckpt", tmp_path / "absent.pt", "--data-path", "digits")
+
+
+def test_options_that_contradict_the_checkpoint_are_refused(capfd, tmp_path, tiny_checkpoint):
+    known = "--ckpt", tiny_checkpoint, "--data-path", "digits"
+    assert "holds 10; leave the option out" in refused(capfd, *known, "--num-classes", 3)
+    assert "holds 8; leave the option out" in refused(capfd, *known, "--image-size", 16)
+    assert "1 channels, like pixels, but --vae is ema" in refused(capfd, *known, "--vae", "ema")
+    state = torch.load(tiny_checkpoint)
+    torch.save({"model": state["ema"], "args": {"num_heads": 2}}, tmp_path / "bare.pt")
+    known = "--ckpt", tmp_path / "bare.pt", "--data-path", "digits"
+    assert "but records no --vae; if it works on pixels, pass --vae none" in refused(capfd, *known)
+    output = "--num-timesteps", 2, "--num-images", 2, "--output", tmp_path / "a.json", "--device", "cpu"
+    assert call(command.main, *known, "--vae", "none", *output) == 0
+
+
+def test_outputs_are_checked_before_anything_slow(capfd, tmp_path, monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr(likelihood, "measure_likelihood", None)  # calling it would raise
+    (tmp_path / "a.png").mkdir()
+    known = "--ckpt", tiny_checkpoint, "--data-path", "digits", "--output"
+    assert "a.png: is a folder" in refused(capfd, *known, tmp_path / "a.json")
+
+
+def test_a_full_disk_and_ctrl_c_end_with_one_line(capfd, tmp_path, monkeypatch, tiny_checkpoint):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    argv = options(tiny_checkpoint, tmp_path / "a.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(likelihood.files, "replace_file", full)
+        assert call(command.main, *argv) == 1
+    out, err = capfd.readouterr()
+    assert "bits per dimension" in out, "the numbers are not lost"
+    assert "a.json: cannot be written (No space left on device)" in err.splitlines()[-1]
+    monkeypatch.setattr(likelihood, "bound", interrupted)
+    assert call(command.main, *argv) == 130
+    assert capfd.readouterr().err.splitlines()[-1].endswith("error: interrupted")
+
+
+def test_a_bound_that_is_not_finite_is_no_result(capfd, tmp_path, tiny_checkpoint):
+    state = torch.load(tiny_checkpoint)
+    state["ema"]["final_layer.linear.weight"].fill_(1e38)
+    torch.save(state, tmp_path / "a.pt")
+    assert call(command.main, *options(tmp_path / "a.pt", tmp_path / "a.json")) == 1
+    assert "a.pt: the bound is not finite" in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_a_damaged_image_is_named_once_on_every_rank(tmp_path, ranks):
@@ -165,7 +233,7 @@ def test_a_damaged_image_is_named_once_on_every_rank(tmp_path, ranks):
     folder = pictures(tmp_path / "images", ["ant"])
     (folder / "ant/1.png").write_bytes(b"\x89PNG")
     argv = ["--ckpt", ckpt, "--data-path", folder, "--num-timesteps", 2, "--batch-size", 1, "--device", "cpu"]
-    run = ranks(likelihood.main, argv, 2)
+    run = ranks(command.main, argv, 2)
     assert run.wait() == [2, 2]
     assert "1.png: not a readable image" in run.text(0)
     assert "skip-bad-images" not in run.text(0), "this command has no such option"

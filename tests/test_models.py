@@ -1,22 +1,16 @@
 """models.py against the reference's numbers, the paper's tables and closed forms."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_golden, fill, golden, normal
+from reference import SMALL, assert_golden, fill, golden, normal
 
+import models
 from models import BLOCKS, SIZES, CrossAttention, DiT, DiT_models, DiTBlock
 
-SMALL = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 96,
-    "depth": 3,
-    "num_heads": 4,
-    "num_classes": 10,
-}
 # Trainable and frozen parameters, 1000 classes, 256 px
 PARAMETERS = {
     "S/2": 32_963_360,
@@ -88,6 +82,51 @@ def test_parameter_counts_are_the_papers(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     depth, width, heads = SIZES[name.split("/")[0]]
     assert (len(model.blocks), model.pos_embed.shape[-1], model.blocks[0].attn.num_heads) == (depth, width, heads)
+
+
+def test_every_model_of_the_table_can_be_imported_by_its_name():
+    for name, constructor in DiT_models.items():
+        assert getattr(models, name.replace("-", "_").replace("/", "_")) is constructor
+
+
+def test_config_holds_every_argument_and_builds_the_same_model():
+    model = DiT(**SMALL, block="adaln", learn_sigma=False)
+    assert list(model.config) == list(inspect.signature(DiT).parameters)
+    assert model.config == {**DiT(**SMALL).config, "block": "adaln", "learn_sigma": False}
+    with torch.device("meta"):
+        copy = DiT(**model.config)
+    assert copy.config == model.config
+    assert [(k, v.shape) for k, v in copy.state_dict().items()] == [(k, v.shape) for k, v in model.state_dict().items()]
+
+
+@pytest.mark.parametrize("in_channels", [1, 3, 4, 8, 16])
+def test_three_of_four_channels_are_guided_and_all_of_any_other_number(in_channels):
+    with torch.device("meta"):
+        model = DiT(**{**SMALL, "in_channels": in_channels, "depth": 1})
+    assert model.guided_channels == (3 if in_channels == 4 else in_channels)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@torch.no_grad()
+def test_model_built_on_the_meta_device_and_loaded_computes_the_same(assign):
+    model = fill(DiT(**SMALL))
+    with torch.device("meta"):
+        loaded = DiT(**SMALL).eval()
+    if not assign:
+        loaded.to_empty(device="cpu")
+    loaded.load_state_dict(model.state_dict(), assign=assign)
+    args = normal("x", 2, 4, 8, 8), torch.tensor([17, 803]), torch.tensor([1, 10])
+    assert torch.equal(loaded(*args), model(*args))
+
+
+@torch.no_grad()
+def test_timestep_embedding_is_the_sinusoid_at_every_timestep():
+    embedder, t = DiT(**SMALL).t_embedder, torch.tensor([0.0, 1.0, 250.5, 999.0])
+    seen = []
+    embedder.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    embedder(t)
+    angles = t.double()[:, None] * 10000.0 ** (-torch.arange(128).double() / 128)
+    torch.testing.assert_close(seen[0].double(), torch.cat([angles.cos(), angles.sin()], dim=1), rtol=0, atol=2e-4)
 
 
 def test_new_adaln_zero_block_is_the_identity():

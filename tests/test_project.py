@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "extract_latents", "sample", "sample_ddp", "evaluate", "likelihood", "complexity"]
+COMMANDS = ["train", "extract_latents", "sample", "sample_ddp", "evaluate", "likelihood", "complexity", "convert"]
 
 
 def test_both_lists_of_dependencies_are_equal():
@@ -35,15 +36,15 @@ def imports(path):
 # Who may import whom, from the ground floor up; commands may import everything but each other and the benchmarks
 MAY_IMPORT = {
     "runtime": set(),
-    "models": {"diffusion"},
+    "models": set(),
     "diffusion": set(),
     "checkpoint": {"runtime", "models", "diffusion"},
     "download": {"runtime", "checkpoint", "models"},
     "data": {"runtime", "checkpoint", "models", "diffusion"},
-    "sampling": {"cli", "runtime", "data", "download", "checkpoint", "models", "diffusion"},
+    "sampling": {"runtime", "data", "download", "checkpoint", "models", "diffusion"},
     "training": {"runtime", "sampling", "data", "checkpoint", "models", "diffusion"},
     "evaluation": {"runtime", "sampling", "data", "checkpoint", "models", "diffusion"},
-    "cli": {"runtime", "checkpoint", "models"},
+    "cli": {"runtime"},
 }
 
 
@@ -57,31 +58,33 @@ def test_imports_go_one_way():
             assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: see docs/design.md, imports go one way"
 
 
-def readme_commands():
-    """(script, words) of every python or torchrun command in the README."""
-    text = (ROOT / "README.md").read_text()
-    for block in re.findall(r"```\w*\n(.*?)```", text, re.S) + re.findall(r"(?:^    \S.*\n)+", text, re.M):
-        for line in block.replace("\\\n", " ").splitlines():
-            line = line.strip().removeprefix("$ ").split(" # ")[0]
-            found = re.match(r"(?:\S+=\S+ )*(?:python|torchrun|srun)\b.*?\b(\w+)\.py\b(.*)", line)
-            if found and found[1] in COMMANDS:
-                yield found[1], shlex.split(found[2])
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+
+
+def shown_commands():
+    """(page, script, words) of every python, torchrun or srun command in the README and the docs."""
+    for page in PAGES:
+        text = page.read_text()
+        for block in re.findall(r"```\w*\n(.*?)```", text, re.S) + re.findall(r"(?:^    \S.*\n)+", text, re.M):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.strip().removeprefix("$ ").split(" # ")[0]
+                found = re.match(r"(?:\S+=\S+ )*(?:python|torchrun|srun)\b.*?\b(\w+)\.py\b(.*)", line)
+                if found and found[1] in COMMANDS:
+                    yield page.name, found[1], shlex.split(found[2])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_that_the_readme_names_exists(command):
-    source = "".join((ROOT / f"{name}.py").read_text() for name in (command, "cli/options", "sampling/pipeline", "likelihood"))
-    known = set(re.findall(r'"(--[a-z][a-z0-9-]*)"', source))
-    known |= {f"--{name}" for name in ("hidden-size", "depth", "num-heads", "patch-size", "mlp-ratio")}
-    known |= {f"--no-{option[2:]}" for option in known}
-    used = [words for script, words in readme_commands() if script == command]
-    assert used, f"the README shows no {command}.py"
-    for words in used:
+def test_every_option_that_the_docs_name_exists(command):
+    text = subprocess.run([sys.executable, ROOT / f"{command}.py", "--help"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"--[a-z][a-z0-9-]*", text))
+    used = [(page, words) for page, script, words in shown_commands() if script == command]
+    assert used, f"neither the README nor the docs show {command}.py"
+    for page, words in used:
         unknown = {word.split("=")[0] for word in words if word.startswith("--")} - known
-        assert not unknown, f"README: {command}.py has no {unknown}"
+        assert not unknown, f"{page}: {command}.py has no {unknown}"
 
 
-def test_pictures_and_files_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / link).exists(), f"README links to {link}, which is not there"
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files_that_exist(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"

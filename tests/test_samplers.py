@@ -10,16 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import normal, stub
-from test_diffusion import HostTraffic
+from reference import HostTraffic, normal, stub
 
 from benchmarks import gaussian
 from diffusion import create_diffusion, sample, samplers
 from diffusion.editing import ddim_inversion, inpainting_denoiser, slerp
+from diffusion.registry import SAMPLERS, SPACINGS
 
 # diffusers reads its tensors in a way that numpy 2 calls old
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
+SOLVERS = [name for name, sampler in SAMPLERS.items() if sampler.scheduler]
+DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if sampler.is_deterministic()]
 X_T = normal("x_T", 3, 4, 8, 8)
 STRIDES = [n for n in range(1, 1001) if 1000 % n == 0]
 
@@ -42,12 +44,12 @@ def recorded(denoiser, seen):
 # The interface
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_yields_each_step_and_asks_the_denoiser_as_often_as_documented(sampler):
     seen = []
     outs = list(sample(sampler, recorded(smooth, seen), X_T, 10))
     assert [out["step"] for out in outs] == list(range(9, -1, -1))
-    assert len(seen) == samplers.model_evaluations(sampler, 10)
+    assert len(seen) == SAMPLERS[sampler].evaluations(10)
     assert seen == sorted(seen, reverse=True)
     assert all(type(t) in (int, float) and 0 <= t <= 999 for t in seen), "t is a number, for denoisers that decide by it"
     for out in outs:
@@ -56,7 +58,7 @@ def test_every_sampler_yields_each_step_and_asks_the_denoiser_as_often_as_docume
     torch.testing.assert_close(outs[-1]["sample"], outs[-1]["pred_xstart"], rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS[1:])
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
 def test_what_is_yielded_is_x_t_of_ddpm_at_the_next_timestep(sampler):
     """With the exact eps of an image and a noise, x_t is their mixture at every level, from the first x_t on."""
     x_0, eps, seen = 0.5 * normal("x_0", *X_T.shape).double(), X_T.double(), []
@@ -78,6 +80,8 @@ def test_what_is_yielded_is_x_t_of_ddpm_at_the_next_timestep(sampler):
         ("ddim", {"spacing": "leading"}, "spacing is an option of"),
         ("heun", {"spacing": "even"}, "not one of leading, linspace, trailing"),
         ("ddim", {"init": X_T, "strength": 0.0}, "strength"),
+        ("ddim", {"init": X_T[:1]}, "init has shape"),
+        ("euler", {"init": X_T[:1]}, "init has shape"),
         ("ddim", {"num_steps": 0}, "0"),
         ("ddpm", {"num_steps": 1001}, "1001"),
         ("euler", {"num_steps": 1001}, "1001 steps"),
@@ -91,26 +95,66 @@ def test_impossible_options_are_refused_at_the_call(sampler, options, reason):
         sample(sampler, smooth, X_T, **{"num_steps": 10, **options})
 
 
-@given(st.sampled_from(samplers.SOLVERS), st.sampled_from(samplers.SPACINGS), st.integers(1, 1000))
+@given(st.sampled_from(SOLVERS), st.sampled_from(SPACINGS), st.integers(1, 1000))
 @settings(max_examples=30, deadline=None)
 def test_solvers_take_a_number_of_steps_or_refuse_it(sampler, spacing, num_steps):
     betas = create_diffusion("").betas
     try:
-        scheduler = samplers.solver_scheduler(sampler, betas, num_steps, spacing)
+        scheduler = samplers.solver_scheduler(SAMPLERS[sampler], betas, num_steps, spacing)
     except ValueError:
         assert num_steps > 60
         return
-    assert len(scheduler.timesteps) == samplers.model_evaluations(sampler, num_steps)
+    assert len(scheduler.timesteps) == SAMPLERS[sampler].evaluations(num_steps)
     assert scheduler.timesteps.min() >= 0
     assert scheduler.timesteps.max() <= 999
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_without_learned_variances_the_solvers_are_the_same(sampler):
-    create = partial(create_diffusion, learn_sigma=False)
-    out = samplers.last(sample(sampler, lambda x, t: smooth(x, t)[:, :4], X_T, 5, create=create))
-    if sampler != "ddpm":
-        assert torch.equal(out, samplers.last(sample(sampler, smooth, X_T, 5)))
+    """And DDPM is as with a learned variance that says beta, the upper end of the interpolation."""
+
+    def says_beta(x, t):
+        eps = smooth(x, t)[:, :4]
+        return torch.cat([eps, torch.ones_like(eps)], dim=1)
+
+    create, step_noise = partial(create_diffusion, learn_sigma=False), lambda x, i: normal(f"step{i}", *x.shape)
+    fixed = sample(sampler, lambda x, t: smooth(x, t)[:, :4], X_T, 5, create=create, step_noise=step_noise)
+    learned = sample(sampler, says_beta, X_T, 5, step_noise=step_noise)
+    tolerance = 0 if SAMPLERS[sampler].is_deterministic() else 1e-5
+    torch.testing.assert_close(samplers.last(fixed), samplers.last(learned), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.5)])
+def test_the_registry_says_which_samplers_are_deterministic(sampler, eta):
+    outs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        outs.append(samplers.last(sample(sampler, smooth, X_T, 5, eta=eta)))
+    assert torch.equal(*outs) == SAMPLERS[sampler].is_deterministic(eta)
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_one_scheduler_is_built_for_a_call(sampler, monkeypatch):
+    import diffusers
+
+    scheduler, built = getattr(diffusers, SAMPLERS[sampler].scheduler), []
+    make = scheduler.__init__
+    monkeypatch.setattr(scheduler, "__init__", lambda *args, **options: built.append(1) or make(*args, **options))
+    samplers.last(sample(sampler, smooth, X_T, 5))
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_next_step_starts_from_the_sample_that_the_caller_put_into_the_dict(sampler):
+    seen = []
+
+    def denoiser(x, t):
+        seen.append(x)
+        return smooth(x, t)
+
+    for out in sample(sampler, denoiser, X_T, 5):
+        out["sample"] = torch.full_like(X_T, out["step"])
+    assert [x.flatten()[0].item() for x in seen[1:]] == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
@@ -121,8 +165,12 @@ def test_a_bar_is_shown_where_asked_for(sampler, capsys):
     assert "Sampling" in capsys.readouterr().err
 
 
-def test_importing_the_samplers_does_not_import_diffusers():
-    code = "import sys, diffusion.editing; assert 'diffusers' not in sys.modules"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [("diffusion, diffusion.registry", {"torch", "numpy", "diffusers"}), ("diffusion.editing", {"diffusers"})],
+)
+def test_what_is_heavy_is_imported_where_it_is_used(modules, heavy):
+    code = f"import sys, {modules}; assert not {heavy} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
@@ -237,7 +285,7 @@ def test_the_floor_is_what_the_last_step_from_the_lowest_noise_leaves():
 # Starting from an image
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_strength_makes_the_last_steps_only_from_the_image_at_their_noise_level(sampler):
     image, all_seen, seen, first = 0.5 * normal("x_0", *X_T.shape), [], [], []
     list(sample(sampler, recorded(smooth, all_seen), X_T, 10))
@@ -248,7 +296,7 @@ def test_strength_makes_the_last_steps_only_from_the_image_at_their_noise_level(
 
     outs = list(sample(sampler, recorded(denoiser, seen), X_T, 10, init=image, strength=0.4))
     assert [out["step"] for out in outs] == [3, 2, 1, 0]
-    assert seen == all_seen[-samplers.model_evaluations(sampler, 4) :]
+    assert seen == all_seen[-SAMPLERS[sampler].evaluations(4) :]
     alpha_bar = gaussian.alpha_bar_at(seen[0])
     torch.testing.assert_close(first[0], alpha_bar**0.5 * image + (1 - alpha_bar) ** 0.5 * X_T, rtol=1e-4, atol=1e-4)
 
@@ -271,7 +319,7 @@ def test_ddim_inversion_follows_the_exact_trajectory_with_order_one():
     assert errors[1] < 0.03
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_inpainting_keeps_the_known_part_and_leaves_the_rest_to_the_model(sampler):
     image, mask = 0.5 * normal("x_0", *X_T.shape), torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1

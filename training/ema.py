@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights, which all results are reported with."""
+"""The exponential moving average of a model's weights, with which all results are reported."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 class EMA:
     """`module` holds the average: a copy of the model in eval mode. Only trainable parameters are averaged; the frozen
-    position embedding never moves."""
+    position embedding never changes."""
 
     def __init__(self, model, decay=0.9999, warmup=False):
         self.decay, self.warmup = decay, warmup
@@ -18,7 +18,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step):
-        """average <- decay * average + (1 - decay) * weights, in one fused call. step: updates made so far, from 0; with
-        warm-up the decay is at most (1 + step) / (10 + step), so that a short run forgets its start."""
+        """average <- decay * average + (1 - decay) * weights, in one fused call. step: number of updates made before,
+        from 0. With warm-up the decay is at most (1 + step) / (10 + step), so that a short run forgets its initial
+        weights."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)

@@ -1,26 +1,27 @@
-"""A training run's folder, which holds everything needed to continue, explain and repeat it:
+"""The folder of a run, which holds everything needed to continue, explain and repeat it:
 
-options.json   all options, resolved      log.txt         the lines that people parse
-status.json    running, preempted, ...    metrics.jsonl   the numbers, one JSON object a line
-checkpoints/   {step:07d}.pt              .lock           held by the process that writes here
+options.json   all options            log.txt         the lines that people parse
+status.json    running, preempted...  metrics.jsonl   the numbers, one JSON object a line
+checkpoints/   {step:07d}.pt          .lock           held by the process that writes here
 """
 
 import json
 import math
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from checkpoint import files as checkpoint
+from checkpoint.files import set_aside
 from runtime import files
 from runtime.errors import RunError, UserError
 
 
-def numbered(results_dir, model):
-    """Make the next `{index:03d}-{model}` in results_dir. Returns its path."""
+def make_numbered(results_dir, model):
+    """Make the next `{index:03d}-{model}` in results_dir. Returns its path. Raises OSError."""
     results = Path(results_dir)
     results.mkdir(parents=True, exist_ok=True)
     index = max((int(match[0]) + 1 for p in results.iterdir() if (match := re.match(r"\d{3,}(?=-)", p.name))), default=0)
@@ -33,95 +34,124 @@ def numbered(results_dir, model):
             index += 1
 
 
-def mark_started(folder):
-    """Replace a status that an earlier process has left, such as "preempted", before anything of this one can fail: a job
-    script that reads the status would otherwise requeue a job that fails at its start, again and again. A run that another
-    process holds is left alone."""
-    path = Path(folder) / "status.json"
-    if not path.exists():
-        return
-    try:
-        with files.lock_folder(Path(folder)):
-            files.write_json(path, {"state": "starting", "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
-    except (UserError, OSError):
-        pass  # RunFolder meets the same obstacle a little later, and tells it
-
-
 class RunFolder:
-    """Rank 0's hold on a run's folder. Raises UserError where another run holds it, or it cannot be written."""
+    """Rank 0's access to the folder of a run. Raises UserError where another run holds it or it cannot be written to.
 
-    def __init__(self, path):
-        self.path = Path(path)
+    error: the first failure to write a record. It is kept and not raised, because one rank must not end alone between two
+    calls that all ranks take part in; the session looks at it before each step."""
+
+    def __init__(self, path, is_new=False):
+        self.path, self.is_new = Path(path), is_new
         self._lock = files.lock_folder(self.path)
         self.checkpoints = self.path / "checkpoints"
         self.log_file = self.metrics_file = self.error = None
-        try:
-            self.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self.checkpoints, error) from None
-        files.remove_leftovers(self.checkpoints)
+        # a status of an earlier process, such as "preempted", must not outlive a start that fails: job scripts read it
+        self.write_status("starting")
 
     def start(self, options, step):
-        """Cut the records back to `step`, note the options, and begin to record. Raises RunError."""
-        try:
-            self._cut_back("log.txt", step, lambda line: (m := re.search(r"\(step=(\d+)\)", line)) and int(m[1]))
-            self._cut_back("metrics.jsonl", step, _step_of_metrics)
+        """Record the options, drop the metrics of later steps than `step`, and open the records. Raises RunError."""
+        with files.write_errors(self.path, "; checkpoints are untouched", RunError):
+            self.checkpoints.mkdir(exist_ok=True)
+            files.remove_leftovers(self.checkpoints)
+            self._drop_later_metrics(step)
             files.write_json(self.path / "options.json", options)
-            self.log_file = open(self.path / "log.txt", "a", buffering=1)  # noqa: SIM115
+            self.log_file = open(self.path / "log.txt", "a", buffering=1)  # noqa: SIM115 -- closed in close()
             self.metrics_file = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            checkpoint.set_aside(self.checkpoints, step, self.log)
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
-        self.mark("running", step)
+            set_aside(self.checkpoints, step, self.log)
+        self.is_new = False
+        self.write_status("running", step)
 
-    def _cut_back(self, name, step, step_of):
-        """Drop everything from the first line of a later step on, so that no step stands twice."""
-        path = self.path / name
+    def _drop_later_metrics(self, step):
+        """Cut metrics.jsonl before the first row of a later step, so that no step stands in it twice."""
+        path = self.path / "metrics.jsonl"
         if not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or (step_of(line) or 0) > step:  # half a line is what a kill leaves
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                if not line.endswith("\n") or row["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError, RecursionError):  # half a line is what a kill leaves
                 break
             kept.append(line)
         files.replace_file(path, lambda file: file.write("".join(kept).encode()))
 
-    def mark(self, state, step):
-        """Leave a mark: running, preempted, interrupted, finished or failed."""
+    def write_status(self, state, step=None):
+        """state: starting, running, preempted, interrupted, finished or failed."""
         status = {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        self._noting_errors(lambda: files.write_json(self.path / "status.json", status))
+        self._keep_errors(lambda: files.write_json(self.path / "status.json", status))
 
     def log(self, text):
+        """Print a line, above the progress bar, and add it to log.txt."""
         tqdm.write(text)
         if self.log_file:
             line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n"
-            self._noting_errors(lambda: self.log_file.write(line))
+            self._keep_errors(lambda: self.log_file.write(line))
 
-    def metrics(self, **values):
-        # JSON has no NaN, which the mean over an interval without a finite update is
+    def write_metrics(self, values):
+        """Add a row to metrics.jsonl. JSON has no NaN, which means are where no update was finite: it becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._noting_errors(lambda: self.metrics_file.write(json.dumps(values) + "\n"))
+        self._keep_errors(lambda: self.metrics_file.write(json.dumps(values) + "\n"))
 
     def close(self):
         for file in filter(None, (self.log_file, self.metrics_file)):
-            self._noting_errors(lambda file=file: (file.flush(), os.fsync(file.fileno())))
-            self._noting_errors(file.close)
+            self._keep_errors(lambda file=file: (file.flush(), os.fsync(file.fileno())))
+            self._keep_errors(file.close)
         self._lock.close()
+        if self.is_new:  # nothing was begun here: a mistake in the command leaves no folder behind
+            shutil.rmtree(self.path, ignore_errors=True)
 
-    def _noting_errors(self, write):
-        """A full disk must not end one rank between two calls that all take part in: `error` is for the loop to look at."""
+    def _keep_errors(self, write):
         try:
             write()
         except OSError as error:
-            self.error = self.error or _unwritable(self.path, error)
+            self.error = self.error or files.unwritable(self.path, error)
 
 
-def _unwritable(path, error):
-    return RunError(f"{path}: cannot be written to ({error.strerror}); checkpoints are untouched")
+def open_run_folder(run, model, context):
+    """(path, RunFolder on rank 0 and None on the others). run: a RunConfig. Raises UserError, on every rank, where the
+    folder is in use, cannot be written to, or is not seen by all processes."""
+    folder = None
 
+    def open_it():
+        nonlocal folder
+        try:
+            if run.run_dir:
+                folder = RunFolder(run.run_dir, is_new=not Path(run.run_dir).exists())
+            else:
+                folder = RunFolder(make_numbered(run.results_dir, model), is_new=True)
+        except OSError as error:
+            option = f"--run-dir {run.run_dir}" if run.run_dir else f"--results-dir {run.results_dir}"
+            raise UserError(f"{option}: cannot be written to ({files.reason(error)})") from None
+        return str(folder.path), time.time_ns()
 
-def _step_of_metrics(line):
+    path, token = context.run_on_main(open_it)
+    shared = Path(path) / f".shared-{token}"
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return None
+        if folder:
+            with files.write_errors(path):
+                shared.touch()
+        context.barrier()
+        context.run_on_all_ranks(lambda: _check_shared(path, shared, context))
+    except BaseException:
+        if folder:
+            folder.close()
+        raise
+    finally:
+        if folder:
+            shared.unlink(missing_ok=True)
+    return path, folder
+
+
+def _check_shared(path, shared, context, patience=10.0):
+    """Raises UserError where this process does not see the file that rank 0 has made: nodes with folders of their own would
+    train, and fail only when they resume."""
+    deadline = time.monotonic() + patience  # network file systems show a new file with a delay
+    while not shared.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--run-dir {path}: process {context.rank} does not see the folder that process 0 writes to; choose one on "
+                "storage that all nodes share"
+            )
+        time.sleep(0.1)

@@ -1,18 +1,18 @@
-"""latents.py against a small autoencoder of the Stable Diffusion kind."""
+"""data/autoencoder.py against a small autoencoder of the Stable Diffusion kind."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli import options
-from data import autoencoder as latents
+from data.autoencoder import check_image_size, load_space
 from runtime.errors import UserError
 
 
 def test_space_comes_from_the_autoencoders_config(small_vae):
-    space = latents.load(str(small_vae)).place("cpu")
+    space = load_space(str(small_vae)).place("cpu")
     assert (space.channels, space.factor, space.scaling, space.shift) == (4, 8, 0.18215, 0.0)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     torch.manual_seed(0)
@@ -27,7 +27,7 @@ def test_space_comes_from_the_autoencoders_config(small_vae):
 
 
 def test_pixels_are_left_alone():
-    space, images = latents.load("none", image_channels=1), torch.rand(2, 1, 8, 8)
+    space, images = load_space("none", image_channels=1), torch.rand(2, 1, 8, 8)
     assert (space.channels, space.factor) == (1, 1)
     assert space.place("cpu").decode(space.encode(images)) is images
 
@@ -36,16 +36,16 @@ def test_pixels_are_left_alone():
 def test_an_autoencoder_that_cannot_be_had_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--vae .*: no usable autoencoder") as error:
-        latents.load(name)
+        load_space(name)
     assert "\n" not in str(error.value)
 
 
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest():
-    options.check_image_size(256, 8, 2)
+    check_image_size(256, 8, 2)
     with pytest.raises(UserError, match="--image-size 250: not a multiple of 16 .*; 240 and 256 are the nearest"):
-        options.check_image_size(250, 8, 2)
+        check_image_size(250, 8, 2)
     with pytest.raises(UserError, match="64 is the smallest"):
-        options.check_image_size(20, 8, 8)
+        check_image_size(20, 8, 8)
 
 
 # What config.json of stabilityai/sd-vae-ft-mse holds, which diffusers 0.4.2 has written
@@ -75,11 +75,48 @@ def as_of_0_4_2(source, folder, kind):
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 def test_an_autoencoder_of_the_releases_age_is_the_same_autoencoder(small_vae, tmp_path, kind):
-    old = latents.load(str(as_of_0_4_2(small_vae, tmp_path / "vae", kind))).place("cpu")
-    new = latents.load(str(small_vae)).place("cpu")
+    old = load_space(str(as_of_0_4_2(small_vae, tmp_path / "vae", kind))).place("cpu")
+    new = load_space(str(small_vae)).place("cpu")
     assert (old.channels, old.factor, old.scaling, old.shift) == (4, 8, 0.18215, 0.0)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(old.moments(images), new.moments(images))
     x_0 = torch.randn(2, 4, 4, 4)
     assert torch.equal(old.decode(x_0), new.decode(x_0))
     assert old.encoder_checksum() == new.encoder_checksum()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scaling_factor": "0.18215"}, {"scaling_factor": None}, {"scaling_factor": 0}, {"shift_factor": "0"},
+        {"latent_channels": None}, {"latent_channels": 4.5}, {"latent_channels": -4}, {"block_out_channels": 8},
+        {"block_out_channels": []}, {"block_out_channels": ["8"]}, {"in_channels": [3]}, {"in_channels": True},
+    ],
+)  # fmt: skip
+def test_values_of_wrong_types_in_the_config_are_named(small_vae, tmp_path, change):
+    config = json.loads((small_vae / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=f"--vae {tmp_path}: no usable autoencoder in that folder") as error:
+        load_space(str(tmp_path))
+    assert next(iter(change)).replace("_", "-") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "3", '{"_class_name": "AutoencoderKL"', '"text"'])
+def test_a_config_that_is_no_object_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="no usable autoencoder in that folder") as error:
+        load_space(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(small_vae, tmp_path, value):
+    shutil.copytree(small_vae, tmp_path / "vae")
+    path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_in.weight"][0, 0] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    space = load_space(str(tmp_path / "vae"))
+    with pytest.raises(UserError, match="decoder.conv_in.weight.* not finite"):
+        space.place("cpu")

@@ -1,6 +1,6 @@
-"""Whole commands in forked processes, which start in a fraction of a second, and what their runs leave, compared: for the
-tests and faults.py. Import the command first, and keep torch to one thread: forked processes may not use OpenMP's.
-"""
+"""Whole commands in forked processes, which start in a fraction of a second, and comparisons of what their runs leave.
+
+Import the command's modules first, and keep torch to one thread: forked processes may not use OpenMP's threads."""
 
 import json
 import multiprocessing
@@ -9,14 +9,15 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 
 import torch
 from tqdm.auto import tqdm
 
-from checkpoint import files as checkpoint
+from checkpoint import files
 
-TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib"}
+TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib", "training_seconds"}
 
 
 def metrics(folder):
@@ -28,7 +29,7 @@ def without_timings(folder):
 
 
 def latest(folder):
-    return checkpoint.load(checkpoint.newest_first(folder / "checkpoints")[0])
+    return files.load(files.newest_first(folder / "checkpoints")[0])
 
 
 def flat(tree, path=()):
@@ -44,7 +45,18 @@ def assert_same_state(a, b):
         for key, value in left.items():
             same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
             assert same, f"{part} {key} differs from the undisturbed run's"
-    assert (a["step"], a["images_seen"], a["progress"]) == (b["step"], b["images_seen"], b["progress"])
+    assert (a["step"], a["images_seen"]) == (b["step"], b["images_seen"])
+
+
+def wait_for(condition, seconds=60):
+    for _ in range(seconds * 20):
+        try:
+            if condition():
+                return
+        except (OSError, ValueError):  # the file is not there yet, or half written
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"not so after {seconds} s")
 
 
 def call(main, *argv):

@@ -1,0 +1,38 @@
+"""What a .safetensors file of weights says of its model: text in its metadata, of which ours is JSON.
+
+The record of a model is a dict with some of `model_config` (the arguments of models.DiT), `class_names` (list of str),
+`vae` (as --vae names it) and `image_size` (pixels).
+"""
+
+import json
+
+from safetensors import safe_open
+
+from checkpoint.files import CheckpointError
+
+NAMES = ("model_config", "class_names", "vae", "image_size")
+
+
+def of(checkpoint, vae=None):
+    """The record of an opened checkpoint. vae: in place of the autoencoder that it records. The image size is left out
+    where no autoencoder is known, because it is a guess then."""
+    vae = vae or checkpoint.metadata.get("recorded_vae") or checkpoint.vae
+    found = {"model_config": checkpoint.model_config, "class_names": checkpoint.class_names, "vae": vae}
+    return found | {"image_size": checkpoint.image_size if checkpoint.vae else None}
+
+
+def to_text(record):
+    """A record as the metadata of a .safetensors file; "format" is what diffusers asks for."""
+    return {"format": "pt"} | {name: json.dumps(record[name]) for name in NAMES if record.get(name) is not None}
+
+
+def read(path):
+    """The record in a .safetensors file, empty for other files. Raises CheckpointError where it is damaged."""
+    if not str(path).endswith(".safetensors"):
+        return {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        return {name: json.loads(metadata[name]) for name in NAMES if name in metadata}
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: damaged: its metadata is not JSON") from None

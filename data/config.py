@@ -1,0 +1,62 @@
+"""The options of the data and of extract_latents.py. Imports nothing heavy, so that a command starts fast."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.config import Config, option
+from runtime.errors import UserError
+
+MAX_BATCH = 65536
+MAX_SIDE = 65536  # pixels
+MAX_SHARD = 10_000_000
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """Training data"""
+
+    data_path: str = option(
+        help="a folder with one folder of images per class; or a folder of latents that extract_latents.py has made of "
+        'such a folder; or "digits", the handwritten digits of scikit-learn',
+        changeable=True,
+    )
+    flip: bool = option(True, "mirror each image with probability 1/2, anew in every epoch")
+    num_workers: int = option(4, "number of processes that read images, for each training process", low=0, high=1024,
+        changeable=True)  # fmt: skip
+    skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can")
+
+    def check(self):
+        if not self.data_path:
+            raise UserError("--data-path: is empty; name a folder")
+
+
+@dataclass(frozen=True)
+class ExtractConfig(Config):
+    """Extraction of latents"""
+
+    data_path: str = option(help="a folder with one folder of images per class")
+    out: str = option(help="the folder of latents to make; an interrupted extraction into it is completed")
+    vae: str = option("ema", 'the autoencoder: "ema" or "mse" for stabilityai/sd-vae-ft-ema or -mse, or a folder or a '
+        "Hugging Face hub name of a diffusers AutoencoderKL")  # fmt: skip
+    image_size: int = option(256, "side of the training crop in pixels", low=1, high=MAX_SIDE)
+    flip: bool = option(True, "also store the latents of the mirrored images, which train.py --flip needs")
+    dtype: str = option("float16", "number format of the stored latents", choices=("float16", "float32"))
+    batch_size: int = option(32, "number of images that a process encodes at once", low=1, high=MAX_BATCH)
+    shard_size: int = option(8192, "number of images in a file of latents; a process holds one such file in memory", low=1,
+        high=MAX_SHARD)  # fmt: skip
+    num_workers: int = option(4, "number of processes that read images, for each encoding process", low=0, high=1024)
+    skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can")
+    tf32: bool = option(True, "use TF32 for matrix products and convolutions on GPUs, which is faster")
+    device: str | None = option(None, "where to compute (default: cuda if available, then mps, then cpu)",
+        choices=("cuda", "mps", "cpu"))  # fmt: skip
+
+    def check(self):
+        for name, value in (("--data-path", self.data_path), ("--out", self.out)):
+            if not value:
+                raise UserError(f"{name}: is empty; name a folder")
+        if self.data_path == "digits":
+            raise UserError("--data-path digits: they are 8x8 pixels, too small for an autoencoder; train.py takes them so")
+        if self.vae == "none":
+            raise UserError("--vae none: pixels need no encoding; train.py takes the image folder as it is")
+        if Path(self.out).resolve().is_relative_to(Path(self.data_path).resolve()):
+            raise UserError(f"--out {self.out}: is inside --data-path {self.data_path}; choose a folder outside of it")

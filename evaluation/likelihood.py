@@ -1,0 +1,219 @@
+"""The variational bound of a pixel-space model in bits per dimension: the work of likelihood.py."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from checkpoint.opened import Checkpoint
+from data.autoencoder import load_space, to_model_range
+from data.config import DataConfig
+from data.images import load_dataset
+from data.stored_latents import is_latents_folder
+from diffusion import create_diffusion
+from runtime import files, seeds
+from runtime.devices import explain_out_of_memory, set_precision
+from runtime.errors import RunError, UserError
+from sampling.source import settle
+
+
+def measure_likelihood(config, context):
+    """The report of a LikelihoodConfig on rank 0, None on other ranks. Raises UserError."""
+    checkpoint = Checkpoint.open(config.ckpt, config.num_heads)
+    settings = settle(config, checkpoint, pixel_space(config, checkpoint))
+    dataset = open_dataset(config, checkpoint, settings["image_size"], context)
+    labels = class_numbers(config, checkpoint, dataset)
+    indices = choose(len(dataset), config.num_images, config.seed)
+    model = checkpoint.build_model()
+    diffusion = create_diffusion(str(config.num_timesteps), learn_sigma=model.learn_sigma)
+    with set_precision("fp32", context.device), explain_out_of_memory("lower --batch-size"):
+        rows = measure(model.to(context.device), diffusion, dataset, labels, indices, config, context)
+    if not context.is_main:
+        return None
+    if not rows.isfinite().all():
+        raise RunError(f"--ckpt {config.ckpt}: the bound is not finite; take another checkpoint")
+    return summarise(rows, diffusion.timestep_map) | {"settings": record(config, checkpoint, context)}
+
+
+def pixel_space(config, checkpoint):
+    """The space of a model of pixels. Raises UserError for a model of latents."""
+    channels, vae = checkpoint.model_config["in_channels"], config.vae or checkpoint.vae
+    if channels not in (1, 3):
+        raise UserError(
+            f"--ckpt {config.ckpt}: works on latents, so its bound is one of latents and not of images, to which "
+            "the autoencoder gives no probability; use a model that was trained with --vae none"
+        )
+    if vae != "none":
+        found = f"--vae is {vae}" if vae else "records no --vae"
+        raise UserError(
+            f"--ckpt {config.ckpt}: {channels} channels, like pixels, but {found}; if it works on pixels, pass --vae none"
+        )
+    return load_space(vae, channels)
+
+
+def open_dataset(config, checkpoint, image_size, context):
+    """The images of --data-path. Raises UserError where they are not of the model's kind."""
+    path, channels = config.data_path, checkpoint.model_config["in_channels"]
+    if is_latents_folder(path):
+        raise UserError(f"--data-path {path}: holds latents of extract_latents.py; name the folder of images")
+    dataset = load_dataset(DataConfig(data_path=path, flip=False), image_size, context=context)
+    if channels != dataset.channels:
+        raise UserError(f"--data-path {path}: images of {dataset.channels} channels, {config.ckpt} works on {channels}")
+    return dataset
+
+
+def class_numbers(config, checkpoint, dataset):
+    """The model's number of each of the dataset's classes: by name where the checkpoint records names, else in order."""
+    num_classes, names = checkpoint.model_config["num_classes"], checkpoint.class_names
+    if not num_classes:
+        return [0] * len(dataset.classes)
+    if not names:
+        if len(dataset.classes) != num_classes:
+            raise UserError(
+                f"--data-path {config.data_path}: {len(dataset.classes)} classes, {config.ckpt} has {num_classes} and "
+                "records no names to tell which these are; give a folder of all classes"
+            )
+        return list(range(num_classes))
+    numbers = []
+    for name, folder in zip(dataset.classes, getattr(dataset, "folders", dataset.classes), strict=True):
+        # some checkpoints record the folders' names; a name that two classes share is recorded with the folder's
+        known = [candidate for candidate in (folder, name, f"{name} ({folder})") if candidate in names]
+        if not known:
+            raise UserError(
+                f"--data-path {config.data_path}: {name!r} is no class of {config.ckpt}, which knows "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; name the folders as in training"
+            )
+        numbers.append(names.index(known[0]))
+    return numbers
+
+
+def choose(num_images, wanted, seed):
+    """Indices of the images to measure: the first `wanted` of a shuffled order, so that a larger number keeps the images of
+    a smaller one."""
+    if num_images < 2:
+        raise UserError("--data-path: holds one image; a standard error needs at least 2")
+    return seeds.generator(seed, seeds.BOUND_CHOICE).permutation(num_images)[:wanted].tolist()
+
+
+def measure(model, diffusion, dataset, labels, indices, config, context):
+    """The `bound` of the images `indices` of the dataset, in their order, on every rank. The ranks take whole batches in
+    turn, so that the number of ranks does not change the result in any bit."""
+    batches = [indices[first : first + config.batch_size] for first in range(0, len(indices), config.batch_size)]
+
+    def measure_share():
+        mine, rows = batches[context.rank :: context.world_size], []
+        total = sum(map(len, mine)) * diffusion.num_timesteps
+        with tqdm(total=total, desc="Bound", unit="step", unit_scale=True, disable=not context.is_main) as bar:
+            for batch in mine:
+                items = [read(dataset, index) for index in batch]
+                x_0 = to_model_range(torch.stack([item["image"] for item in items]).to(context.device))
+                y = torch.tensor([labels[item["label"]] for item in items], device=context.device)
+
+                def denoise(x_t, t, y=y):
+                    bar.update(len(x_t))
+                    return model(x_t, t, y)
+
+                rows.append(bound(diffusion, denoise, x_0, config.seed, batch))
+        return rows
+
+    gathered = context.all_gather(context.run_on_all_ranks(measure_share))
+    return torch.cat([gathered[b % context.world_size][b // context.world_size] for b in range(len(batches))])
+
+
+def read(dataset, index):
+    try:
+        return dataset[index, 0]
+    except UserError as error:
+        raise UserError(str(error).removesuffix(", or pass --skip-bad-images")) from None  # an option of training
+
+
+def bound(diffusion, denoise, x_0, seed, indices):
+    """The terms of the bound, DDPM (Ho et al. 2020), eq. 5, in bits per dimension: (N, num_timesteps + 1) float64 on the
+    CPU: L_0 (the decoder's), L_1, ..., and L_T (the prior's) last.
+
+    x_0: (N, C, H, W) in [-1, 1]. The noise of image n depends on (seed, indices[n]) alone."""
+    generators = [seeds.generator(seed, seeds.BOUND_NOISE, index) for index in indices]
+
+    def step_noise(x, i):
+        rows = [generator.standard_normal(x.shape[1:], "float32") for generator in generators]
+        return torch.from_numpy(np.stack(rows)).to(x.device)
+
+    found = diffusion.calc_bpd_loop(denoise, x_0, step_noise=step_noise)
+    return torch.cat([found["vb"].flip(1), found["prior_bpd"][:, None]], dim=1).cpu().double()
+
+
+def summarise(rows, timesteps):
+    """Mean over images, and its standard error, of the total, the prior and the term of each of the `timesteps`.
+
+    rows: (N, num_timesteps + 1), see `bound`. timesteps: of the training process, ascending."""
+
+    def moments(values):
+        return {"mean": values.mean(0).tolist(), "standard_error": (values.std(0) / math.sqrt(len(rows))).tolist()}
+
+    return {
+        "unit": "bits per dimension",
+        "images": len(rows),
+        "total": moments(rows.sum(1)),
+        "prior": moments(rows[:, -1]),
+        "terms": {"timestep": timesteps, **moments(rows[:, :-1])},
+    }
+
+
+def record(config, checkpoint, context):
+    """What the report's numbers were made from."""
+    return {
+        **{name: getattr(config, name) for name in ("ckpt", "data_path", "num_timesteps", "batch_size", "seed")},
+        "checkpoint_crc32": checkpoint.checksum,
+        "checkpoint_step": checkpoint.step,
+        "processes": context.world_size,
+        "device": context.device.type,
+        "torch": torch.__version__,
+    }
+
+
+def describe(report):
+    total, terms = report["total"], report["terms"]["mean"]
+    return (
+        f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension: decoder term {terms[0]:.4f}, "
+        f"other terms {sum(terms[1:]):.4f}, prior {report['prior']['mean']:.2g} ({report['images']} images, "
+        f"{len(terms)} timesteps)"
+    )
+
+
+def check_outputs(output):
+    """Refuse, before any work, a report or plot that could not be written. Raises UserError."""
+    for path in (Path(output), Path(output).with_suffix(".png")):
+        files.check_output(path, "--output")
+
+
+def write_report(report, output):
+    """Write the report as JSON, and a plot of its terms beside it. Raises RunError."""
+    with files.write_errors(output, error_class=RunError):
+        files.write_json(output, report)
+        figure = plot(report)
+        files.replace_file(
+            Path(output).with_suffix(".png"), lambda file: figure.savefig(file, format="png", bbox_inches="tight")
+        )
+
+
+def plot(report):
+    """A figure of the terms over the timesteps, both logarithmic, with a band of one standard error."""
+    from matplotlib.figure import Figure  # takes a second to import; without pyplot there is no window and no state
+
+    terms, total, prior = report["terms"], report["total"], report["prior"]
+    t, mean, error = (np.array(terms[name]) for name in ("timestep", "mean", "standard_error"))
+    figure = Figure(figsize=(6.4, 3.6), dpi=120)
+    axes = figure.subplots()
+    axes.fill_between(t + 1, mean - error, mean + error, alpha=0.3, linewidth=0)
+    axes.plot(t + 1, mean, marker=".", markersize=3, linewidth=1)
+    axes.annotate(f"decoder term {mean[0]:.2f}", (1, mean[0]), (0, -14), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="timestep t + 1", ylabel="bits per dimension")
+    axes.set_title(
+        f"{total['mean']:.3f} ± {total['standard_error']:.3f} bits per dimension, of which prior {prior['mean']:.2g}\n"
+        f"{report['images']} images, {len(t)} timesteps",
+        fontsize="medium",
+    )
+    axes.grid(alpha=0.3)
+    return figure

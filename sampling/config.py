@@ -1,0 +1,171 @@
+"""The options of sampling, as sample.py and sample_ddp.py take them. Importing this module is fast: no torch."""
+
+from dataclasses import dataclass
+
+from checkpoint.config import MAX_SIZE, MODELS
+from diffusion import check_sampler
+from diffusion.registry import GUIDANCE_SCHEDULES, SAMPLERS, SPACINGS
+from runtime.config import Config, option
+from runtime.errors import UserError
+
+MAX_SEED = 2**63 - 1  # of torch.manual_seed
+
+
+@dataclass(frozen=True)
+class SourceConfig(Config):
+    """model"""
+
+    ckpt: str | None = option(None, "a checkpoint of train.py or of the original release, or weights as .safetensors "
+        "(default: the released DiT-XL/2 for --image-size 256 or 512, downloaded when missing)")  # fmt: skip
+    model: str | None = option(None, "size and patch size (default: the checkpoint's)", choices=MODELS,
+        metavar="DiT-{S,B,L,XL}/{2,4,8}")  # fmt: skip
+    image_size: int | None = option(None, "side of the images in pixels (default: the checkpoint's)", low=1, high=MAX_SIZE)
+    num_classes: int | None = option(None, "number of classes (default: the checkpoint's)", low=0, high=10_000_000)
+    num_heads: int | None = option(
+        None, "number of attention heads, where weights have no record of it", low=1, high=MAX_SIZE
+    )
+    vae: str | None = option(None, 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
+        'AutoencoderKL, or "none" for pixels (default: the one that the checkpoint records; where that is "ema" or "mse", '
+        "or nothing is recorded, sample.py takes mse and sample_ddp.py takes ema)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamplerConfig(Config):
+    """sampler"""
+
+    sampler: str = option("ddpm", "; ".join(f"{s.name}: {s.help}" for s in SAMPLERS.values()), choices=tuple(SAMPLERS))
+    num_sampling_steps: int = option(250, "number of sampling steps", low=1, high=1000)
+    eta: float = option(0.0, "noise in each step of ddim, from 0 (none) to 1 (about as in ddpm)", low=0, high=1)
+    spacing: str | None = option(None, "how the timesteps of dpm-solver++, unipc, heun and euler are spaced (default: "
+        "linspace)", choices=SPACINGS)  # fmt: skip
+
+    def check_steps(self):
+        """Raises UserError where the sampler lacks an option, or cannot make this number of steps. Imports torch."""
+        try:
+            check_sampler(self.sampler, self.num_sampling_steps, self.eta, self.spacing)
+        except ValueError as error:
+            raise UserError(f"--sampler {self.sampler}: {error}") from None
+
+
+@dataclass(frozen=True)
+class GuidanceConfig(Config):
+    """guidance"""
+
+    cfg_scale: float = option(1.5, "scale of classifier-free guidance; 1 is no guidance", low=0)
+    cfg_channels: str | None = option(None, "how many channels are guided (default: 3 of 4 channels, as in the published "
+        "results; all of any other number)", choices=("3", "all"))  # fmt: skip
+    guidance_interval: tuple[float, float] | None = option(None, "guide only where LO <= t / 1000 <= HI, and save the "
+        "unconditional evaluations elsewhere (default: guide everywhere)", low=0, high=1, metavar=("LO", "HI"))  # fmt: skip
+    guidance_schedule: str = option("constant", "growth of the scale towards the image", choices=tuple(GUIDANCE_SCHEDULES))
+    guidance_rescale: float = option(0.0, "share of the guided prediction whose standard deviation is set back to that of "
+        "the conditional one: phi of Lin et al. 2024", low=0, high=1)  # fmt: skip
+    guide_ckpt: str | None = option(None, "checkpoint of a weaker model to guide away from, in place of the unconditional "
+        "prediction (Karras et al. 2024, autoguidance)")  # fmt: skip
+
+    def check(self):
+        if self.guidance_interval and not self.guidance_interval[0] < self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            raise UserError(f"--guidance-interval {low} {high}: is empty; give 0 <= LO < HI <= 1, in t / 1000")
+        if self.guide_ckpt and self.cfg_scale == 1:
+            raise UserError("--guide-ckpt: does nothing at --cfg-scale 1; give a larger scale")
+
+
+@dataclass(frozen=True)
+class ComputeConfig(Config):
+    """arithmetic"""
+
+    tf32: bool = option(True, "compute matrix products and convolutions in TF32 on GPUs")
+    precision: str | None = option(None, "precision of the model's matrix products (default: tf32 with --tf32, else fp32)",
+        choices=("fp32", "tf32", "bf16"))  # fmt: skip
+    compile: str | None = option(None, "compile the model's blocks with this backend of torch.compile; inductor if "
+        "none is named (default: off)", metavar="BACKEND", const="inductor")  # fmt: skip
+    device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
+
+    def check(self):
+        if self.precision == "tf32" and not self.tf32:
+            raise UserError("--precision tf32: contradicts --no-tf32; leave one of them out")
+
+    @property
+    def products(self):
+        """Precision of the model's matrix products: "fp32", "tf32" or "bf16"."""
+        return self.precision or ("tf32" if self.tf32 else "fp32")
+
+
+@dataclass(frozen=True)
+class EditingConfig(Config):
+    """image to image"""
+
+    interpolate: str | None = option(None, "draw rows of --columns images: from a label's noise to that of --to-seed, or "
+        "from a class to the next (default: off)", choices=("seeds", "classes"))  # fmt: skip
+    to_seed: int | None = option(None, "seed at the end of --interpolate seeds (default: 1)", low=0, high=MAX_SEED)
+    init_image: str | None = option(None, "start from this image file, cropped like training images", metavar="FILE")
+    strength: float | None = option(None, "share of the sampling steps that --init-image goes through, more than 0 and "
+        "up to 1: the larger, the less is left of it (default: 0.75)", above=0, high=1)  # fmt: skip
+    invert: bool = option(False, "start from the noise that DDIM inversion finds for --init-image; needs --sampler ddim")
+    mask: str | None = option(None, "redraw --init-image only where this image file is white", metavar="FILE")
+
+    def check(self):
+        if not self.init_image:
+            for name in ("strength", "invert", "mask"):
+                if getattr(self, name):
+                    raise UserError(f"--{name}: needs --init-image, the image to work on")
+        elif self.interpolate:
+            raise UserError("--interpolate: does not go with --init-image")
+        if self.to_seed is not None and self.interpolate != "seeds":
+            raise UserError("--to-seed: needs --interpolate seeds")
+        if self.strength and (self.invert or self.mask):
+            raise UserError(f"--strength: does not go with --{'invert' if self.invert else 'mask'}, which makes all steps")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Config):
+    """Options of sample.py."""
+
+    labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number (default: 207 360 387 974 88 "
+        "979 417 279, or the first eight of a model with other classes)", metavar="CLASS")  # fmt: skip
+    seed: int = option(0, "seed of all random numbers", low=0, high=MAX_SEED)
+    samples_per_label: int = option(1, "images of each label", low=1, high=10_000)
+    output: str = option("sample.png", "file of the grid of images", metavar="FILE")
+    columns: int = option(4, "images in a row of the grid", low=1, high=10_000)
+    enlarge: int = option(1, "repeat each pixel this many times in both directions", low=1, high=64)
+    captions: bool = option(False, "write the class under each image")
+    save_trajectory: str | None = option(None, "file for the predicted x_0 during sampling: an animation if it is a .gif, "
+        "else a grid with a row for each image (default: not saved)", metavar="FILE")  # fmt: skip
+    editing: EditingConfig = EditingConfig()
+    source: SourceConfig = SourceConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig(cfg_scale=4.0)
+    compute: ComputeConfig = ComputeConfig()
+
+    def check(self):
+        editing, sampler = self.editing, self.sampler
+        if editing.invert and (sampler.sampler != "ddim" or sampler.eta or editing.mask):
+            raise UserError("--invert: needs --sampler ddim with --eta 0, and does not go with --mask")
+        if editing.interpolate and self.columns < 2:
+            raise UserError(f"--columns {self.columns}: --interpolate needs two or more")
+        if editing.interpolate and self.samples_per_label > 1:
+            raise UserError("--samples-per-label: does not go with --interpolate")
+        if self.save_trajectory == self.output:
+            raise UserError(f"--save-trajectory {self.output}: is the file of --output too; name another")
+
+
+@dataclass(frozen=True)
+class SampleSetConfig(Config):
+    """Options of sample_ddp.py."""
+
+    sample_dir: str = option("samples", "folder in which the folder of images and the .npz file are made")
+    folder: str | None = option(None, "name of the folder of images (default: made of the settings)")
+    num_fid_samples: int = option(50_000, "number of images", low=1, high=10**8)
+    per_proc_batch_size: int = option(32, "images that each process draws at once", low=1, high=1_000_000)
+    global_seed: int = option(0, "seed of labels and noise", low=0, high=MAX_SEED)
+    balanced_labels: bool = option(False, "give image i the class i modulo the number of classes, not a random one")
+    labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number: image i is of the class at "
+        "position i modulo their number (default: a random class for each image)", metavar="CLASS")  # fmt: skip
+    source: SourceConfig = SourceConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    def check(self):
+        if self.labels and self.balanced_labels:
+            raise UserError("--labels: does not go with --balanced-labels; leave one of them out")

@@ -1,0 +1,94 @@
+"""The files of a set of images: a folder of {index:06d}.png, and one .npz of all images and labels."""
+
+import sys
+import zipfile
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from runtime.errors import RunError
+from runtime.files import replace_file, write_errors
+from runtime.npy import read_npy_header
+
+
+def png(folder, index):
+    return folder / f"{index:06d}.png"
+
+
+def write_png(path, pixels):
+    """pixels: (H, W, 3) uint8. Raises RunError where the disk is full or the folder closed to us."""
+    with write_errors(path, "; the images so far are kept", RunError):
+        replace_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+
+
+def read_png(path, size):
+    """(size, size, 3) uint8, or None where the file is missing, damaged, or of another size."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except Exception:  # PIL raises a dozen kinds for damaged files
+        return None
+    return pixels if pixels.shape == (size, size, 3) else None
+
+
+def incomplete_batches(folder, number, batch_size):
+    """The batches of which an image is missing, as ranges of indices. The whole batch is drawn again, as an undisturbed run
+    would: the sums in a matrix product may depend, in the last bit, on what else is in the batch."""
+    there = {path.name for path in folder.glob("*.png")}
+    batches = (range(first, min(first + batch_size, number)) for first in range(0, number, batch_size))
+    return [batch for batch in batches if any(png(folder, index).name not in there for index in batch)]
+
+
+def npz_shape(npz):
+    """The shape of `arr_0`, or None where there is no such file."""
+    try:
+        with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
+            return read_npy_header(file)[0]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def write_npz(npz, folder, number, size, label_of):
+    """Write the images 0 to number - 1 of `size` pixels as `arr_0` (N, H, W, 3) uint8 and their labels, label_of(index), as
+    `arr_1` (N,) int64, the same bytes as of numpy.savez, with one image in memory at a time. Returns whether that is done:
+    where images are damaged or missing, they are deleted instead, so that they are drawn again."""
+    bad = []
+
+    def images():
+        for index in tqdm(range(number), desc="Writing npz", unit="image"):
+            pixels = read_png(png(folder, index), size)
+            if pixels is None:
+                bad.append(index)
+                pixels = np.zeros((size, size, 3), np.uint8)
+            yield pixels
+
+    def write(file):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            write_array(archive, "arr_0", (number, size, size, 3), np.uint8, images())
+            write_array(archive, "arr_1", (number,), np.int64, (np.int64(label_of(index)) for index in range(number)))
+        if bad:
+            raise _DamagedError
+
+    try:
+        with write_errors(npz, f"; the images in {folder} are kept", RunError):
+            replace_file(npz, write)
+    except _DamagedError:
+        print(f"{len(bad)} damaged or missing images are drawn again, the first is {bad[0]:06d}.png", file=sys.stderr)
+        for index in bad:
+            with write_errors(png(folder, index)):
+                png(folder, index).unlink(missing_ok=True)
+    return not bad
+
+
+def write_array(archive, name, shape, dtype, rows):
+    """Add an array to a zip archive as numpy.savez does, row by row, with the same date always."""
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for row in rows:
+            file.write(row.tobytes())
+
+
+class _DamagedError(Exception):
+    """Keeps `replace_file` from giving an incomplete file its name."""

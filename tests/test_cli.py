@@ -1,0 +1,255 @@
+"""The command lines: help and mistakes of every command, and the configs behind them (runtime/config.py)."""
+
+import contextlib
+import dataclasses
+import importlib
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import call
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from cli.parser import Parser
+from runtime.config import Config, differences, field_types, flag
+from runtime.devices import check_compile
+from runtime.errors import RunError, UserError
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    "train": "TrainConfig",
+    "extract_latents": "ExtractConfig",
+    "sample": "SampleConfig",
+    "sample_ddp": "SampleSetConfig",
+    "evaluate": "EvaluateConfig",
+    "likelihood": "LikelihoodConfig",
+    "complexity": "CostConfig",
+}
+CONFIGS = [getattr(importlib.import_module(name), config) for name, config in COMMANDS.items()]
+
+
+def is_required(field):
+    return field.default is dataclasses.MISSING
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_each_default_once(name, capsys):
+    assert call(importlib.import_module(name).main, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in text
+    assert not re.search(r"\(default: [^()]*\) \(default", text)
+    assert "(default:" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_start_without_slow_imports(name):
+    code = (
+        f"import sys, {name}\n"
+        f"try:\n    {name}.main(['--help'])\n"
+        "except SystemExit:\n    sys.exit(', '.join({'torch', 'numpy', 'scipy', 'diffusers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr == "\n", "these modules take seconds to import, for which --help and mistakes would wait"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_flag_is_one_line_with_status_2(name, capsys):
+    command = importlib.import_module(name)
+    required = []
+    for field in filter(is_required, getattr(command, COMMANDS[name]).all_fields()):
+        required += ["a"] if field.metadata["positional"] else [flag(field.name), "a"]
+    assert call(command.main, *required, "--no-such-option") == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "unrecognized arguments: --no-such-option" in err
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_every_help_text_stands_alone(config_class):
+    for field in config_class.all_fields():
+        text = field.metadata["help"].split(" (default")[0]
+        assert len(text.split()) >= 3, f"{flag(field.name)}: {text!r} is too short to understand"
+        assert re.match(r"[A-Za-z.]", text), f"{flag(field.name)}: {text!r} does not start with a word"
+        first = text.split()[0]
+        assert first not in "of in for at with that which as and beside".split(), f"{flag(field.name)}: {text!r}"
+        assert not first.endswith("'s"), f"{flag(field.name)}: {text!r} is a fragment of a sentence"
+
+
+def test_compilation_without_a_compiler_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile: needs a C\\+\\+ compiler, and there is no no-such-compiler"):
+        check_compile("inductor", "cpu")
+    check_compile("aot_eager", "cpu")
+    check_compile(None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("--lr: is too large"), 2, "error: --lr: is too large"),
+        (RunError("the loss is not finite"), 1, "error: the loss is not finite"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_errors_are_one_line_on_the_first_rank(error, status, line, capsys, monkeypatch):
+    parser = Parser(CONFIGS[-1], "A command.")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end, parser.report_errors():
+            raise error
+        assert end.value.code == status
+        err = capsys.readouterr().err
+        assert err.count("\n") == lines
+        assert err.endswith(f"{line}\n" if lines else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configs
+
+ODD_VALUES = [
+    10**400,
+    -(10**400),
+    float("nan"),
+    float("inf"),
+    1e308,
+    "",
+    "\0",
+    "\ud800",
+    "1",
+    [],
+    [[]],
+    {},
+    [1],
+    None,
+    True,
+]
+JSON = st.recursive(
+    st.sampled_from(ODD_VALUES) | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=2),
+    max_leaves=4,
+)
+
+
+@st.composite
+def valid_values(draw, config_class):
+    """Flat values for a config, each within the bounds of its field."""
+    values = {}
+    for field in config_class.all_fields():
+        kind, count, optional = FIELDS[config_class][field.name]
+        if not is_required(field) and draw(st.booleans()):
+            continue
+        data = field.metadata
+        if data["choices"]:
+            value = st.sampled_from(data["choices"])
+        elif kind is bool:
+            value = st.booleans()
+        elif kind is str:
+            value = st.text(min_size=1, max_size=5)
+        elif kind is int:
+            value = st.integers(data["low"], data["high"])
+        else:
+            low = data["low"] if data["above"] is None else data["above"]
+            value = st.floats(low, data["high"], exclude_min=data["above"] is not None, allow_nan=False)
+            value = value.filter(math.isfinite)
+        if count is not None:
+            value = st.lists(value, min_size=1 if count == "+" else count, max_size=3 if count == "+" else count)
+        values[field.name] = draw(st.none() | value if optional else value)
+    return values
+
+
+def nested_field_types(config_class):
+    found = {}
+    for name, (kind, count, optional) in field_types(config_class).items():
+        if isinstance(kind, type) and issubclass(kind, Config):
+            found |= nested_field_types(kind)
+        else:
+            found[name] = kind, count, optional
+    return found
+
+
+FIELDS = {config_class: nested_field_types(config_class) for config_class in CONFIGS}
+NO_DEADLINE = settings(suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow], deadline=None)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("value", ODD_VALUES, ids=lambda value: repr(value)[:8])
+def test_odd_values_of_every_field_end_in_a_config_or_a_user_error(config_class, value):
+    required = {field.name: "a" for field in config_class.all_fields() if is_required(field)}
+    for name in FIELDS[config_class]:
+        with contextlib.suppress(UserError):
+            assert config_class.from_flat({**required, name: value}).flat()[name] == value
+
+
+@NO_DEADLINE
+@given(data=st.data(), config_class=st.sampled_from(CONFIGS))
+def test_any_json_value_ends_in_a_config_or_a_user_error(data, config_class):
+    values = data.draw(valid_values(config_class))
+    name = data.draw(st.sampled_from(sorted(FIELDS[config_class])))
+    values[name] = data.draw(JSON)
+    with contextlib.suppress(UserError):
+        config = config_class.from_flat(values)
+        assert config_class.from_flat(config.flat()) == config
+
+
+@NO_DEADLINE
+@given(data=st.data(), config_class=st.sampled_from(CONFIGS))
+def test_flat_values_give_the_config_back(data, config_class):
+    values = data.draw(valid_values(config_class))
+    try:
+        config = config_class.from_flat(values)
+    except UserError:  # options that do not go together
+        assume(False)
+    assert config_class.from_flat(config.flat()) == config
+    assert config.flat().keys() == {field.name for field in config_class.all_fields()}
+    assert {name: config.flat()[name] for name in values} == values
+
+
+@NO_DEADLINE
+@given(data=st.data(), config_class=st.sampled_from(CONFIGS))
+def test_a_command_line_gives_the_same_config_as_its_values(data, config_class):
+    values = data.draw(valid_values(config_class))
+    argv, positional = [], []
+    for field in config_class.all_fields():
+        value = values.get(field.name)
+        if value is None:
+            values.pop(field.name, None)
+        elif field.metadata["positional"]:
+            positional.append(value)
+        elif isinstance(value, bool):
+            argv.append(flag(field.name) if value else f"--no-{flag(field.name)[2:]}")
+        elif isinstance(value, list):
+            argv += [flag(field.name), *map(str, value)]
+        else:
+            argv.append(f"{flag(field.name)}={value}")
+    assume(not any(str(word).startswith("-") for word in positional))
+    assume(not any(str(word).startswith("-") for value in values.values() if isinstance(value, list) for word in value))
+    try:
+        expected = config_class.from_flat(values)
+    except UserError:
+        assume(False)
+    assert Parser(config_class, "A command.").parse([*positional, *argv]) == expected
+
+
+@NO_DEADLINE
+@given(recorded=st.dictionaries(st.sampled_from("abcdef"), JSON), now=st.dictionaries(st.sampled_from("abcdef"), JSON),
+       ignore=st.sets(st.sampled_from("abcdef")))  # fmt: skip
+def test_differences_are_those_of_values_that_both_know(recorded, now, ignore):
+    phrases = differences(recorded, now, ignore)
+    expected = {name for name in recorded.keys() & now.keys() - ignore if recorded[name] != now[name]}
+    assert {phrase.split(" ")[0] for phrase in phrases} == {f"--{name}" for name in expected}
+    assert len(phrases) == len(expected)
+
+
+def test_a_difference_names_the_flag_and_both_values():
+    assert differences({"max_steps": 3, "betas": [0.9, 0.9]}, {"max_steps": 4, "betas": (0.9, 0.9)}) == [
+        "--max-steps 3, now 4"
+    ]

@@ -1,0 +1,147 @@
+"""runtime/: files, how processes were started, devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import devices, files
+from runtime.errors import OutOfMemoryError, UserError
+from runtime.launch import launched, rendezvous_address
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variables of a launcher and unsets all others of launchers."""
+
+    def set_variables(**variables):
+        for name in [n for n in os.environ if n.startswith(("SLURM_", "MASTER_"))] + ["RANK", "LOCAL_RANK", "WORLD_SIZE"]:
+            monkeypatch.delenv(name, raising=False)
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "to be restored")
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+def test_ranks_come_from_torchrun_or_srun(environment):
+    environment()
+    assert launched() == (0, 0, 1)
+    environment(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
+    assert launched() == (3, 1, 4), "torchrun under srun: torchrun's count"
+    environment(SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_STEP_NUM_TASKS="4")
+    assert launched() == (3, 1, 4), "copies of one model would be trained otherwise"
+    environment(SLURM_PROCID="0", SLURM_NTASKS="4")
+    assert launched() == (0, 0, 1), "a batch script that asked for four tasks runs as one process"
+    environment(RANK="first")
+    with pytest.raises(UserError, match="RANK"):
+        launched()
+
+
+def test_processes_without_an_address_to_meet_at_are_refused(environment):
+    environment(RANK="0", WORLD_SIZE="2")
+    with pytest.raises(UserError, match="RANK is set but not MASTER_ADDR and MASTER_PORT: start with torchrun"):
+        rendezvous_address()
+    environment(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NUM_NODES="2")
+    with pytest.raises(UserError, match="export MASTER_ADDR"):
+        rendezvous_address()
+    environment(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NUM_NODES="2", SLURM_LAUNCH_NODE_IPADDR="10.0.0.1")
+    rendezvous_address()
+    assert os.environ["MASTER_ADDR"] == "10.0.0.1"
+    assert os.environ["MASTER_PORT"].isdecimal()
+
+
+@pytest.mark.parametrize("command", ["train", "sample_ddp"])
+def test_a_rank_without_an_address_gets_one_line(command, tmp_path):
+    argv = {"train": ["--data-path", "digits", "--vae", "none", "--image-size", "8"], "sample_ddp": []}[command]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    environment.pop("MASTER_ADDR", None)
+    run = subprocess.run(
+        [sys.executable, ROOT / f"{command}.py", *argv], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert "MASTER_ADDR" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_one_setting_of_precision_sets_products_and_convolutions(monkeypatch):
+    """cuDNN has a switch of its own, which is on by default: "fp32" used to leave it on."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: None)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for precision, tf32 in (("tf32", True), ("fp32", False), ("bf16", True)):
+            devices.set_precision(precision, torch.device("cuda"))
+            assert torch.backends.cudnn.allow_tf32 == tf32, precision
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest"), precision
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_out_of_memory_is_one_line_with_advice():
+    for allocate in (lambda: torch.empty(2**45), lambda: bytearray(2**62)):
+        with pytest.raises(OutOfMemoryError) as error, devices.explain_out_of_memory("lower --batch"):
+            allocate()
+        assert str(error.value).startswith("out of memory")
+        assert str(error.value).endswith("; lower --batch")
+        assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="must match"), devices.explain_out_of_memory("lower --batch"):
+        torch.empty(2) + torch.empty(3)  # other errors stay what they are
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_work(tmp_path):
+    files.check_output(tmp_path / "new.json", "--output")
+    with pytest.raises(UserError, match="--output .*: is a folder"):
+        files.check_output(tmp_path, "--output")
+    with pytest.raises(UserError, match="--output .*: its folder does not exist"):
+        files.check_output(tmp_path / "missing/new.json", "--output")
+
+
+def test_json_that_is_damaged_or_of_another_kind_is_none(tmp_path):
+    path = tmp_path / "x.json"
+    for content in ("", "{", "[1]", "[" * 100_000, "\x00"):
+        path.write_text(content)
+        assert files.read_json(path) is None, content[:5]
+    files.write_json(path, {"a": [1, 2]})
+    assert files.read_json(path) == {"a": [1, 2]}
+    assert files.read_json(tmp_path / "absent.json") is None
+    assert files.read_json(tmp_path) is None
+
+
+WITHOUT_UNIX = """
+import sys
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None  # what Windows lacks
+import signal
+for name in ("SIGUSR1", "SIGCHLD"):
+    delattr(signal, name)
+import torch
+import train, sample, sample_ddp
+digits = "--data-path digits --vae none --image-size 8 --num-classes 10 --hidden-size 16 --depth 1 --num-heads 2"
+for main, argv in (
+    (train.main, f"{digits} --global-batch-size 4 --max-steps 2 --log-every 1 --device cpu --run-dir run"),
+    (sample.main, "--ckpt run/checkpoints/0000002.pt --num-sampling-steps 2 --labels 1 --device cpu"),
+    (sample_ddp.main, "--ckpt run/checkpoints/0000002.pt --num-sampling-steps 2 --num-fid-samples 2 --device cpu"),
+):
+    try:
+        main(argv.split())
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+
+
+def test_commands_run_without_what_windows_lacks(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_UNIX], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "sample.png").is_file()
+    assert list((tmp_path / "samples").glob("*.npz"))

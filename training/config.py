@@ -1,0 +1,127 @@
+"""Options of training: the model, the weights to start from, the recipe, how it is computed, and the run's record."""
+
+import math
+from dataclasses import dataclass
+
+from checkpoint.config import BLOCKS, MODELS, DesignOptions, ModelOptions
+from runtime.config import Config, option
+from runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainedModel(ModelOptions):
+    """model"""
+
+    model: str | None = option(None, "size and patch size (default: DiT-XL/2, or those of --init-from)", choices=MODELS,
+        metavar="DiT-{S,B,L,XL}/{2,4,8}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainedDesign(DesignOptions):
+    """design"""
+
+    block: str | None = option(None, "how timestep and class enter the blocks (default: adaln-zero, or that of "
+        "--init-from)", choices=BLOCKS)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Config):
+    """fine-tuning"""
+
+    # a run that is resumed has its weights: these two have no effect then, and the file may be gone
+    init_from: str | None = option(None, "start from the weights of this checkpoint, .safetensors file, or folder or hub "
+        "name in diffusers' format; the sizes of the model and its block design come from it (default: random weights)",
+        metavar="WHERE", changeable=True)  # fmt: skip
+    keep_classes: tuple[str, ...] | None = option(None, "the class of --init-from that each class of this run starts from, "
+        "in the order of the class folders: numbers or names, - for none; or a text file with one of them in each line "
+        "(default: the same classes if there are equally many, else none)", metavar="CLASS", changeable=True)  # fmt: skip
+    freeze: tuple[str, ...] | None = option(None, "do not train the parameters whose names match one of these patterns, "
+        "such as 'blocks.*.attn.*' (default: train all)", metavar="PATTERN")  # fmt: skip
+
+    def check(self):
+        if self.init_from == "":
+            raise UserError("--init-from: is empty; name a checkpoint, or leave the option out")
+        if self.keep_classes and not self.init_from:
+            raise UserError("--keep-classes: needs --init-from, the model whose classes are meant")
+
+
+@dataclass(frozen=True)
+class RecipeConfig(Config):
+    """training recipe; the defaults are the paper's (section 4)"""
+
+    epochs: int = option(1400, "passes over the data", low=1, changeable=True)
+    max_steps: int | None = option(None, "stop after this many updates, if that is earlier (default: no limit)", low=1,
+        changeable=True)  # fmt: skip
+    global_batch_size: int = option(256, "images in an update, over all processes", low=1, high=10_000_000)
+    global_seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
+    lr: float = option(1e-4, "learning rate of AdamW", above=0)
+    lr_warmup_steps: int = option(0, "raise the learning rate linearly to --lr over so many updates", low=0)
+    lr_schedule: str = option("constant", "learning rate after the warm-up: constant, or a cosine that falls to 0 at the "
+        "end of the run, which --max-steps or --epochs sets", choices=("constant", "cosine"))  # fmt: skip
+    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of AdamW's two moments", low=0, high=0.999999)
+    weight_decay: float = option(0.0, "weight decay of AdamW", low=0)
+    clip_grad_norm: float | None = option(None, "scale gradients down to this norm (default: off)", above=0)
+    ema_decay: float = option(0.9999, "decay of the exponential moving average of the weights", low=0, high=1)
+    ema_warmup: bool = option(False, "start the moving average with a low decay, for short runs")
+    label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
+    max_bad_steps: int = option(10, "stop after so many non-finite updates in a row; the log lines look for them", low=1,
+        changeable=True)  # fmt: skip
+
+    def total_steps(self, num_images):
+        """Updates of the whole run on a dataset of `num_images` images."""
+        return min(self.epochs * num_images // self.global_batch_size, self.max_steps or 2**63)
+
+    def learning_rate(self, step, total_steps):
+        """Learning rate of the update that `step` updates were made before, of `total_steps` (a constant one ignores them).
+        It depends on nothing else, so that a resumed run has the same."""
+        if step < self.lr_warmup_steps:
+            return self.lr * (step + 1) / self.lr_warmup_steps
+        if self.lr_schedule == "constant":
+            return self.lr
+        progress = (step - self.lr_warmup_steps) / (total_steps - self.lr_warmup_steps)  # from 0 to 1
+        return self.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class ComputeConfig(Config):
+    """computation"""
+
+    precision: str | None = option(None, "precision of matrix products (default: bf16 on GPUs that have it, else fp32)",
+        choices=("fp32", "tf32", "bf16"))  # fmt: skip
+    compile: str | None = option(None, "compile the model's blocks with this backend of torch.compile, inductor unless "
+        "named (default: off)", const="inductor", metavar="BACKEND", changeable=True)  # fmt: skip
+    grad_accum: int = option(1, "split each process's batch into this many parts, computed one after the other to save "
+        "memory; the update is the same", low=1, metavar="K", changeable=True)  # fmt: skip
+    grad_checkpoint: int = option(0, "gradient checkpointing of every K-th block: its activations are computed again, not "
+        "kept; 1 saves most memory, 0 is off; the update is the same", low=0, metavar="K", changeable=True)  # fmt: skip
+    device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"),
+        changeable=True)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig(Config):
+    """record of the run"""
+
+    results_dir: str = option("results", "folder in which numbered run folders are made", changeable=True)
+    run_dir: str | None = option(None, "run folder, instead of a numbered one; a run that is there is resumed "
+        "(default: none)", changeable=True)  # fmt: skip
+    log_every: int = option(100, "steps between lines of the log", low=1, changeable=True)
+    ckpt_every: int = option(50_000, "steps between checkpoints", low=1, changeable=True)
+    keep_last: int = option(0, "number of checkpoints to keep, the latest; 0 keeps all", low=0, changeable=True)
+    keep_every: int = option(0, "also keep, beside the latest, checkpoints whose step is a multiple of this; 0 keeps no "
+        "others", low=0, changeable=True)  # fmt: skip
+    resume: str | None = option(None, 'where to resume: "auto" (the latest undamaged checkpoint in --run-dir, if any), '
+        '"none", or the path of a checkpoint (default: auto with --run-dir, else none)', changeable=True)  # fmt: skip
+    allow_changes: bool = option(False, "resume although options that change the result differ", changeable=True)
+
+    def check(self):
+        for name in ("run_dir", "results_dir", "resume"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name.replace('_', '-')}: is empty; name a folder, or leave the option out")
+        if self.resume == "auto" and not self.run_dir:
+            raise UserError("--resume auto: needs --run-dir, the folder to look in")
+
+    @property
+    def how_to_resume(self):
+        """The value of --resume, its default resolved."""
+        return self.resume or ("auto" if self.run_dir else "none")

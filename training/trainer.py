@@ -1,0 +1,139 @@
+"""The training step: encode, noise, loss, backward, optimizer, EMA."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from data.autoencoder import encode_batch
+from diffusion import create_diffusion
+from runtime import seeds
+from runtime.devices import set_precision
+from training.ema import EMA
+
+
+@dataclass
+class StepResult:
+    """What one update leaves on this rank. losses: `loss`, `mse` and `vb`, (N,) each; grad_norm and finite are scalars on
+    the device (an update that is not finite was skipped). batch: the batch's dict."""
+
+    losses: dict
+    grad_norm: torch.Tensor
+    finite: torch.Tensor
+    batch: dict
+
+
+class Trainer:
+    """The weights, their EMA and the optimizer, and the update of all three.
+
+    recipe: RecipeConfig. compute: ComputeConfig. precision: "fp32", "tf32" or "bf16". space: the latent space of the
+    batches, on the context's device. total_steps: of the run, which a cosine learning rate needs to know. Parameters of the
+    model that do not require gradients are not trained. steps_made, images_seen: position of the run."""
+
+    def __init__(self, recipe, compute, context, model, space, precision="fp32", total_steps=None):
+        self.recipe, self.compute, self.context, self.space = recipe, compute, context, space
+        self.total_steps = total_steps
+        self.device = device = context.device
+        self.model = model.to(device).train()
+        model.y_embedder.eval()  # `step` drops labels itself, for the whole batch
+        model.gradient_checkpointing = compute.grad_checkpoint
+        self.ema = EMA(model, recipe.ema_decay, recipe.ema_warmup)
+        self.diffusion = create_diffusion("")
+        # all parameters, frozen ones too: their places are part of the layout of the optimizer state in checkpoints
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.autocast = set_precision(precision, device)
+        if compute.compile:
+            # it would split blocks where DDP's gradient buckets end; a block's gradients are ready together anyway
+            torch._dynamo.config.optimize_ddp = False
+            for network in (model, self.ema.module):
+                network.compile_blocks(compute.compile)
+        self.parallel_model = model
+        if context.world_size > 1:
+            self.parallel_model = DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,  # the local device, not the global rank
+                gradient_as_bucket_view=True,
+                static_graph=compute.grad_accum == 1,  # it assumes one backward pass an update
+            )
+        self.steps_made = self.images_seen = 0
+
+    def step(self, batch):
+        """One update on this rank's part of the global batch, {"image" or "moments", "label", "index", ...}."""
+        # noise, timesteps and null labels depend on (seed, step, rank): there is no random state to save or to lose
+        seed = seeds.torch_seed(self.recipe.global_seed, seeds.TRAINING_STEP, self.steps_made, self.context.rank)
+        torch.manual_seed(seed)
+        y = batch["label"].to(self.device, non_blocking=True)
+        if self.model.num_classes == 0:
+            y = torch.zeros_like(y)
+        x_0 = encode_batch(self.space, batch, self.device)  # (N, C, h, w)
+        t = torch.randint(self.diffusion.num_timesteps, (len(x_0),), device=self.device)
+        noise = torch.randn_like(x_0)
+        losses = self.backward(x_0, t, noise, self.model.y_embedder.drop(y))
+        grad_norm, finite = self.optimizer_step()
+        self.steps_made += 1
+        self.images_seen += self.recipe.global_batch_size
+        return StepResult(losses, grad_norm, finite, batch)
+
+    def backward(self, x_0, t, noise, y):
+        """Leave the gradient of the mean loss in the parameters. The batch is computed in --grad-accum parts; all that is
+        random was drawn for the whole batch, so their number changes the result by rounding alone. Returns the losses, (N,)
+        each."""
+        self.optimizer.zero_grad()
+        num_parts, found = self.compute.grad_accum, []
+        parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, y)), strict=True)
+        for i, (x_0_i, t_i, noise_i, y_i) in enumerate(parts, 1):
+            synchronise = self.context.world_size == 1 or i == num_parts  # the ranks exchange the last sum, not the parts
+            with contextlib.nullcontext() if synchronise else self.parallel_model.no_sync():
+                with self.autocast:
+                    losses = self.diffusion.training_losses(self.parallel_model, x_0_i, t_i, {"y": y_i}, noise_i)
+                (losses["loss"].sum() / len(x_0)).backward()
+            found.append({name: values.detach() for name, values in losses.items()})
+        return {name: torch.cat([losses[name] for losses in found]) for name in found[0]}
+
+    def optimizer_step(self):
+        """Update weights and EMA. Where the gradient is not finite, the fused optimizer leaves weights and state alone: on
+        the device, without the host waiting, and on all ranks alike, since they share the averaged gradient. Returns the
+        gradient's norm and whether it was finite."""
+        weights = self.ema.weights
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
+        if self.recipe.clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.recipe.clip_grad_norm, grad_norm)
+        finite = grad_norm.isfinite()
+        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate(self.steps_made, self.total_steps)
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        self.ema.update(self.steps_made)
+        return grad_norm, finite
+
+    def state_dict(self):
+        """The part of a checkpoint that the updates change."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "step": self.steps_made,
+            "images_seen": self.images_seen,
+        }
+
+    def load_state_dict(self, state):
+        """Restore such a state. The optimizer's hyperparameters stay those of this run's options. Raises ValueError where
+        the state does not fit."""
+        hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.module.load_state_dict(state["ema"])
+            groups = [
+                {**theirs, **ours} for theirs, ours in zip(state["opt"]["param_groups"], hyperparameters, strict=True)
+            ]
+            self.optimizer.load_state_dict({**state["opt"], "param_groups": groups})
+            for p, saved in list(self.optimizer.state.items()):
+                if not p.requires_grad:  # frozen since: its state would be of no use
+                    del self.optimizer.state[p]
+                elif any(saved[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("moments of other shapes than the weights")
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        self.steps_made, self.images_seen = state["step"], state["images_seen"]
