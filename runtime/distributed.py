@@ -1,5 +1,6 @@
 """Processes: the same script under torchrun or srun, on one node or many, and as plain `python`."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -109,3 +110,12 @@ def setup(device=None):
 def close():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def processes(device=None):
+    """The Context of `setup`, closed at the end of the block."""
+    try:
+        yield setup(device)
+    finally:
+        close()

@@ -1,0 +1,112 @@
+"""Convert a model's weights: to .safetensors, to a plain .pt, or to a folder for diffusers' DiTPipeline.
+
+    python convert.py results/000-DiT-XL-2/checkpoints/0400000.pt my-dit.safetensors
+    python convert.py my-dit.safetensors my-dit              # a folder: model_index.json, transformer/, vae/, ...
+    python convert.py facebook/DiT-XL-2-256 DiT-XL-2-256x256.pt
+
+The weights are the averaged ones where there are any, and every conversion is exact. docs/interchange.md tells what each
+form holds, and how the folder is used with diffusers.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint.config import MAX_SIZE
+from cli.parser import Parser
+from runtime.config import Config, option
+from runtime.errors import RunError, UserError
+
+
+@dataclass(frozen=True)
+class ConvertConfig(Config):
+    """Options of convert.py."""
+
+    source: str = option(help="a .pt or .safetensors file, a folder in diffusers' format, or the name of such a model on "
+        "the Hugging Face hub", positional=True, metavar="SOURCE")  # fmt: skip
+    target: str = option(help="what to write: a .safetensors or .pt file; any other name is a folder in diffusers' format",
+        positional=True, metavar="TARGET")  # fmt: skip
+    overwrite: bool = option(False, "replace TARGET if it exists")
+    vae: str | None = option(None, 'autoencoder of the model: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub '
+        'name of an AutoencoderKL; "none" leaves it out of the folder (default: the one that SOURCE records; for a model '
+        "of 4 channels without a record, ema)")  # fmt: skip
+    num_heads: int | None = option(None, "number of attention heads, for weights without a record of it (default: "
+        "SOURCE's)", low=1, high=MAX_SIZE)  # fmt: skip
+
+    def check(self):
+        if Path(self.target).suffix in (".bin", ".ckpt", ".pth"):
+            raise UserError(f"TARGET {self.target}: name a .safetensors file, a .pt file or a folder")
+
+    @property
+    def writes_file(self):
+        return Path(self.target).suffix in (".safetensors", ".pt")
+
+
+def main(argv=None):
+    parser = Parser(ConvertConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        check_target(config)
+        convert(config)
+
+
+def check_target(config):
+    """Raises UserError where the target may not be written."""
+    target = Path(config.target)
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise UserError(f"TARGET {target}: its folder does not exist or cannot be written to; name another place")
+    if not os.path.lexists(target):
+        return
+    replaceable = os.path.isfile(target if config.writes_file else target / "model_index.json")
+    if not replaceable:  # a folder of photos, say, is not deleted for a mistyped name
+        kind = "a file" if config.writes_file else "a folder in diffusers' format"
+        raise UserError(f"TARGET {target}: exists and is not {kind}; name another place")
+    if not config.overwrite:
+        raise UserError(f"TARGET {target}: exists; pass --overwrite to replace it")
+
+
+def convert(config):
+    """Read the source, check it, and write the target atomically."""
+    import torch  # here and below: takes seconds to import
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from checkpoint import diffusers_folder, metadata
+    from checkpoint.opened import Checkpoint
+    from runtime.files import reason, replace_file
+
+    checkpoint, target = Checkpoint.open(config.source, config.num_heads), Path(config.target)
+    checkpoint.check_weights()
+    record = metadata.of(checkpoint, vae=None if config.vae == "none" else config.vae)
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    try:
+        if target.suffix == ".pt":
+            replace_file(target, lambda file: torch.save(weights, file))
+        elif target.suffix == ".safetensors":
+            replace_file(target, lambda file: save_file(weights, file.name, metadata.to_text(record)))
+        else:
+            diffusers_folder.write(target, checkpoint, record, load_autoencoder(config, checkpoint))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"TARGET {target}: cannot be written ({reason(error)}); what was there is untouched") from None
+    print(f"{checkpoint.describe()}, {len(weights)} tensors, in {target}")
+
+
+def load_autoencoder(config, checkpoint):
+    """diffusers' AutoencoderKL for the folder, or None. Raises UserError."""
+    from data.autoencoder import load_space
+
+    model = checkpoint.model_config
+    vae = config.vae or checkpoint.vae or ("ema" if model["in_channels"] == 4 else "none")
+    if vae == "none":
+        return None
+    try:
+        space = load_space(vae).place("cpu")
+    except UserError as error:
+        raise UserError(f"{error}, or to leave it out") from None
+    if space.channels != model["in_channels"]:
+        raise UserError(f"--vae {vae}: {space.channels} channels, {config.source} has {model['in_channels']}")
+    return space.vae
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,472 @@
+"""convert.py and the formats that it reads and writes: exact in both directions, the same images, one line for bad input.
+
+What docs/interchange.md says of diffusers' DiT is tested here too, so that a new version that differs is noticed.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from functools import partial
+
+import pytest
+import torch
+from helpers import call
+from reference import fill
+from safetensors.torch import load_file, save_file
+
+import convert
+import likelihood
+import sample
+import sample_ddp
+from checkpoint import diffusers_folder, files
+from checkpoint.opened import Checkpoint
+from diffusion import create_diffusion
+from diffusion.samplers import last
+from models import BLOCKS, DiT, DiT_models
+from sampling.config import GuidanceConfig, SamplerConfig, SourceConfig
+from sampling.pipeline import Pipeline
+
+TINY = {"input_size": 4, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
+UNCONDITIONAL = {"in_channels": 3, "num_classes": 0, "names": []}
+NAMES = ["ant", "honey bee, bee", "猫"]
+
+
+def model_file(path, vae="none", image_size=None, names=NAMES, **changes):
+    """A checkpoint of random weights as train.py writes it, whose EMA differs from the model."""
+    model = fill(DiT(**{**TINY, **changes}))
+    ema = {name: value if name == "pos_embed" else 0.5 * value for name, value in model.state_dict().items()}
+    args = {"vae": vae, "image_size": image_size or model.input_size}
+    state = {"model": model.state_dict(), "ema": ema, "args": args, "model_config": model.config, "class_names": names}
+    files.save(path, {**state, "step": 7})
+    return path
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    """A model of grey pixels."""
+    return model_file(tmp_path / "0000007.pt", in_channels=1)
+
+
+@pytest.fixture
+def folder(ckpt, tmp_path):
+    assert call(convert.main, ckpt, tmp_path / "dit") == 0
+    return tmp_path / "dit"
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.dtype == b[name].dtype, name
+        assert torch.equal(tensor, b[name]), name
+
+
+def listing(folder):
+    """Every file below a folder with its bytes."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exact in both directions
+
+
+@pytest.mark.parametrize("name", [name for name in DiT_models if "-S/" in name])
+def test_values_are_equal_bit_for_bit_after_every_conversion(tmp_path, name):
+    model = fill(DiT_models[name](input_size=16, num_classes=10))
+    torch.save(model.state_dict(), tmp_path / "start.pt")
+    chain = ["start.pt", "a.safetensors", "folder", "b.safetensors", "end.pt"]
+    for source, target in zip(chain, chain[1:], strict=False):
+        assert call(convert.main, tmp_path / source, tmp_path / target, "--vae", "none") == 0
+        assert_equal(Checkpoint.open(tmp_path / target).weights, model.state_dict())
+        assert Checkpoint.open(tmp_path / target).model_config == model.config
+        shutil.rmtree(tmp_path / source) if source == "folder" else os.remove(tmp_path / source)
+    end = torch.load(tmp_path / "end.pt", weights_only=True)
+    DiT_models[name](input_size=16, num_classes=10).load_state_dict(end)  # as scripts for the original release do
+
+
+@pytest.mark.parametrize("name", DiT_models)
+def test_keys_and_shapes_of_all_models_are_those_of_diffusers(name, monkeypatch):
+    from diffusers import DiTTransformer2DModel
+
+    monkeypatch.setattr(torch, "equal", lambda a, b: a.shape == b.shape)  # tensors without values cannot be compared
+    with torch.device("meta"):
+        model = DiT_models[name]()
+    state = model.state_dict()
+    checkpoint = Checkpoint({**state, "pos_embed": diffusers_folder.fixed_positions(model.config)})
+    config = diffusers_folder.transformer_config(checkpoint)
+    tensors = diffusers_folder.to_diffusers(state, len(model.blocks))
+    with torch.device("meta"):
+        expected = DiTTransformer2DModel(**config).state_dict()
+    assert {key: tensor.shape for key, tensor in tensors.items()} == {k: v.shape for k, v in expected.items()}
+    back = diffusers_folder.from_diffusers(tensors, model.config)
+    assert {key: tensor.shape for key, tensor in back.items()} == {k: v.shape for k, v in state.items()}
+
+
+def test_the_record_goes_along(ckpt, folder, tmp_path):
+    assert call(convert.main, folder, tmp_path / "w.safetensors") == 0
+    start, weights = Checkpoint.open(ckpt), Checkpoint.open(ckpt).state["ema"]
+    for where in (folder, folder / "transformer", tmp_path / "w.safetensors"):
+        opened = Checkpoint.open(where)
+        for name in ("model_config", "class_names", "vae", "image_size"):
+            assert getattr(opened, name) == getattr(start, name), (where, name)
+        assert_equal(opened.weights, weights)
+        assert len(opened.checksum) == 8
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("change", [{"mlp_ratio": 2.0}, {"class_dropout_prob": 0.0}, {"learn_sigma": False}])
+def test_safetensors_hold_every_model(tmp_path, block, change):
+    ckpt = model_file(tmp_path / "a.pt", block=block, **change)
+    assert call(convert.main, ckpt, tmp_path / "a.safetensors") == 0
+    opened = Checkpoint.open(tmp_path / "a.safetensors")
+    assert opened.model_config == Checkpoint.open(ckpt).model_config
+    assert_equal(opened.weights, Checkpoint.open(ckpt).weights)
+    opened.build_model()
+
+
+def test_the_autoencoder_goes_into_the_folder_and_its_name_stays(tmp_path, small_vae):
+    ckpt = model_file(tmp_path / "a.pt", vae="ema", image_size=32)
+    assert call(convert.main, ckpt, tmp_path / "dit", "--vae", small_vae) == 0
+    opened = Checkpoint.open(tmp_path / "dit")
+    assert (opened.vae, opened.image_size) == (str(tmp_path / "dit/vae"), 32)
+    assert_equal(*(load_file(path / "diffusion_pytorch_model.safetensors") for path in (small_vae, tmp_path / "dit/vae")))
+    assert call(convert.main, tmp_path / "dit", tmp_path / "b.safetensors") == 0
+    assert Checkpoint.open(tmp_path / "b.safetensors").vae == str(small_vae), "--vae replaces the record"
+    assert call(convert.main, ckpt, tmp_path / "without", "--vae", "none") == 0
+    assert not (tmp_path / "without/vae").exists()
+    assert Checkpoint.open(tmp_path / "without").vae == "ema"
+
+
+@pytest.mark.parametrize("form", ["bin", "shards", "fp16"])
+def test_folders_that_others_wrote_are_read(folder, tmp_path, form):
+    """Old uploads are pickles, large ones are split; neither has our record."""
+    from diffusers import DiTTransformer2DModel
+
+    weights = Checkpoint.open(folder).weights
+    model = DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    out = tmp_path / "others"
+    if form == "fp16":
+        model.half()
+        weights = {name: value if name == "pos_embed" else value.half() for name, value in weights.items()}
+    options = {"bin": {"safe_serialization": False}, "shards": {"max_shard_size": "100KB"}, "fp16": {}}[form]
+    model.save_pretrained(out, **options)
+    assert len(list(out.glob("*.safetensors"))) == {"bin": 0, "fp16": 1}.get(
+        form, len(list(out.glob("*-of-*.safetensors")))
+    )
+    opened = Checkpoint.open(out)
+    assert_equal(opened.weights, weights)
+    opened.build_model()
+    assert (opened.class_names, opened.vae, opened.model_config["num_classes"]) == (None, None, 3)
+
+
+def test_a_name_on_the_hub_is_fetched_once_it_is_no_folder(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        return folder
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert_equal(Checkpoint.open("someone/some-DiT").weights, Checkpoint.open(folder).weights)
+    assert asked == ["someone/some-DiT"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same images
+
+
+def load_pipeline(folder, monkeypatch, tmp_path):
+    from diffusers import DiTPipeline
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pipeline = DiTPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def assert_same_images(ckpt, folder, vae, monkeypatch, tmp_path, cfg_scale, cfg_channels=None):
+    """DDIM with 20 steps and guidance, from the same noise."""
+    guidance = GuidanceConfig(cfg_scale=cfg_scale, cfg_channels=cfg_channels)
+    sampler = SamplerConfig(sampler="ddim", num_sampling_steps=20)
+    ours = Pipeline.load(SourceConfig(ckpt=str(ckpt), vae=vae), sampler, guidance)
+    labels = [0, max(ours.num_classes - 1, 0), min(ours.num_classes, 1)]
+    x_T, _ = ours.noise(0, range(3))
+    theirs = load_pipeline(folder, monkeypatch, tmp_path)
+    options = {"guidance_scale": cfg_scale, "num_inference_steps": 20, "latents": x_T}
+    options["guided_channels"] = ours.shape[0] if cfg_channels == "all" else None
+    create = partial(create_diffusion, learn_sigma=ours.model.learn_sigma)
+    x_0 = last(ours.steps(torch.tensor(labels), x_T, create=create))
+    drawn = theirs(labels, output_type="latent", **options).images
+    assert (drawn - x_0).abs().max() <= 1e-5 * x_0.abs().max()
+    expected = (ours.space.decode(x_0) / 2 + 0.5).clamp(0, 1)
+    images = theirs(labels, output_type="pt", **options).images
+    assert (images - expected).abs().max() <= 1e-5 * expected.abs().max()
+    return theirs, labels, options, x_0
+
+
+@pytest.mark.parametrize("num_classes", [10, 1000])
+@pytest.mark.parametrize("cfg_channels", [None, "all"])
+@torch.no_grad()
+def test_the_exported_pipeline_draws_the_same_images(tmp_path, small_vae, monkeypatch, num_classes, cfg_channels):
+    names = [f"class {i}" for i in range(num_classes)]
+    ckpt = model_file(tmp_path / "a.pt", vae="ema", image_size=32, names=names, num_classes=num_classes)
+    assert call(convert.main, ckpt, tmp_path / "dit", "--vae", small_vae) == 0
+    pipeline, labels, options, x_0 = assert_same_images(
+        ckpt, tmp_path / "dit", str(small_vae), monkeypatch, tmp_path, 4.0, cfg_channels
+    )
+    assert pipeline.get_label_ids(["class 0", f"class {num_classes - 1}"]) == [0, num_classes - 1]
+    assert len(pipeline(labels, num_inference_steps=2).images) == 3, "PIL images by default"
+    for block in pipeline.transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 1
+    wrong = pipeline(labels, output_type="latent", **options).images
+    assert (wrong - x_0).abs().max() > 1e-3 * x_0.abs().max(), "the shift must matter to this test"
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("change", [{"in_channels": 1}, {"in_channels": 3, "learn_sigma": False}, UNCONDITIONAL])
+@torch.no_grad()
+def test_models_of_pixels_and_without_classes_too(tmp_path, monkeypatch, cfg_scale, change):
+    ckpt = model_file(tmp_path / "a.pt", **change)
+    assert call(convert.main, ckpt, tmp_path / "dit") == 0
+    assert_same_images(ckpt, tmp_path / "dit", None, monkeypatch, tmp_path, cfg_scale)
+
+
+def test_a_plain_load_is_not_wrong_in_silence(folder, monkeypatch, tmp_path):
+    """diffusers refuses to load the folder, or, in old versions, loads the folder's own pipeline."""
+    from diffusers import DiffusionPipeline, DiTPipeline
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for kind in (DiTPipeline, DiffusionPipeline):
+        try:
+            outcome = type(kind.from_pretrained(folder)).__name__
+        except ValueError as error:
+            outcome = str(error)
+        assert "OriginalDiTPipeline" in outcome or "trust_remote_code" in outcome
+
+
+@torch.no_grad()
+def test_what_the_docs_say_of_diffusers_own_class(folder):
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    embedders = [block.norm1.emb for block in transformer.transformer_blocks]
+    assert {embedder.time_proj.downscale_freq_shift for embedder in embedders} == {1}
+    t = torch.tensor([10, 500, 999])
+    shifted = embedders[0].time_proj(t)
+    embedders[0].time_proj.downscale_freq_shift = 0
+    exact = embedders[0].time_proj(t)
+    errors = ((shifted - exact).norm(dim=1) / exact.norm(dim=1)).tolist()
+    assert errors == pytest.approx([0.013, 0.607, 1.011], abs=0.001)
+    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
+    angles = t[:, None] * frequencies
+    torch.testing.assert_close(exact, torch.cat([angles.cos(), angles.sin()], dim=1), rtol=0, atol=1e-4)
+    plain = DiTPipeline(transformer, None, DDIMScheduler(), id2label={"0": "ant"})
+    plain.set_progress_bar_config(disable=True)
+    with pytest.raises(IndexError):  # its null class is 1000
+        plain([0], num_inference_steps=1)
+    assert "id2label" not in plain.config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every command reads every form
+
+
+@pytest.mark.parametrize("form", ["w.safetensors", "dit"])
+def test_sampling_and_likelihood_take_every_form(tmp_path, form, image_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ckpt = model_file(tmp_path / "a.pt", in_channels=3, names=["ant", "bee", "cat"])
+    assert call(convert.main, ckpt, form) == 0
+    options = ("--num-sampling-steps", 2, "--device", "cpu")
+    for source in (ckpt, form):
+        command = ("--ckpt", source, "--labels", "ant", "2", "--output", f"{source}.png", "--guide-ckpt", source)
+        assert call(sample.main, *command, *options) == 0
+    assert (tmp_path / f"{form}.png").read_bytes() == (tmp_path / f"{ckpt}.png").read_bytes()
+    command = ("--ckpt", form, "--data-path", image_folder, "--num-images", 2, "--num-timesteps", 2, "--device", "cpu")
+    assert call(likelihood.main, *command) == 0
+    command = ("--ckpt", form, "--num-fid-samples", 3, *options, "--folder", "set")
+    assert call(sample_ddp.main, *command) == 0
+    assert call(sample_ddp.main, *command) == 0
+    assert (
+        json.loads((tmp_path / "samples/set/options.json").read_text())["checkpoint_crc32"]
+        == Checkpoint.open(form).checksum
+    )
+    other = model_file(tmp_path / "other.pt", in_channels=3, num_heads=4)
+    assert call(convert.main, other, form, "--overwrite") == 0
+    capsys.readouterr()
+    assert call(sample_ddp.main, *command) == 2
+    assert "CRC-32" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder, change):
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BAD_FOLDERS = {
+    "no transformer": (lambda f: os.rename(f / "transformer", f / "unet"), "no transformer/config.json"),
+    "no weights": (lambda f: os.remove(f / "transformer/diffusion_pytorch_model.safetensors"), "has no weights"),
+    "truncated": (lambda f: truncate(f / "transformer/diffusion_pytorch_model.safetensors"), "truncated"),
+    "truncated config": (lambda f: truncate(f / "transformer/config.json"), "not a JSON object"),
+    "truncated index": (lambda f: truncate(f / "model_index.json"), "not a JSON object"),
+    "UNet": (lambda f: edit(f / "transformer/config.json", _class_name="UNet2DModel"), "UNet2DModel"),
+    "PixArt": (lambda f: edit(f / "transformer/config.json", norm_type="ada_norm_single"), "another design"),
+    "absurd size": (lambda f: edit(f / "transformer/config.json", num_layers=10**9), "depth"),
+    "wrong type": (lambda f: edit(f / "transformer/config.json", attention_head_dim=None), "not a DiT"),
+    "another width": (lambda f: edit(f / "transformer/config.json", attention_head_dim=8), "fit"),
+    "extra key": (lambda f: edit_weights(f, lambda w: w.update(q_norm=torch.ones(1))), "q_norm must be absent"),
+    "missing key": (lambda f: edit_weights(f, lambda w: w.pop("proj_out_2.bias")), "proj_out_2.bias' is missing"),
+    "embedders": (
+        lambda f: edit_weights(f, lambda w: w["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"].add_(1)),
+        "differs between the blocks",
+    ),
+    "not finite": (lambda f: edit_weights(f, lambda w: w["proj_out_2.bias"].fill_(torch.nan)), "not finite"),
+    "missing class": (lambda f: edit(f / "model_index.json", id2label={"0": "ant", "2": "cat"}), "no name of class 1"),
+    "no text": (lambda f: edit(f / "model_index.json", id2label={"0": 1, "1": 2, "2": []}), "class_names"),
+}
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path):
+    """refuse(source, target) asserts that convert.py ends with one line, that it leaves nothing behind and runs no code."""
+
+    def check(*argv, status=2):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        capsys.readouterr()
+        assert call(convert.main, *argv) == status
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        return lines[0]
+
+    return check
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_folders_that_are_no_dit_are_refused(folder, tmp_path, refuse, name):
+    spoil, expected = BAD_FOLDERS[name]
+    spoil(folder)
+    line = refuse(folder, tmp_path / "out.safetensors")
+    assert expected in line
+    assert str(folder) in line
+
+
+def test_files_that_are_no_dit_are_refused(ckpt, tmp_path, refuse, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = Checkpoint.open(ckpt).weights
+    torch.save({**weights, "t_embedder2.weight": torch.ones(2)}, "extra.pt")
+    torch.save({"conv_in.weight": torch.ones(2)}, "unet.pt")
+    torch.save({"ema": Bomb()}, "bomb.pt")
+    os.makedirs("bin")
+    torch.save({"ema": Bomb()}, "bin/diffusion_pytorch_model.bin")
+    (tmp_path / "bin/config.json").write_text(
+        json.dumps({"_class_name": "DiTTransformer2DModel", **diffusers_folder.COMMON})
+    )
+    save_file(weights, "w.safetensors", {"class_names": "[1", "model_config": "{}"})
+    save_file(weights, "cut.safetensors")
+    truncate(tmp_path / "cut.safetensors")
+    expected = {
+        "extra.pt": "num-heads",
+        "unet.pt": "not a DiT",
+        "bomb.pt": "carries code",
+        "bin": "carries code",
+        "w.safetensors": "not JSON",
+        "cut.safetensors": "truncated",
+        "absent.pt": "no such file",
+        "absent": "no such file",
+        "someone/absent": "the hub",
+    }
+    for source, words in expected.items():
+        assert words in refuse(source, "out.safetensors"), source
+    assert "must be absent" in refuse("extra.pt", "out.safetensors", "--num-heads", 2)
+    for name in ("x" * 300, "x" * 300 + "/y", ""):
+        refuse(name, "out.safetensors")
+    refuse(ckpt, "")
+    assert "too long" in refuse(ckpt, "x" * 300, status=1)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"block": block}, block) for block in BLOCKS if block != "adaln-zero"]
+    + [({"mlp_ratio": 2.0}, "MLP ratio is 2.0"), ({"class_dropout_prob": 0.0}, "no null class")],
+)
+def test_what_diffusers_cannot_hold_is_refused(tmp_path, refuse, change, words):
+    line = refuse(model_file(tmp_path / "a.pt", in_channels=1, **change), tmp_path / "dit")
+    assert words in line
+    assert "write a .safetensors" in line
+
+
+def test_a_changed_position_embedding_is_not_lost(ckpt, tmp_path, refuse):
+    state = files.load(ckpt, mmap=False)
+    state["ema"]["pos_embed"] += 1e-3
+    files.save(ckpt, state)
+    assert "position embedding was changed" in refuse(ckpt, tmp_path / "dit")
+
+
+def test_an_autoencoder_that_does_not_fit_or_is_absent_is_refused(tmp_path, small_vae, refuse):
+    assert "4 channels" in refuse(model_file(tmp_path / "a.pt", in_channels=3), tmp_path / "dit", "--vae", small_vae)
+    ckpt = model_file(tmp_path / "b.pt", vae="ema", image_size=32)
+    assert "--vae none for pixels, or to leave it out" in refuse(ckpt, tmp_path / "dit")
+
+
+@pytest.mark.parametrize("target", ["w.safetensors", "w.pt", "dit"])
+def test_a_target_that_exists_is_kept_unless_it_may_be_replaced(ckpt, tmp_path, refuse, target):
+    target = tmp_path / target
+    assert call(convert.main, ckpt, target) == 0
+    assert "pass --overwrite" in refuse(ckpt, target)
+    truncate(target / "transformer/config.json" if target.is_dir() else target)
+    assert call(convert.main, ckpt, target, "--overwrite") == 0
+    assert_equal(Checkpoint.open(target, num_heads=2).weights, Checkpoint.open(ckpt).weights)
+    assert call(convert.main, target, target, "--overwrite", "--num-heads", 2) == 0, "onto itself"
+    assert_equal(Checkpoint.open(target, num_heads=2).weights, Checkpoint.open(ckpt).weights)
+    assert {path.name for path in tmp_path.iterdir()} == {ckpt.name, target.name}, "no temporary file is left"
+
+
+def test_other_folders_and_files_are_never_replaced(ckpt, tmp_path, refuse):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"cat")
+    (tmp_path / "x.pt").mkdir()
+    (tmp_path / "notes").write_text("notes")
+    for target in ("photos", "x.pt", "notes", "."):
+        assert "exists and is not" in refuse(ckpt, tmp_path / target, "--overwrite")
+    assert "folder does not exist" in refuse(ckpt, tmp_path / "absent/w.pt")
+    assert "name a .safetensors" in refuse(ckpt, tmp_path / "w.ckpt")
+
+
+@pytest.mark.parametrize("target", ["w.safetensors", "w.pt", "dit"])
+def test_a_full_disk_leaves_what_was_there(ckpt, tmp_path, target):
+    assert call(convert.main, ckpt, tmp_path / target) == 0
+    before = listing(tmp_path)
+    pid = os.fork()
+    if pid == 0:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            os._exit(call(convert.main, ckpt, tmp_path / target, "--overwrite"))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert listing(tmp_path) == before
