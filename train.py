@@ -20,6 +20,7 @@ from runtime.config import Config, option
 from runtime.errors import UserError
 from training.config import ComputeConfig, FinetuneConfig, RecipeConfig, RunConfig, TrainedDesign, TrainedModel
 from training.signals import StopSignals
+from training.status import mark_starting
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def main(argv=None):
     config = parser.parse(argv)
     signals = StopSignals()  # before the slow imports: a signal that comes during them is not lost
     with parser.report_errors():
+        mark_starting(config.run.run_dir)
         from runtime import distributed
         from runtime.devices import explain_out_of_memory
 

@@ -304,9 +304,10 @@ def test_a_lack_of_shared_memory_names_the_way_out(error):
 
 def test_a_start_that_fails_does_not_keep_the_old_status(tmp_path, capfd):
     """A job script that requeues preempted runs would otherwise requeue this one for ever."""
-    (tmp_path / "status.json").write_text('{"state": "preempted", "step": 4}')
-    assert call(train.main, *TINY, "--data-path", tmp_path / "no-such", "--vae", "none", "--run-dir", tmp_path) == 2
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    for mistake, state in ((["--data-path", tmp_path / "absent"], "failed"), (["--init-from", "absent.pt"], "starting")):
+        (tmp_path / "status.json").write_text('{"state": "preempted", "step": 4}')
+        assert call(train.main, *TINY, *mistake, "--run-dir", tmp_path) == 2
+        assert json.loads((tmp_path / "status.json").read_text())["state"] == state
 
 
 def test_a_stopped_run_says_how_it_is_resumed(tmp_path, ranks, monkeypatch):

@@ -46,9 +46,10 @@ def sizes_of(checkpoint, config):
     found, given = checkpoint.model_config, config.design.overrides()
     named = DiT_models[config.model.model].keywords if config.model.model else {}
     for name, value in {**named, **given}.items():
-        # of the MLP's ratio only the width that results from it counts: it is all that weights without a record tell
-        factor = found["hidden_size"] if name == "mlp_ratio" else None
-        if int(value * factor) != int(found[name] * factor) if factor else value != found[name]:
+        same = value == found[name]
+        if name == "mlp_ratio":  # only the width that results counts: it is all that weights without a record tell
+            same = int(value * found["hidden_size"]) == int(found[name] * found["hidden_size"])
+        if not same:
             option = f"{flag(name)} {value}" if name in given else f"--model {config.model.model}, {flag(name)} {value}"
             raise UserError(f"{option}: {checkpoint.path} has {found[name]}; leave the option out to use that")
     return {name: found[name] for name in config.design.flat()}

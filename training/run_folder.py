@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from checkpoint.files import set_aside
 from runtime import files
 from runtime.errors import RunError, UserError
+from training.status import write_status
 
 
 def make_numbered(results_dir, model):
@@ -45,7 +46,6 @@ class RunFolder:
         self._lock = files.lock_folder(self.path)
         self.checkpoints = self.path / "checkpoints"
         self.log_file = self.metrics_file = self.error = None
-        # a status of an earlier process, such as "preempted", must not outlive a start that fails: job scripts read it
         self.write_status("starting")
 
     def start(self, options, step):
@@ -78,9 +78,7 @@ class RunFolder:
         files.replace_file(path, lambda file: file.write("".join(kept).encode()))
 
     def write_status(self, state, step=None):
-        """state: starting, running, preempted, interrupted, finished or failed."""
-        status = {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        self._keep_errors(lambda: files.write_json(self.path / "status.json", status))
+        self._keep_errors(lambda: write_status(self.path, state, step))
 
     def log(self, text):
         """Print a line, above the progress bar, and add it to log.txt."""
