@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.opened import Checkpoint
+from checkpoint.opened import Checkpoint, check_shapes
 from models import DiT_models
 from runtime.download import DownloadError, fetch
 
@@ -52,8 +52,4 @@ def download(name, folder="pretrained_models"):
 def check(path, make_model):
     """Raises ValueError if `path` is not a checkpoint with exactly the keys and shapes of make_model()'s state dict."""
     with torch.device("meta"):  # shapes without memory
-        expected = {key: tuple(tensor.shape) for key, tensor in make_model().state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in Checkpoint.open(path).weights.items()}
-    for key in [*expected, *found]:
-        if found.get(key) != expected.get(key):
-            raise ValueError(f"{key} is {found.get(key, 'missing')}, must be {expected.get(key, 'absent')}")
+        check_shapes(Checkpoint.open(path).weights, make_model().state_dict())

@@ -21,12 +21,10 @@ def main(argv=None):
     with parser.report_errors():
         # imported after parsing, because torch and SciPy take seconds
         from evaluation.comparison import compare, table
-        from runtime import distributed
+        from runtime.distributed import processes
 
-        try:
-            report, output = compare(config, distributed.setup(config.device))
-        finally:
-            distributed.close()
+        with processes(config.device) as context:
+            report, output = compare(config, context)
         if report:
             for line in report["warnings"]:
                 print(f"warning: {line}", file=sys.stderr)

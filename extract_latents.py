@@ -15,13 +15,10 @@ def main(argv=None):
     config = parser.parse(argv)
     # imported after the command line is parsed, because PyTorch takes seconds to import
     from data.extraction import extract
-    from runtime import distributed
+    from runtime.distributed import processes
 
-    with parser.report_errors():
-        try:
-            extract(config, distributed.setup(config.device))
-        finally:
-            distributed.close()
+    with parser.report_errors(), processes(config.device) as context:
+        extract(config, context)
 
 
 if __name__ == "__main__":

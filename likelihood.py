@@ -17,14 +17,11 @@ def main(argv=None):
     config = parser.parse(argv)
     with parser.report_errors():
         # imported after parsing, because torch takes seconds
-        from evaluation.likelihood import check_outputs, describe, measure_likelihood, write_report
-        from runtime import distributed
+        from evaluation.likelihood import describe, measure_likelihood, write_report
+        from runtime.distributed import processes
 
-        check_outputs(config.output)
-        try:
-            report = measure_likelihood(config, distributed.setup(config.device))
-        finally:
-            distributed.close()
+        with processes(config.device) as context:
+            report = measure_likelihood(config, context)
         if report:
             print(describe(report))
             write_report(report, config.output)

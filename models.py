@@ -254,11 +254,11 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))  # the patch convolution as a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
-        grid_size = self.input_size // self.patch_size
-        self.pos_embed.data.copy_(position_embedding(self.pos_embed.shape[-1], grid_size))
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        if not self.pos_embed.is_meta:  # a meta model has no values, but computing these may need very much memory
+            grid_size = self.input_size // self.patch_size
+            self.pos_embed.data.copy_(position_embedding(self.pos_embed.shape[-1], grid_size))
+        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedding.weight, std=0.02)
         zero = [self.final_layer.linear]
         if self.block == "adaln-zero":
             zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]

@@ -13,6 +13,8 @@ import sys
 from cli.parser import Parser
 from sampling.config import SampleConfig
 
+FEW_INVERSION_STEPS = 20  # with fewer, DDIM inversion and sampling are no inverses of each other, even approximately
+
 
 def main(argv=None):
     parser = Parser(SampleConfig, __doc__, defaults=SampleConfig().flat())
@@ -25,7 +27,7 @@ def sample(config):
     """Draw the images that the config describes, and write them to its files."""
     import torch  # here and below: it takes seconds to import, and mistakes on the command line are reported before
 
-    from runtime.devices import explain_out_of_memory, pick_device, precision_warning
+    from runtime.devices import check_memory, explain_out_of_memory, pick_device, precision_warning
     from sampling import grid
     from sampling.editing import read_picture
     from sampling.original import choose_labels
@@ -43,11 +45,19 @@ def sample(config):
         grid.check_trajectory(config.save_trajectory, "--save-trajectory", number, side, columns)
     picture = editing.init_image and read_picture(editing.init_image, size, "--init-image")
     mask = editing.mask and read_picture(editing.mask, size, "--mask")
+    if editing.invert and config.sampler.num_sampling_steps < FEW_INVERSION_STEPS:
+        print(f"--invert: {config.sampler.num_sampling_steps} steps are few, and the image comes back inexactly; pass "
+              f"--num-sampling-steps {FEW_INVERSION_STEPS} or more", file=sys.stderr)  # fmt: skip
     device = torch.device(pick_device(config.compute.device))
     if warning := precision_warning(config.compute.precision, device):
         print(warning, file=sys.stderr)
 
-    with explain_out_of_memory("draw fewer images at once: lower --samples-per-label, or give fewer --labels"):
+    advice = "draw fewer images at once: lower --samples-per-label, or give fewer --labels"
+    if device.type == "cpu":
+        model = source.checkpoint.model_config  # six activations of each token in a block, with guidance; and the images
+        tokens = 2 * (model["input_size"] // model["patch_size"]) ** 2
+        check_memory(4 * number * (6 * tokens * model["hidden_size"] + 9 * size**2), advice)
+    with explain_out_of_memory(advice):
         # the original's random stream: the initial weights, which are then loaded, and what `draw` draws
         torch.manual_seed(config.seed)
         pipeline = Pipeline.build(source, device, draw_initial_weights=True)
@@ -66,7 +76,7 @@ def draw(config, pipeline, labels, picture=None, mask=None):
     step if a trajectory is to be saved."""
     import torch
 
-    from diffusion import create_diffusion, samplers
+    from diffusion import samplers
     from diffusion.editing import ddim_inversion, inpainting_denoiser
     from diffusion.registry import SAMPLERS
     from sampling.original import draw_noise
@@ -79,9 +89,11 @@ def draw(config, pipeline, labels, picture=None, mask=None):
         if mask is not None:
             cells = torch.nn.functional.max_pool2d(mask[:, :1].to(device), pipeline.space.factor)
             known = (cells < 0).float()  # cells without any white
-            denoiser = inpainting_denoiser(denoiser, create_diffusion(""), x_0, known)
+            denoiser = inpainting_denoiser(denoiser, pipeline.create_diffusion(""), x_0, known)
         elif editing.invert:
-            process = samplers.respaced_process(SAMPLERS["ddim"], config.sampler.num_sampling_steps, create_diffusion)
+            process = samplers.respaced_process(
+                SAMPLERS["ddim"], config.sampler.num_sampling_steps, pipeline.create_diffusion
+            )
             z = samplers.last(ddim_inversion(process, denoiser, x_0, progress=True))
         else:
             start = {"init": x_0, "strength": editing.strength or 0.75}

@@ -24,12 +24,10 @@ def main(argv=None):
     parser = Parser(SampleSetConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        from runtime import distributed  # here and below: torch takes seconds to import, and mistakes are told before
+        from runtime.distributed import processes  # here and below: torch takes seconds to import
 
-        try:
-            sample(config, distributed.setup(config.compute.device))
-        finally:
-            distributed.close()
+        with processes(config.compute.device) as context:
+            sample(config, context)
 
 
 def sample(config, context):

@@ -16,9 +16,17 @@ from cli.parser import Parser
 from data.config import DataConfig
 from data.crop import center_crop_arr  # noqa: F401 -- scripts made for the original release import it from here
 from evaluation.config import EvalConfig
-from runtime.config import Config, option
+from runtime.config import Config, flag, option
 from runtime.errors import UserError
-from training.config import ComputeConfig, FinetuneConfig, RecipeConfig, RunConfig, TrainedDesign, TrainedModel
+from training.config import (
+    ComputeConfig,
+    FinetuneConfig,
+    MonitorConfig,
+    RecipeConfig,
+    RunConfig,
+    TrainedDesign,
+    TrainedModel,
+)
 from training.signals import StopSignals
 from training.status import mark_starting
 
@@ -35,15 +43,20 @@ class TrainConfig(Config):
     compute: ComputeConfig
     run: RunConfig
     evaluation: EvalConfig
+    monitor: MonitorConfig
     vae: str = option("ema", 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
         'AutoencoderKL, or "none" for pixels')  # fmt: skip
+    timeout: float | None = option(None, "seconds that a process waits for the others before it gives up; more than it "
+        "takes to list the data, to save or to measure FID (default: 1800, and 600 in the exchange of gradients of GPUs)",
+        above=0, high=1e6, changeable=True)  # fmt: skip
 
     def check(self):
         if self.data.data_path == "digits" and self.vae != "none":
             raise UserError("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
-        cfg_scale = self.evaluation.eval_cfg_scale
-        if cfg_scale != 1 and self.recipe.label_dropout == 0 and self.model.num_classes:
-            raise UserError(f"--eval-cfg-scale {cfg_scale}: guidance needs null labels, and --label-dropout is 0; pass 1")
+        for name in ("eval_cfg_scale", "sample_cfg_scale"):
+            scale = self.flat()[name]
+            if scale not in (None, 1) and self.recipe.label_dropout == 0 and self.model.num_classes:
+                raise UserError(f"{flag(name)} {scale}: guidance needs null labels, and --label-dropout is 0; pass 1")
 
 
 def main(argv=None):
@@ -52,43 +65,52 @@ def main(argv=None):
     signals = StopSignals()  # before the slow imports: a signal that comes during them is not lost
     with parser.report_errors():
         mark_starting(config.run.run_dir)
-        from runtime import distributed
         from runtime.devices import explain_out_of_memory
+        from runtime.distributed import processes
 
         advice = f"lower --global-batch-size {config.recipe.global_batch_size}, or pass --grad-accum or --grad-checkpoint"
-        try:
-            with explain_out_of_memory(advice):
-                status = train(config, distributed.setup(config.compute.device), signals)
-        finally:
-            distributed.close()
+        with processes(config.compute.device, config.timeout) as context, explain_out_of_memory(advice):
+            status = train(config, context, signals)
     sys.exit(status)
 
 
 def train(config, context, signals):
     """Train as config says. Returns the exit status: 0 when finished or preempted, 130 after Ctrl-C."""
     from training import finetune  # PyTorch, timm and torchvision take seconds: not before the command line is read
+    from training.grids import Grids
     from training.session import Session
     from training.trainer import Trainer
+    from training.validation import Validation
 
     config = resolve_precision(config, context.device)
     config, source = context.run_on_all_ranks(lambda: finetune.resolve(config))
+    if config.run.dry_run:
+        from training import plan
+
+        plan.show(config, context, context.run_on_all_ranks(lambda: load_data(config, context)), build_model)
+        return 0
     with Session(config, context, signals) as session:
         dataset, space, model, notes = context.run_on_all_ranks(lambda: prepare(config, context, source))
         source = None  # frees the memory: its weights have been copied
         evaluator = make_evaluator(config, context, space)
         space, precision = space.place(context.device), config.compute.precision
+        grids = context.run_on_all_ranks(lambda: Grids(config, session, space, dataset.classes))
+        validation = Validation(config, session, dataset)
         total_steps = config.recipe.total_steps(len(dataset))
         trainer = Trainer(config.recipe, config.compute, context, model, space, precision, total_steps)
         session.resume(trainer, dataset, config.flat())
         introduce(config, trainer, dataset, session, notes)
         for batch in session.batches():
             session.record(trainer.step(batch))
+            validation.measure_if_due()
+            grids.draw_if_due()
             if session.due(config.run.ckpt_every):
                 session.save()
             if session.due(config.evaluation.eval_every):
                 with session.meter.paused():
                     fid = evaluator(trainer.ema.module, session.stop_requested)
                 session.record_fid(fid, config.evaluation.eval_samples)
+        grids.animate()
     return session.exit_status
 
 
@@ -109,16 +131,26 @@ def resolve_precision(config, device):
 def prepare(config, context, source):
     """(dataset, latent space, model, lines for the log). source: of the first weights, None for random ones. Raises
     UserError for what cannot work."""
-    from data.images import load_dataset
     from training import finetune
+    from training.trackers import check_installed
+
+    check_installed(config.monitor.report_to)
+    dataset = load_data(config, context)
+    space = dataset.open_space(config.vae, decode=bool(config.evaluation.eval_every or config.monitor.sample_every))
+    check_size(config, context, space)
+    model = build_model(config, space)
+    notes = [*dataset.notes, *(source.load_into(model) if source else [])]
+    return dataset, space, model, notes + finetune.freeze(model, config.finetune.freeze)
+
+
+def load_data(config, context):
+    """The dataset of the options. Raises UserError where it does not fit them."""
+    from data.images import load_dataset
 
     check_batch(config, context.world_size)
     dataset = load_dataset(config.data, config.model.image_size, config.recipe.global_seed, context)
     check_dataset(config, dataset)
-    space = dataset.open_space(config.vae, decode=bool(config.evaluation.eval_every))
-    model = build_model(config, space)
-    notes = [*dataset.notes, *(source.load_into(model) if source else [])]
-    return dataset, space, model, notes + finetune.freeze(model, config.finetune.freeze)
+    return dataset
 
 
 def check_batch(config, world_size):
@@ -170,6 +202,25 @@ def build_model(config, space):
         )
     except ValueError as error:
         raise UserError(f"--model {config.model.model} with these overrides: {error}") from None
+
+
+def check_size(config, context, space):
+    """Raises OutOfMemoryError for a model or a batch that this machine cannot hold, by lower bounds of what is needed."""
+    import torch
+
+    from runtime.devices import check_memory
+
+    with torch.device("meta"):
+        model = build_model(config, space)
+    batch_size, on_host = config.recipe.global_batch_size // context.world_size, context.device.type == "cpu"
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    images = batch_size * config.model.image_size**2  # bytes of a channel, of which there are one or three
+    if on_host:  # gradients, EMA and two moments beside the weights; ten activations of each token in a block
+        blocks = len(model.blocks) if not config.compute.grad_checkpoint else 1
+        part = math.ceil(batch_size / config.compute.grad_accum)
+        weights, images = 5 * weights, 5 * images + 40 * part * model.pos_embed.numel() * blocks
+    options = ("--global-batch-size or --image-size", "--hidden-size, --depth, --mlp-ratio or --num-classes")
+    check_memory(weights + images, f"lower {options[weights > images]}")
 
 
 def make_evaluator(config, context, space):

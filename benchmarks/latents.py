@@ -88,9 +88,9 @@ def folder_of(config, make):
 
 def make_latents(folder, config):
     settings = Settings(
-        version=VERSION, vae="random numbers", encoder_crc32="", scaling=0.18215, shift=0.0, channels=4, factor=8,
+        version=VERSION, vae="random numbers", encoder_crc32="0" * 8, scaling=0.18215, shift=0.0, channels=4, factor=8,
         image_size=config.image_size, dtype="float16", mirrors=True, batch_size=1, shard_size=8192, tf32=False,
-        images=config.images, names_crc32="", classes=("all",),
+        images=config.images, names_crc32="0" * 8, classes=("all",),
     )  # fmt: skip
     random = np.random.default_rng(0)
     for number in tqdm(range(settings.num_shards), desc="Making latents", unit="shard"):

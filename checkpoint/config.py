@@ -7,7 +7,7 @@ from runtime.config import Config, option
 # The keys of models.DiT_models and models.BLOCKS, which take seconds to import; a test compares
 MODELS = tuple(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))
 BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
-MAX_SIZE = 2**16  # of an image's side, a width, a depth: larger numbers are mistakes, and would use up the memory
+MAX_SIZE, MAX_DEPTH = 2**16, 512  # of an image's side or a width, of blocks: larger numbers would use up the memory
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class DesignOptions(Config):
 
     block: str = option("adaln-zero", "how timestep and class enter the blocks", choices=BLOCKS)
     hidden_size: int | None = option(None, "width D of the tokens (default: the model's)", low=1, high=MAX_SIZE)
-    depth: int | None = option(None, "number of blocks (default: the model's)", low=1, high=4096)
+    depth: int | None = option(None, "number of blocks (default: the model's)", low=1, high=MAX_DEPTH)
     num_heads: int | None = option(None, "number of attention heads (default: the model's)", low=1, high=MAX_SIZE)
     patch_size: int | None = option(None, "side of a patch in latent cells (default: the model's)", low=1, high=MAX_SIZE)
     mlp_ratio: float | None = option(
@@ -45,7 +45,7 @@ class DiTConfig(Config):
     patch_size: int = option(2, low=1, high=MAX_SIZE)
     in_channels: int = option(4, low=1, high=MAX_SIZE)
     hidden_size: int = option(1152, low=1, high=MAX_SIZE)
-    depth: int = option(28, low=1, high=4096)
+    depth: int = option(28, low=1, high=MAX_DEPTH)
     num_heads: int = option(16, low=1, high=MAX_SIZE)
     mlp_ratio: float = option(4.0, above=0, high=1024)
     class_dropout_prob: float = option(0.1, low=0, high=1)

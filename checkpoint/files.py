@@ -9,7 +9,6 @@ It is written atomically, and every byte is verified before a run resumes from i
 
 import argparse
 import os
-import pickle
 import re
 import stat
 import zipfile
@@ -39,15 +38,11 @@ def load(path, mmap=True):
         extra = {argparse.Namespace}.difference(torch.serialization.get_safe_globals())
         with torch.serialization.safe_globals([*extra]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found or "Unsupported" in str(error):
-            culprit = found.group(1) if found else "an unknown class"
-            raise CheckpointError(f"{path}: refused, it carries code ({culprit}); only weights are loaded") from None
-        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from None
     except PermissionError:
         raise CheckpointError(f"{path}: no permission to read it") from None
-    except Exception:  # a damaged file can make the readers raise almost anything
+    except Exception as error:  # a damaged file can make the readers raise almost anything
+        if culprit := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(f"{path}: refused, it carries code ({culprit[1]}); only weights are loaded") from None
         raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(state).__name__}, not a dict")
@@ -90,7 +85,12 @@ def save(path, state):
 
 def newest_first(folder):
     """The training checkpoints in a folder, latest step first."""
-    found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem) and path.is_file()]
+    return [path for path in _numbered(folder) if path.is_file()]
+
+
+def _numbered(folder):
+    """All that is named like a training checkpoint, latest step first."""
+    found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
     return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
 
@@ -117,7 +117,7 @@ def set_aside(folder, step, warn):
     """Rename the checkpoints of later steps than `step`, from which the run continues: they are damaged, or belong to a
     continuation that --resume PATH has abandoned. As `*.pt.aside` they are neither resumed from nor counted when
     pruning."""
-    for path in newest_first(folder):
+    for path in _numbered(folder):  # folders too, which the run could not replace
         if int(path.stem) > step:
             aside = path.with_name(f"{path.name}.aside")
             os.replace(path, aside)

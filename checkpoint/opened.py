@@ -38,8 +38,15 @@ class Checkpoint:
         mapped where possible. Raises CheckpointError."""
         if os.path.isdir(where) or diffusers_folder.is_hub_name(where):
             weights, record, paths = diffusers_folder.read(diffusers_folder.fetch(where))
-            return cls(weights, where, record, num_heads, paths)
-        return cls(files.load(where), where, metadata.read(where), num_heads)
+            checkpoint = cls(weights, where, record, num_heads, paths)
+        else:
+            checkpoint = cls(files.load(where), where, metadata.read(where), num_heads)
+        checkpoint.check_record()
+        return checkpoint
+
+    def check_record(self):
+        """Raises CheckpointError where something that is recorded is not of its type, whether it is needed or not."""
+        _ = self.vae, self.class_names, self.step, self._recorded("image_size", int, self.options, self.metadata)
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is recorded
@@ -53,28 +60,30 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: damaged: its options (args) are a {type(args).__name__}, not a dict")
         return dict(args)
 
-    def _recorded(self, name, kind, places):
-        """A recorded value, or None where there is no record of it."""
+    def _recorded(self, name, kind, *places):
+        """The value in the first of the dicts that has one, or None."""
         value = next((place[name] for place in places if place.get(name) is not None), None)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise CheckpointError(f"{self.path}: damaged: its {name} is {value!r:.50}, not of type {_type_name(kind)}")
+            raise CheckpointError(
+                f"{self.path}: damaged: its {name} is {value!r:.50}, not of type {getattr(kind, '__name__', kind)}"
+            )
         return value
 
     @property
     def vae(self):
         """The autoencoder that the model was trained with, as --vae names it; None without a record."""
-        return self._recorded("vae", str, (self.options, self.metadata))
+        return self._recorded("vae", str, self.options, self.metadata)
 
     @property
     def image_size(self):
         """Side of the images in pixels."""
-        recorded = self._recorded("image_size", int, (self.options, self.metadata))
+        recorded = self._recorded("image_size", int, self.options, self.metadata)
         return recorded or FACTOR * self.model_config["input_size"]
 
     @property
     def class_names(self):
         """Names of the classes by number; None without a record."""
-        names = self._recorded("class_names", list, (self.state, self.options, self.metadata))
+        names = self._recorded("class_names", list, self.state, self.options, self.metadata)
         if names is not None and not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{self.path}: damaged: its class_names are not all text")
         return names
@@ -82,8 +91,8 @@ class Checkpoint:
     @property
     def step(self):
         """Updates that the training run had made; None without a record."""
-        step = self._recorded("step", int, (self.state,))
-        if step is not None and step < 0:
+        step = self._recorded("step", int, self.state)
+        if step is not None and not 0 <= step < 2**63:
             raise CheckpointError(f"{self.path}: damaged: its step is {step}")
         return step
 
@@ -99,7 +108,10 @@ class Checkpoint:
     @functools.cached_property
     def weights(self):
         """The state dict to sample with: the EMA's where there is one, else the model's, else the file's own dict."""
-        found = self.state.get("ema", self.state.get("model", self.state))
+        return self._tensors(self.state.get("ema", self.state.get("model", self.state)))
+
+    def _tensors(self, found):
+        """A state dict, checked to be one."""
         tensors = isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values())
         if not tensors or not found or not all(isinstance(key, str) for key in found):
             raise CheckpointError(
@@ -140,18 +152,19 @@ class Checkpoint:
         else:
             block = "cross-attention" if "blocks.0.cross_attn.q.weight" in tensors else "in-context"
         in_table = next((heads for d, width, heads in SIZES.values() if (d, width) == (depth, hidden_size)), None)
-        num_heads = self._recorded("num_heads", int, (self.options,)) or self._num_heads or in_table
+        recorded = self._recorded("num_heads", int, self.options)
+        num_heads = recorded if recorded is not None else self._num_heads or in_table
         if num_heads is None:
             raise CheckpointError(
                 f"{self.path}: a DiT of width {hidden_size} and depth {depth} without a record of its heads; "
                 "pass --num-heads"
             )
-        dropout = self._recorded("label_dropout", (int, float), (self.options,))
+        dropout = self._recorded("label_dropout", int | float, self.options)
         dropout = 0.1 if dropout is None else dropout
         mlp_ratio = mlp_size / max(hidden_size, 1)
         if int(hidden_size * mlp_ratio) < mlp_size:  # DiT truncates the product, which may round below the width
             mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-        num_classes = rows - 1 if dropout > 0 else self._recorded("num_classes", int, (self.options,))
+        num_classes = rows - 1 if dropout > 0 else self._recorded("num_classes", int, self.options)
         return {
             "input_size": math.isqrt(num_tokens) * patch_size,
             "patch_size": patch_size,
@@ -176,8 +189,10 @@ class Checkpoint:
 
     def check_finite(self):
         """Raises CheckpointError where a weight is NaN or infinite: the model would draw black images without a word."""
-        for part in (self.weights, self.state.get("model", {})):
+        for part in (self.weights, self._tensors(self.state.get("model", self.weights))):
             for name, tensor in part.items():
+                if not tensor.is_floating_point() or tensor.layout != torch.strided:
+                    raise CheckpointError(f"{self.path}: damaged: {name} is no plain tensor of floating-point numbers")
                 if not tensor.isfinite().all():
                     raise CheckpointError(f"{self.path}: its weights are not finite ({name}); take an earlier checkpoint")
 
@@ -187,10 +202,7 @@ class Checkpoint:
         try:
             with torch.device("meta"):
                 model = DiT(**self.model_config)
-            expected, found = ({k: tuple(v.shape) for k, v in s.items()} for s in (model.state_dict(), self.weights))
-            for key in [*expected, *found]:
-                if expected.get(key) != found.get(key):
-                    raise ValueError(f"{key} is {found.get(key, 'missing')}, must be {expected.get(key, 'absent')}")
+            check_shapes(self.weights, model.state_dict())
         except ValueError as error:
             raise CheckpointError(f"{self.path}: its weights do not fit ({error})") from None
         self.check_finite()
@@ -207,5 +219,9 @@ class Checkpoint:
         return model.eval().requires_grad_(False)
 
 
-def _type_name(kind):
-    return " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+def check_shapes(weights, expected):
+    """Raises ValueError where a state dict has other names or shapes than the `expected` one."""
+    found, expected = ({name: tuple(tensor.shape) for name, tensor in s.items()} for s in (weights, expected))
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"{name} is {found.get(name, 'missing')}, must be {expected.get(name, 'absent')}")

@@ -42,10 +42,7 @@ class BackgroundSaver:
         except RuntimeError:  # what torch raises when the host is out of memory
             self._write(step, state, None)
             return self.wait()
-        copied = None
-        if torch.cuda.is_available():
-            copied = torch.cuda.Event()
-            copied.record()
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         self.thread = threading.Thread(target=self._write, args=(step, state, copied))
         self.thread.start()
 

@@ -7,7 +7,7 @@ import os
 import sys
 
 from runtime.config import Config, check_value, field_types, flag
-from runtime.errors import UserError
+from runtime.errors import RunError, UserError
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             required = default is dataclasses.MISSING
             text = field.metadata["help"].replace("%", "%%")
             if field.metadata["positional"]:
-                words = {} if required else {"nargs": "?", "default": default}
+                words = {"nargs": count} if required else {"nargs": "?", "default": default}
                 group.add_argument(field.name, metavar=field.metadata["metavar"], help=text, **words)
                 continue
             words = {"help": text, "required": required, "default": None if required else default}
@@ -78,15 +78,35 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message, status=UserError.status, every_rank=False):
         if every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the line appears once
+            if "tqdm" in sys.modules:
+                _end_progress_bars()
+            message = str(message).replace("\n", "\\n")  # a file's name may hold line breaks
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(status)
 
     @contextlib.contextmanager
     def report_errors(self):
-        """Print a UserError that is raised inside as one line and exit with its status; Ctrl-C exits with 130."""
+        """Print a UserError that is raised inside as one line and exit with its status; Ctrl-C exits with 130.
+        Errors of the system that no function foresees become one line too."""
+        with contextlib.suppress(AttributeError, ValueError):  # stdout may be closed, or another object
+            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
         try:
             yield
+            sys.stdout.flush()
         except UserError as error:
             self.error(error, error.status, every_rank=error.of_one_rank)
+        except MemoryError:
+            self.error("out of memory", RunError.status, every_rank=True)
+        except OSError as error:
+            what = f"{error.filename}: " if error.filename else "input or output failed: "
+            self.error(f"{what}{error.strerror or error}", RunError.status, every_rank=True)
         except KeyboardInterrupt:
             self.error("interrupted", 130)
+
+
+def _end_progress_bars():
+    """Otherwise the line of an error would stand behind a bar that is still open."""
+    from tqdm import tqdm
+
+    for bar in [*tqdm._instances]:
+        bar.close()

@@ -1,8 +1,5 @@
-"""The space that a model's x_0 lives in: latents of the frozen Stable Diffusion autoencoder, or pixels ("none").
-Channels, downsampling, scaling and shift come from the autoencoder's own config, once.
-
-An image's latent is a draw from the encoder's posterior, a Gaussian whose moments (mean and standard deviation) may also be
-stored ones, of extract_latents.py.
+"""The space that a model's x_0 lives in: latents of the frozen Stable Diffusion autoencoder, or pixels ("none"). A latent
+is a draw from the encoder's posterior, a Gaussian whose mean and standard deviation may also be read from stored ones.
 
     space = load_space("ema")                # reads the config
     space.place(device)                      # reads the weights
@@ -113,20 +110,20 @@ class Autoencoder(StoredSpace):
         self.vae.to(device).eval().requires_grad_(False)
         return self
 
-    def encoder_checksum(self):
-        """CRC-32 of the encoder's weights, names and values: what decides on the latents, with the config's scaling."""
+    def encoder_settings(self):
+        """What decides on the latents: scaling, shift, sizes, and the CRC-32 of the encoder's weights, names and values."""
         crc = 0
         for name, tensor in sorted(self.vae.state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.")):
                 crc = zlib.crc32(tensor.cpu().numpy().tobytes(), zlib.crc32(name.encode(), crc))
-        return f"{crc:08x}"
+        names = ("scaling", "shift", "channels", "factor")
+        return {"encoder_crc32": f"{crc:08x}", **{name: getattr(self, name) for name in names}}
 
     @torch.no_grad()
     def moments(self, images):
         """(N, 3, H, W) in [-1, 1] -> (N, 2, C, h, w): mean and standard deviation of the posterior, unscaled."""
         posterior = self.vae.encode(images).latent_dist
-        # a convolution may leave channels last, in which order torch.randn_like(x_0) would draw other noise than for stored
-        # moments
+        # contiguous: in a channels-last order torch.randn_like(x_0) would draw other noise than for stored moments
         return torch.stack([posterior.mean, posterior.std], dim=1).contiguous()
 
     def encode(self, images):

@@ -1,5 +1,6 @@
 """The options of the data and of extract_latents.py. Imports nothing heavy, so that a command starts fast."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +22,13 @@ class DataConfig(Config):
         changeable=True,
     )
     flip: bool = option(True, "mirror each image with probability 1/2, anew in every epoch")
-    num_workers: int = option(4, "number of processes that read images, for each training process", low=0, high=1024,
+    num_workers: int = option(4, "number of processes that read images, for each process that computes", low=0, high=1024,
         changeable=True)  # fmt: skip
     skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can")
 
-    def check(self):
-        if not self.data_path:
-            raise UserError("--data-path: is empty; name a folder")
 
-
-@dataclass(frozen=True)
-class ExtractConfig(Config):
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(DataConfig):
     """Extraction of latents"""
 
     data_path: str = option(help="a folder with one folder of images per class")
@@ -44,19 +41,13 @@ class ExtractConfig(Config):
     batch_size: int = option(32, "number of images that a process encodes at once", low=1, high=MAX_BATCH)
     shard_size: int = option(8192, "number of images in a file of latents; a process holds one such file in memory", low=1,
         high=MAX_SHARD)  # fmt: skip
-    num_workers: int = option(4, "number of processes that read images, for each encoding process", low=0, high=1024)
-    skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can")
     tf32: bool = option(True, "use TF32 for matrix products and convolutions on GPUs, which is faster")
-    device: str | None = option(None, "where to compute (default: cuda if available, then mps, then cpu)",
-        choices=("cuda", "mps", "cpu"))  # fmt: skip
+    device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
-        for name, value in (("--data-path", self.data_path), ("--out", self.out)):
-            if not value:
-                raise UserError(f"{name}: is empty; name a folder")
         if self.data_path == "digits":
             raise UserError("--data-path digits: they are 8x8 pixels, too small for an autoencoder; train.py takes them so")
         if self.vae == "none":
             raise UserError("--vae none: pixels need no encoding; train.py takes the image folder as it is")
-        if Path(self.out).resolve().is_relative_to(Path(self.data_path).resolve()):
+        if Path(os.path.realpath(self.out)).is_relative_to(os.path.realpath(self.data_path)):
             raise UserError(f"--out {self.out}: is inside --data-path {self.data_path}; choose a folder outside of it")

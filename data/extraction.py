@@ -1,6 +1,8 @@
 """Makes a folder of stored latents, or completes one: the work of extract_latents.py."""
 
 import contextlib
+import itertools
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -13,7 +15,7 @@ from data.autoencoder import check_image_size, load_space, to_model_range
 from data.images import ImageDataset
 from data.listing import list_images
 from data.order import make_loader, next_batch
-from data.stored_latents import VERSION, Settings, encoder_settings, is_complete, read_record, write_index, write_shard
+from data.stored_latents import VERSION, Settings, is_complete, read_record, write_index, write_shard
 from runtime import devices, files
 from runtime.config import differences
 from runtime.errors import UserError
@@ -41,6 +43,8 @@ def prepare(config, context):
     skip_bad, space = config.skip_bad_images, load_space(config.vae)
     dataset = ImageDataset(config.data_path, config.image_size, flip=False, skip_bad=skip_bad, listing=listing)
     check_image_size(config.image_size, space.factor, 1)
+    images = min(config.batch_size, len(dataset))  # of three channels in uint8, and then in float32
+    devices.check_memory(15 * images * config.image_size**2, "lower --batch-size or --image-size")
     devices.set_precision("tf32" if config.tf32 else "fp32", context.device)
     return dataset, space.place("cpu")
 
@@ -48,7 +52,7 @@ def prepare(config, context):
 def begin(config, folder, dataset, space):
     """The Settings that the folder is begun with. Raises UserError where it was begun with others."""
     images = {"images": len(dataset), "names_crc32": dataset.checksum, "classes": dataset.folders}
-    encoder = {"version": VERSION, **encoder_settings(space)}
+    encoder = {"version": VERSION, **space.encoder_settings()}
     settings = Settings.from_flat({**config.flat(), "mirrors": config.flip, **images, **encoder})
     path = folder / "options.json"
     if "encoder_crc32" not in (files.read_json(path) or {}) and any(entry.name != ".lock" for entry in folder.iterdir()):
@@ -58,7 +62,6 @@ def begin(config, folder, dataset, space):
             files.write_json(path, settings.flat())
         return settings
     before = read_record(Settings, path, "choose another --out")
-
     if differences(before.flat(), images):
         raise UserError(
             f"--data-path {config.data_path}: {len(dataset):,} images, not the {before.images:,} that {folder} was begun "
@@ -85,7 +88,7 @@ def find_missing(context, folder, settings):
 
 def mark_unfinished(context, folder, settings, missing):
     """Delete the index until the missing shards are made. Raises UserError where the disk lacks the room for them."""
-    needed = sum(settings.shard_bytes(number) for number in missing)
+    needed = sum(math.prod(settings.shard_shape(number)) for number in missing) * np.dtype(settings.dtype).itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -97,9 +100,9 @@ def mark_unfinished(context, folder, settings, missing):
 
 
 def encode(config, context, dataset, space, settings, missing):
-    """Make the missing shards, every world_size-th on this process. The processes take their batches in step, so that what
-    goes wrong with one stops all at once. A batch never reaches over a shard's end: what is stored does not depend on the
-    number of processes."""
+    """Make the missing shards, every world_size-th on this process. The processes take their batches in step, so that an
+    error of one stops all at once. A batch never reaches over a shard's end: what is stored does not depend on the number
+    of processes."""
     plans = [
         [batch for number in missing[rank :: context.world_size] for batch in shard_batches(settings, number)]
         for rank in range(context.world_size)
@@ -112,10 +115,10 @@ def encode(config, context, dataset, space, settings, missing):
     total = sum(len(batch) for plan in plans for batch in plan)
     bar = tqdm(total=total, desc="Encoding", unit="image", disable=not context.is_main)
     try:
-        for step in range(max(map(len, plans))):
-            read = next_batch(batches) if step < len(plans[context.rank]) else (None, None)
+        for step in itertools.zip_longest(*plans, fillvalue=()):  # a batch of each process
+            read = next_batch(batches) if step[context.rank] else (None, None)
             context.run_on_all_ranks(lambda read=read: writer.add(*read))
-            bar.update(sum(len(plan[step]) for plan in plans if step < len(plan)))
+            bar.update(sum(map(len, step)))
     finally:
         del batches  # now, while this process can tell its workers to end; next_batch says why
         bar.close()

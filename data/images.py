@@ -19,6 +19,9 @@ from data.stored_latents import StoredLatents, is_latents_folder
 from runtime import files
 from runtime.errors import UserError
 
+# about metadata and palettes, which open_image deals with; set once, because warnings.catch_warnings is not safe in threads
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 def open_image(path):
     """The file as an upright 8-bit RGB picture: grey, 16-bit, palette, CMYK, transparent and EXIF-rotated files alike.
@@ -26,8 +29,7 @@ def open_image(path):
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a regular file")  # a named pipe would wait for ever
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # about metadata and palettes, which are dealt with here
+        with Image.open(path) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would cut off at 255 instead of scaling
@@ -39,9 +41,7 @@ def open_image(path):
         raise UserError(f"{printable(path)}: the file is gone") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files, struct.error and SyntaxError among them
         reason = files.reason(error).replace(str(path), "it")
-        raise UserError(
-            f"{printable(path)}: not a readable image ({printable(reason)}); remove it, or pass --skip-bad-images"
-        ) from None
+        raise UserError(f"{printable(path)}: not a readable image ({printable(reason)}); remove it") from None
 
 
 class ImageDataset(Dataset):
@@ -56,11 +56,11 @@ class ImageDataset(Dataset):
     in_memory = False
 
     def __init__(self, root, image_size, seed=0, flip=True, skip_bad=False, listing=None):
-        known, listing = listing, listing or list_images(root)
+        listing = listing or list_images(root)
         self.root, self.image_size, self.seed, self.flip, self.skip_bad = root, image_size, seed, flip, skip_bad
         self.names, self.labels, self.folders, self.notes = listing.names, listing.labels, listing.folders, listing.notes
         self.classes, self.checksum = readable_names([printable(f) for f in listing.folders]), listing.checksum
-        if known and not os.path.lexists(self.path(len(self) - 1)):
+        if not os.path.lexists(self.path(len(self) - 1)):
             raise UserError(f"--data-path {root}: the processes do not see the same images")
 
     def __len__(self):
@@ -82,7 +82,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key):
         index, epoch = key
-        image, replaced = None, ""
+        replaced = ""
         for source in itertools.chain(range(index, len(self)), range(index)):
             try:
                 image = open_image(self.path(source))
@@ -91,7 +91,7 @@ class ImageDataset(Dataset):
                 if not self.skip_bad:
                     raise
                 replaced = str(error)
-        if image is None:
+        else:
             raise UserError("none of the images can be read")
         image = np.asarray(center_crop_arr(image, self.image_size)).transpose(2, 0, 1)
         if self.flip and is_mirrored(self.seed, index, epoch):

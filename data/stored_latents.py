@@ -63,9 +63,6 @@ class Settings(Config):
         cells = self.image_size // self.factor
         return (count, 1 + self.mirrors, 2, self.channels, cells, cells)
 
-    def shard_bytes(self, number):
-        return math.prod(self.shard_shape(number)) * np.dtype(self.dtype).itemsize
-
 
 @dataclass(frozen=True)
 class ShardRecord(Config):
@@ -152,8 +149,8 @@ def is_complete(folder, number, settings):
 
 
 def rounding_errors(settings, shards):
-    """What rounding to the stored dtype did, root mean square over all values: that of the mean, in units of the scaled
-    latents (whose variance is about 1), and that of the standard deviation as a share of it."""
+    """Root mean square, over all values, of what rounding to the stored dtype did: to the mean, in units of the scaled
+    latents (whose variance is about 1), and to the standard deviation, relative to it."""
     values = sum(math.prod(settings.shard_shape(number)) for number in range(len(shards))) / 2
     mean, std = (np.sqrt(sum(shard.squared_errors[i] for shard in shards) / values) for i in (0, 1))
     return {"mean_rms": float(mean * settings.scaling), "std_relative_rms": float(std)}
@@ -218,9 +215,8 @@ class StoredLatents(Dataset):
                 raise ValueError
             images = json.loads(content)
             names, labels = Names(images["names"]), np.array(images["labels"])
-            if labels.shape != (self.settings.images,) or labels.dtype != np.int64 or len(names) != len(labels):
-                raise ValueError
-            if labels.min() < 0 or labels.max() >= len(self.classes):
+            fits = labels.dtype == np.int64 and labels.shape == (self.settings.images,) == (len(names),)
+            if not fits or labels.min() < 0 or labels.max() >= len(self.classes):
                 raise ValueError
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise UserError(f"{path}: missing or damaged; {AGAIN}") from None
@@ -256,16 +252,16 @@ class StoredLatents(Dataset):
         recorded one or to have the same encoder. Raises UserError."""
         now = self.settings
         stored = StoredSpace(now.channels, now.factor, now.scaling, now.shift)
-        if RELEASED.get(vae, vae) == RELEASED.get(now.vae, now.vae):
-            if not decode and not Path(vae).is_dir():  # a folder's contents may have changed, and are read in a second
-                return stored
+        same_name = RELEASED.get(vae, vae) == RELEASED.get(now.vae, now.vae)
+        if same_name and not decode and not Path(vae).is_dir():  # a folder's contents may have changed
+            return stored
+        try:
             space = load_space(vae).place("cpu")
-        else:
-            try:
-                space = load_space(vae).place("cpu")
-            except UserError:  # the way out is another one than for images
-                space = None
-        if not isinstance(space, Autoencoder) or differences(now.flat(), encoder_settings(space)):
+        except UserError:
+            if same_name:
+                raise
+            space = None  # the way out is another one than for images
+        if not isinstance(space, Autoencoder) or differences(now.flat(), space.encoder_settings()):
             raise UserError(
                 f"--vae {vae}: {self.folder} holds latents of {now.vae}, and this is not that autoencoder, nor one with "
                 f"its encoder; pass --vae {now.vae}, or extract others"
@@ -283,12 +279,6 @@ class StoredLatents(Dataset):
             if number not in self.shards:  # opened here: by each data worker for itself
                 self.shards[number] = np.asarray(open_shard(self.folder, number, self.settings))
             row[:] = self.shards[number][place, int(self.flip and is_mirrored(self.seed, index, epoch))]
-        index = np.array([index for index, _ in keys])
-        batch = {"moments": moments, "label": self.labels[index], "index": index}
-        return {**{name: torch.from_numpy(array) for name, array in batch.items()}, "replaced": [""] * len(keys)}
-
-
-def encoder_settings(space):
-    """What must agree between stored latents and an autoencoder, whose weights are loaded."""
-    names = ("scaling", "shift", "channels", "factor")
-    return {"encoder_crc32": space.encoder_checksum(), **{name: getattr(space, name) for name in names}}
+        index = torch.tensor([index for index, _ in keys])
+        label = torch.from_numpy(self.labels)[index]
+        return {"moments": torch.from_numpy(moments), "label": label, "index": index, "replaced": [""] * len(keys)}

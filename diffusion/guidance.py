@@ -36,12 +36,6 @@ def scale_at(t, cfg_scale, interval=None, schedule="constant", num_timesteps=100
     return cfg_scale if share == 1 else 1 + (cfg_scale - 1) * share  # not 1 + (cfg_scale - 1), which rounds
 
 
-def check_interval(interval):
-    """Raises ValueError unless interval is None or 0 <= low < high <= 1."""
-    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"guidance interval {interval[0]} to {interval[1]}: give 0 <= LO < HI <= 1, in t / 1000")
-
-
 def guided_denoiser(
     model,
     y,
@@ -65,7 +59,8 @@ def guided_denoiser(
     Raises ValueError for values out of range."""
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance schedule {schedule!r} is not one of {', '.join(GUIDANCE_SCHEDULES)}")
-    check_interval(interval)
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance interval {interval[0]} to {interval[1]}: give 0 <= LO < HI <= 1, in t / 1000")
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale {rescale} is not in [0, 1]")
     y_both = None if guide is not None else torch.cat([y, null_like(y, null_class)])

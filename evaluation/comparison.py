@@ -25,8 +25,8 @@ def compare(config, context):
     None for one that needs images which an input does not have; what they were made from; and `warnings`.
 
     config: an EvaluateConfig. Raises UserError."""
-    paths = {"reference": config.reference, "samples": config.samples}
-    inputs = context.run_on_all_ranks(lambda: {name: open_images(path) for name, path in paths.items()})
+    names = "reference", "samples"
+    inputs = context.run_on_all_ranks(lambda: {name: open_images(getattr(config, name)) for name in names})
     output = context.run_on_main(lambda: check_outputs(config))
     warnings = context.run_on_main(lambda: check(**inputs))
     weights = context.run_on_main(lambda: inception_weights(config.inception_weights))
@@ -42,7 +42,7 @@ def compare(config, context):
     if not context.is_main:
         return None, output
     numbers = measure(inputs, features, context.device)
-    warnings += check_predictions(features["samples"])
+    warnings += check_predictions(features["samples"]) if features["samples"] else []
     return make_report(config, context, numbers, inputs, weights, checksums, warnings), output
 
 
@@ -91,16 +91,13 @@ def check(reference, samples):
 
 def check_predictions(features):
     """A warning where the network sees one class in most samples, which labels do not tell: mode collapse, for example."""
-    if not features:
-        return []
     counts = torch.bincount(features.logits.argmax(dim=1))
     share = counts.max().item() / len(features.logits)
-    if share <= 0.5:
-        return []
-    return [
+    warning = (
         f"the network puts {share:.0%} of the samples into one class ({counts.argmax().item()}): with one class only, "
         "FID and recall measure what is missing rather than how good the images are"
-    ]
+    )
+    return [warning] if share > 0.5 else []
 
 
 def features_of(images, network, context, config, key, warnings):
@@ -109,9 +106,9 @@ def features_of(images, network, context, config, key, warnings):
         return None
     path = Path(config.cache) / f"{key}.npz" if config.cache is not None else None
     if context.broadcast(bool(path and path.exists())):
-        return context.run_on_all_ranks(lambda: load_features(path, context.device) if context.is_main else None)
+        return context.run_on_all_ranks(lambda: load_features(path) if context.is_main else None)
     with explain_out_of_memory("lower --batch-size"):
-        features = extract(network, images, context, config.batch_size, progress=f"features of {images.path.name}")
+        features = extract(network, images, context, config.batch_size, f"features of {images.path.name}")
     if features and path:
         try:
             save_features(features, path)
@@ -121,25 +118,19 @@ def features_of(images, network, context, config, key, warnings):
 
 
 def save_features(features, path):
-    spatial = features.spatial
-    arrays = {
-        "pooled": features.pooled.numpy(),
-        "logits": features.logits.numpy(),
-        "spatial_count": spatial.count,
-        "spatial_mean": spatial.mu,
-        "spatial_scatter": spatial.scatter.cpu().numpy(),
-    }
+    spatial = {f"spatial_{name}": value for name, value in vars(features.spatial).items()}  # count, mean and scatter
+    arrays = {"pooled": features.pooled, "logits": features.logits, **spatial}
     files.replace_file(path, lambda file: np.savez(file, **arrays))
 
 
-def load_features(path, device):
-    spatial = Statistics(SPATIAL, device)
+def load_features(path):
     try:
         with np.load(path, allow_pickle=False) as file:
-            spatial.count = int(file["spatial_count"])
-            spatial.mean = torch.from_numpy(file["spatial_mean"]).to(spatial.mean)
-            spatial.scatter = torch.from_numpy(file["spatial_scatter"]).to(spatial.scatter)
-            return Features(torch.from_numpy(file["pooled"]), torch.from_numpy(file["logits"]), spatial)
+            arrays = {name: torch.from_numpy(array) for name, array in file.items()}
+        spatial = Statistics(SPATIAL)
+        spatial.count, spatial.mean = int(arrays["spatial_count"]), arrays["spatial_mean"]
+        spatial.scatter = arrays["spatial_scatter"]
+        return Features(arrays["pooled"], arrays["logits"], spatial)
     except Exception as error:  # a damaged zip raises one of many
         raise UserError(f"--cache: {path} cannot be read ({files.reason(error)}); delete it") from error
 
@@ -147,11 +138,11 @@ def load_features(path, device):
 def measure(inputs, features, device):
     """The METRICS by name; None for one that needs images which an input does not have. Raises UserError where a number is
     not finite."""
-    moments = {name: gaussians(images, features[name]) for name, images in inputs.items()}
+    reference, samples = (gaussians(inputs[name], features[name], device) for name in ("reference", "samples"))
     numbers = dict.fromkeys(METRICS)
-    for name in ("fid", "sfid"):
-        if name in moments["reference"] and name in moments["samples"]:
-            numbers[name] = frechet_distance(*moments["reference"][name], *moments["samples"][name])
+    for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
+        if mu in reference and mu in samples:
+            numbers[name] = frechet_distance(reference[mu], reference[sigma], samples[mu], samples[sigma])
     if features["samples"]:
         numbers["inception_score"] = inception_score(features["samples"].logits, SPLIT_SIZE)
     if features["samples"] and features["reference"]:
@@ -174,19 +165,18 @@ def make_report(config, context, numbers, inputs, weights, checksums, warnings):
         }
         for name, images in inputs.items()
     }
-    settings = {
-        "batch_size": config.batch_size,
-        "processes": context.world_size,
-        "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else str(context.device),
-        "neighbours": NEIGHBOURS,
-        "split_size": SPLIT_SIZE,
-    }
     versions = {name: version(name) for name in ("torch", "torch-fidelity", "numpy", "pillow")}
     return {
         **numbers,
         **sets,
         "inception_weights": {"path": str(weights), "sha256": checksums["inception_weights"]},
-        "settings": settings,
+        "settings": {
+            "batch_size": config.batch_size,
+            "processes": context.world_size,
+            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else str(context.device),
+            "neighbours": NEIGHBOURS,
+            "split_size": SPLIT_SIZE,
+        },
         "versions": {"python": platform.python_version(), **versions},
         "warnings": warnings,
     }
@@ -194,14 +184,7 @@ def make_report(config, context, numbers, inputs, weights, checksums, warnings):
 
 def table(title, numbers):
     """Text: the METRICS of a report under their names, "-" for None."""
-    cells = (
-        "-" if numbers[name] is None else f"{numbers[name]:.{4 if name in ('precision', 'recall') else 3}f}"
-        for name in METRICS
-    )
-    return (
-        " " * len(title)
-        + "".join(f"{heading:>17}" for heading in METRICS.values())
-        + "\n"
-        + title
-        + "".join(f"{cell:>17}" for cell in cells)
-    )
+    digits = {"precision": 4, "recall": 4}
+    cells = ["-" if numbers[name] is None else f"{numbers[name]:.{digits.get(name, 3)}f}" for name in METRICS]
+    lines = (" " * len(title), METRICS.values()), (title, cells)
+    return "\n".join(start + "".join(f"{cell:>17}" for cell in row) for start, row in lines)

@@ -7,34 +7,34 @@ from runtime.config import Config, option
 from runtime.errors import UserError
 from sampling.config import SourceConfig
 
-WEIGHTS_HELP = "file of the Inception network's weights (default: torch-fidelity's file, downloaded when missing)"
-DEVICE_HELP = "where to compute (default: the best there is)"
-DEVICES = ("cuda", "mps", "cpu")
 
+@dataclass(frozen=True, kw_only=True)
+class InceptionConfig(Config):
+    """Inception network"""
 
-def check_inception_weights(path):
-    if path is not None and not Path(path).is_file():
-        raise UserError(f"--inception-weights {path}: no such file; leave the option out to download the weights")
+    inception_weights: str | None = option(None, "file of the Inception network's weights (default: torch-fidelity's file, "
+        "downloaded when missing)", metavar="FILE", changeable=True)  # fmt: skip
+
+    def check(self):
+        path = self.inception_weights
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--inception-weights {path}: no such file; leave the option out to download the weights")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Config):
+class EvaluateConfig(InceptionConfig):
     """evaluate.py's options."""
 
     reference: str = option(help=".npz file or folder of images to compare with", positional=True, metavar="REFERENCE")
     samples: str = option(help=".npz file or folder of the images to measure", positional=True, metavar="SAMPLES")
-    inception_weights: str | None = option(None, WEIGHTS_HELP, metavar="FILE")
     batch_size: int = option(64, "images per process and forward pass of the Inception network", low=1)
     cache: str | None = option(None, "folder that keeps the features, 12 kB an image and 33 MB a set, and gives them back "
         "when the same images are measured again (default: none)", metavar="FOLDER")  # fmt: skip
-    device: str | None = option(None, DEVICE_HELP, choices=DEVICES)
-
-    def check(self):
-        check_inception_weights(self.inception_weights)
+    device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
 
 @dataclass(frozen=True)
-class EvalConfig(Config):
+class EvalConfig(InceptionConfig):
     """evaluation"""
 
     eval_every: int | None = option(
@@ -50,19 +50,19 @@ class EvalConfig(Config):
     eval_sampling_steps: int = option(
         250, "DDPM steps of the images drawn to measure FID", low=1, high=1000, changeable=True
     )
-    inception_weights: str | None = option(None, WEIGHTS_HELP, metavar="FILE", changeable=True)
 
     def check(self):
+        super().check()
         if (self.eval_every is None) != (self.eval_reference is None):
             raise UserError("--eval-every and --eval-reference: both are needed, or neither")
-        check_inception_weights(self.inception_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodConfig(SourceConfig):
     """likelihood.py's options."""
 
-    ckpt: str = option(help="checkpoint of train.py, or weights as .safetensors")
+    ckpt: str = option(help="checkpoint of train.py, weights as .safetensors, or a folder or hub name in diffusers' "
+        "format")  # fmt: skip
     vae: str | None = option(None, 'autoencoder of the model, which must be "none": pixels (default: the recorded one)')
     data_path: str = option(help='folder of images with one folder per class, or "digits"')
     num_images: int = option(
@@ -73,7 +73,7 @@ class LikelihoodConfig(SourceConfig):
     batch_size: int = option(32, "images per process and forward pass of the model", low=1)
     seed: int = option(0, "seed of the choice of images and of the noise of each image", low=0)
     output: str = option("likelihood.json", "file of the report; the plot is written beside it, as .png", metavar="FILE")
-    device: str | None = option(None, DEVICE_HELP, choices=DEVICES)
+    device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
         if Path(self.output).suffix != ".json":

@@ -38,7 +38,7 @@ class Evaluator:
         features = None
         if "mu" not in reference.statistics:
             features = extract(self.network, reference, context, batch_size, "features of the reference")
-        self.moments = gaussians(reference, features)["fid"] if context.is_main else None  # mu (D,), sigma (D, D)
+        self.reference = gaussians(reference, features, context.device) if context.is_main else None
 
     def open_reference(self, side):
         """The reference's images. Raises UserError where samples of `side` pixels cannot be compared with them."""
@@ -66,7 +66,9 @@ class Evaluator:
         except UserError as error:  # training need not end for it
             self.context.print(f"FID cannot be measured: {error}")
             return None
-        return statistics and frechet_distance(*self.moments, statistics.mu, statistics.sigma)
+        if statistics is None:
+            return None
+        return frechet_distance(self.reference["mu"], self.reference["sigma"], statistics.mu, statistics.sigma)
 
     def draw(self, model, should_stop):
         """Statistics of the samples' features on rank 0; None on other ranks and after a stop. Each rank draws one batch in

@@ -148,10 +148,16 @@ class FolderImages:
 
     def __init__(self, path, workers=4):
         self.path, self.workers, self.statistics = path, workers, {}
-        self.files = sorted(_image_files(path), key=lambda file: file.relative_to(path).as_posix())
+
+        def refuse(error):
+            raise UserError(f"{error.filename}: cannot be read ({reason(error)})")
+
+        found = (Path(parent, name) for parent, _, names in os.walk(path, onerror=refuse) for name in names)
+        images = [file for file in found if file.suffix.lower() in EXTENSIONS]
+        self.files = sorted(images, key=lambda file: file.relative_to(path).as_posix())
         if not self.files:
             raise UserError(f"{path}: no image in this folder ({' '.join(sorted(EXTENSIONS))})")
-        self.size = read_image(self.files[0]).size[::-1]
+        self.size = open_image(self.files[0]).size[::-1]
         parents = [file.parent.relative_to(path).as_posix() for file in self.files]
         self.labels = np.array(parents) if set(parents) != {"."} else None
 
@@ -173,13 +179,14 @@ class FolderImages:
         if mode.startswith(("I", "F")):
             raise UserError(f"{file}: mode {mode}, more than 8 bits a channel; save it as 8-bit RGB")
         if sorted(size) != sorted(self.size):  # the rotation that EXIF data may ask for is not known here
-            self._refuse_size(file, size)
+            self._check_size(file, size)
 
-    def _refuse_size(self, file, size):
-        raise UserError(
-            f"{file}: {size[1]}x{size[0]} pixels, but {self.files[0]} has {self.size[1]}x{self.size[0]}; the network "
-            "squeezes each image to one square, so a number over mixed sizes means little: crop to one size"
-        )
+    def _check_size(self, file, size):
+        if size != self.size:
+            raise UserError(
+                f"{file}: {size[1]}x{size[0]} pixels, but {self.files[0]} has {self.size[1]}x{self.size[0]}; the network "
+                "squeezes each image to one square, so a number over mixed sizes means little: crop to one size"
+            )
 
     def batches(self, start, stop, batch_size):
         """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises UserError for a damaged file."""
@@ -188,26 +195,10 @@ class FolderImages:
                 yield np.stack(list(pool.map(self._read, self.files[first : min(first + batch_size, stop)])))
 
     def _read(self, file):
-        image = np.array(read_image(file))
+        image = np.array(open_image(file))
         self._check_header(file)
-        if image.shape[:2] != self.size:
-            self._refuse_size(file, image.shape[:2])
+        self._check_size(file, image.shape[:2])
         return image
-
-
-def read_image(file):
-    try:
-        return open_image(file)
-    except UserError as error:
-        raise UserError(str(error).removesuffix(", or pass --skip-bad-images")) from None  # an option of training
-
-
-def _image_files(folder):
-    def refuse(error):
-        raise UserError(f"{error.filename}: cannot be read ({reason(error)})")
-
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(parent, name) for name in names if Path(name).suffix.lower() in EXTENSIONS)
 
 
 def checksum(path, files=None):

@@ -2,7 +2,7 @@
 
 network = load_inception(inception_weights(), device)
 pooled, spatial, logits = network(images)                     # uint8 (N, H, W, 3)
-features = extract(network, open_images(path), context, batch_size=64)    # shared by all processes
+features = extract(network, open_images(path), context, 64, "features")    # shared by all processes
 """
 
 from dataclasses import dataclass
@@ -91,15 +91,15 @@ class Features:
     spatial: Statistics
 
 
-def extract(network, images, context, batch_size, progress=None):
-    """Features of all `images` (see image_sets.py), of which each process of `context` takes its share; `progress` is the
-    title of a progress bar. Returns Features in the images' order on rank 0, None on the others. Raises UserError for
-    damaged images, on every rank."""
+def extract(network, images, context, batch_size, title):
+    """Features of all `images` (see image_sets.py), of which each process of `context` takes its share; `title` is that of
+    the progress bar. Returns Features in the images' order on rank 0, None on the others. Raises UserError for damaged
+    images, on every rank."""
 
     def extract_share():
         start, stop = share(len(images), context.rank, context.world_size)
         pooled, logits, spatial = [torch.empty(0, POOLED)], [torch.empty(0, CLASSES)], Statistics(SPATIAL, context.device)
-        with tqdm(total=stop - start, desc=progress, unit="image", disable=progress is None or not context.is_main) as bar:
+        with tqdm(total=stop - start, desc=title, unit="image", disable=not context.is_main) as bar:
             for batch in images.batches(start, stop, batch_size):
                 batch_pooled, batch_spatial, batch_logits = network(torch.from_numpy(batch).to(context.device))
                 pooled.append(batch_pooled.cpu())
@@ -111,30 +111,22 @@ def extract(network, images, context, batch_size, progress=None):
         return torch.cat(pooled), torch.cat(logits), spatial
 
     pooled, logits, spatial = context.run_on_all_ranks(extract_share)
-    pooled, logits = (gather_rows(rows, len(images), context) for rows in (pooled, logits))
-    spatial = gather_statistics(spatial, context)
-    return Features(pooled, logits, spatial) if context.is_main else None
+    parts, spatial = gather((pooled, logits), context), gather_statistics(spatial, context)
+    return Features(*map(torch.cat, zip(*parts, strict=True)), spatial) if context.is_main else None
 
 
-def gaussians(images, features):
-    """Mean and covariance of a set, pooled and spatial: {"fid": (mu, sigma), "sfid": (mu_s, sigma_s)}, float64 numpy.
+def gaussians(images, features, device="cpu"):
+    """mu and sigma of the pooled features, mu_s and sigma_s of the spatial ones, by these names, float64 numpy.
 
     Statistics in the file replace those of its images, as in ADM's suite. `features` may be None for a set without images;
-    the result then lacks what the file does not hold."""
-    known = images.statistics
-    result = {}
-    if "mu" in known:
-        result["fid"] = known["mu"], known["sigma"]
-    elif features:
-        pooled = Statistics(POOLED, features.spatial.mean.device)
-        for rows in features.pooled.split(4096):
-            pooled.update(rows)
-        result["fid"] = pooled.mu, pooled.sigma
-    if "mu_s" in known:
-        result["sfid"] = known["mu_s"], known["sigma_s"]
-    elif features:
-        result["sfid"] = features.spatial.mu, features.spatial.sigma
-    return result
+    the result then lacks what the file does not hold. device: where to add up."""
+    if not features:
+        return images.statistics
+    pooled, spatial = Statistics(POOLED, device), features.spatial
+    for rows in features.pooled.split(4096):
+        pooled.update(rows)
+    found = {"mu": pooled.mu, "sigma": pooled.sigma, "mu_s": spatial.mu, "sigma_s": spatial.sigma}
+    return found | images.statistics
 
 
 def share(n, rank, world_size):
@@ -142,36 +134,18 @@ def share(n, rank, world_size):
     return n * rank // world_size, n * (rank + 1) // world_size
 
 
-def gather_rows(rows, n, context):
-    """Concatenate the `share` of n rows that each rank holds, (n_rank, D): (n, D) on rank 0's CPU, else None."""
-    sizes = [stop - start for start, stop in (share(n, r, context.world_size) for r in range(context.world_size))]
-    parts = list(_gather(rows, [(size, rows.shape[1]) for size in sizes], context))
-    return torch.cat(parts) if context.is_main else None
+def gather(value, context):
+    """Every rank's value on rank 0, in the order of ranks; None on the others."""
+    values = [value] if context.is_main else None
+    if context.world_size > 1:
+        values = values and values * context.world_size
+        dist.gather_object(value, values, dst=0, group=context.host_group)
+    return values
 
 
 def gather_statistics(statistics, context):
-    """The merged Statistics of all ranks on rank 0, None on the others. Rank 0 receives one rank's at a time."""
-    dim = len(statistics.mean)
-    packed = torch.cat(
-        [statistics.scatter, statistics.mean[None], torch.full_like(statistics.mean[None], statistics.count)]
-    )
-    merged = Statistics(dim, context.device)
-    for part in _gather(packed, [(dim + 2, dim)] * context.world_size, context):
-        one = Statistics(dim, context.device)
-        one.scatter, one.mean, one.count = part[:dim], part[dim], int(part[-1, 0])
-        merged.merge(one)
-    return merged if context.is_main else None
-
-
-def _gather(tensor, shapes, context):
-    """Yield each rank's tensor on rank 0, in the order of ranks, and nothing on the others. gloo sends from CPU to CPU."""
-    tensor = tensor.cpu().contiguous()
-    if context.is_main:
-        yield tensor
-        for rank in range(1, context.world_size):
-            received = tensor.new_empty(shapes[rank])
-            if received.numel():
-                dist.recv(received, rank)
-            yield received
-    elif tensor.numel():
-        dist.send(tensor, 0)
+    """The merged Statistics of all ranks on rank 0's CPU, None on the others."""
+    merged, *others = gather(statistics.cpu(), context) or [None]
+    for other in others:
+        merged.merge(other)
+    return merged

@@ -1,6 +1,7 @@
 """The variational bound of a pixel-space model in bits per dimension: the work of likelihood.py."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from checkpoint.opened import Checkpoint
 from data.autoencoder import load_space, to_model_range
 from data.config import DataConfig
 from data.images import load_dataset
+from data.order import make_loader
 from data.stored_latents import is_latents_folder
 from diffusion import create_diffusion
 from runtime import files, seeds
@@ -21,6 +23,8 @@ from sampling.source import settle
 
 def measure_likelihood(config, context):
     """The report of a LikelihoodConfig on rank 0, None on other ranks. Raises UserError."""
+    for path in (config.output, Path(config.output).with_suffix(".png")):
+        files.check_output(path, "--output")
     checkpoint = Checkpoint.open(config.ckpt, config.num_heads)
     settings = settle(config, checkpoint, pixel_space(config, checkpoint))
     dataset = open_dataset(config, checkpoint, settings["image_size"], context)
@@ -106,27 +110,19 @@ def measure(model, diffusion, dataset, labels, indices, config, context):
         mine, rows = batches[context.rank :: context.world_size], []
         total = sum(map(len, mine)) * diffusion.num_timesteps
         with tqdm(total=total, desc="Bound", unit="step", unit_scale=True, disable=not context.is_main) as bar:
-            for batch in mine:
-                items = [read(dataset, index) for index in batch]
-                x_0 = to_model_range(torch.stack([item["image"] for item in items]).to(context.device))
-                y = torch.tensor([labels[item["label"]] for item in items], device=context.device)
+            for batch in make_loader(dataset, [[(index, 0) for index in batch] for batch in mine]):
+                x_0 = to_model_range(batch["image"].to(context.device))
+                y = torch.tensor(labels)[batch["label"]].to(context.device)
 
                 def denoise(x_t, t, y=y):
                     bar.update(len(x_t))
                     return model(x_t, t, y)
 
-                rows.append(bound(diffusion, denoise, x_0, config.seed, batch))
+                rows.append(bound(diffusion, denoise, x_0, config.seed, batch["index"].tolist()))
         return rows
 
     gathered = context.all_gather(context.run_on_all_ranks(measure_share))
     return torch.cat([gathered[b % context.world_size][b // context.world_size] for b in range(len(batches))])
-
-
-def read(dataset, index):
-    try:
-        return dataset[index, 0]
-    except UserError as error:
-        raise UserError(str(error).removesuffix(", or pass --skip-bad-images")) from None  # an option of training
 
 
 def bound(diffusion, denoise, x_0, seed, indices):
@@ -182,38 +178,24 @@ def describe(report):
     )
 
 
-def check_outputs(output):
-    """Refuse, before any work, a report or plot that could not be written. Raises UserError."""
-    for path in (Path(output), Path(output).with_suffix(".png")):
-        files.check_output(path, "--output")
-
-
 def write_report(report, output):
     """Write the report as JSON, and a plot of its terms beside it. Raises RunError."""
+    figure, path = plot(report), Path(output).with_suffix(".png")
     with files.write_errors(output, error_class=RunError):
         files.write_json(output, report)
-        figure = plot(report)
-        files.replace_file(
-            Path(output).with_suffix(".png"), lambda file: figure.savefig(file, format="png", bbox_inches="tight")
-        )
+        files.replace_file(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight"))
 
 
 def plot(report):
     """A figure of the terms over the timesteps, both logarithmic, with a band of one standard error."""
     from matplotlib.figure import Figure  # takes a second to import; without pyplot there is no window and no state
 
-    terms, total, prior = report["terms"], report["total"], report["prior"]
-    t, mean, error = (np.array(terms[name]) for name in ("timestep", "mean", "standard_error"))
+    t, mean, error = (np.array(report["terms"][name]) for name in ("timestep", "mean", "standard_error"))
     figure = Figure(figsize=(6.4, 3.6), dpi=120)
     axes = figure.subplots()
     axes.fill_between(t + 1, mean - error, mean + error, alpha=0.3, linewidth=0)
     axes.plot(t + 1, mean, marker=".", markersize=3, linewidth=1)
-    axes.annotate(f"decoder term {mean[0]:.2f}", (1, mean[0]), (0, -14), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="timestep t + 1", ylabel="bits per dimension")
-    axes.set_title(
-        f"{total['mean']:.3f} ± {total['standard_error']:.3f} bits per dimension, of which prior {prior['mean']:.2g}\n"
-        f"{report['images']} images, {len(t)} timesteps",
-        fontsize="medium",
-    )
+    axes.set_title(textwrap.fill(describe(report), 70), fontsize="medium")
     axes.grid(alpha=0.3)
     return figure

@@ -18,6 +18,8 @@ import typing
 
 from runtime.errors import UserError
 
+MAX_INT = 2**63 - 1  # of every whole number without a bound of its own: arrays and random generators take no larger ones
+
 
 def option(default=dataclasses.MISSING, help="", *, low=None, high=None, above=None, choices=None, changeable=False,
            metavar=None, const=None, positional=False):  # fmt: skip
@@ -57,20 +59,20 @@ def check_value(value, kind, metadata):
     """The value, converted to `kind` (a list or an int where a float is wanted are fine). Raises ValueError, whose text
     continues a sentence that names the option: "-1 is not a number, more than 0"."""
     low, high, above, choices = (metadata.get(key) for key in ("low", "high", "above", "choices"))
+    if kind is int and high is None and isinstance(value, int) and abs(value) > MAX_INT:
+        high = MAX_INT
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf
-    if kind in (int, float):
-        bounds = [f"{low} or more" if low is not None else "", f"{high} or less" if high is not None else ""]
-        bounds += [f"more than {above}" if above is not None else ""]
-        wanted = f"{'a whole number' if kind is int else 'a number'}, {' and '.join(filter(None, bounds))}".rstrip(", ")
-        fits = isinstance(value, kind) and not isinstance(value, bool) and (kind is int or math.isfinite(value))
-        fits = fits and (low is None or value >= low) and (high is None or value <= high)
-        if not fits or (above is not None and value <= above):
-            raise ValueError(f"{value!r:.80} is not {wanted}")
-    elif not isinstance(value, kind):
-        raise ValueError(
-            f"{value!r:.80} is not {'text' if kind is str else 'true or false' if kind is bool else kind.__name__}"
-        )
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    fits = fits and (kind is not float or math.isfinite(value)) and (low is None or value >= low)
+    fits = fits and (high is None or value <= high) and (above is None or value > above)
+    if not fits:
+        wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, kind.__name__)
+        bounds = (("{} or more", low), ("{} or less", high), ("more than {}", above))
+        bounds = " and ".join(words.format(bound) for words, bound in bounds if bound is not None)
+        raise ValueError(f"{value!r:.80} is not {wanted}{', ' if bounds else ''}{bounds}")
+    if value == "":  # such as that of a shell variable that is not set
+        raise ValueError("is empty; give a value")
     if kind is str and not _is_encodable(value):
         raise ValueError(f"{value!r:.80} has characters that no file name can have")
     if choices and value not in choices:
@@ -129,7 +131,7 @@ class Config:
         own = {}
         for field in dataclasses.fields(cls):
             kind = field_types(cls)[field.name][0]
-            if isinstance(kind, type) and issubclass(kind, Config):
+            if issubclass(kind, Config):
                 own[field.name] = kind.from_flat(values)
             elif field.name in values:
                 own[field.name] = values[field.name]
@@ -142,7 +144,7 @@ class Config:
         """Every field of this config and of the configs nested in it."""
         for field in dataclasses.fields(cls):
             kind = field_types(cls)[field.name][0]
-            if isinstance(kind, type) and issubclass(kind, Config):
+            if issubclass(kind, Config):
                 yield from kind.all_fields()
             else:
                 yield field

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -60,6 +61,23 @@ def check_compile(backend, device):
         raise UserError("--compile: needs a C compiler, and there is neither gcc nor clang; install one")
     if device == "cpu" and not shutil.which(compiler):
         raise UserError(f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or name another in CXX")
+
+
+def host_memory():
+    """Bytes of memory that this process may use, swap not counted; None where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError, ValueError):  # of the container; "max" where it has no limit
+            total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return total
+    return None
+
+
+def check_memory(needed, advice):
+    """Raises OutOfMemoryError where more bytes are needed than there are: the machine would swap, and the system kill the
+    process without a word. needed: a lower bound."""
+    if (there := host_memory()) and needed > there:
+        raise OutOfMemoryError(f"out of memory: needs {needed / 2**30:,.0f} GiB or more of {there / 2**30:,.0f}; {advice}")
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
 """Processes: the same script under torchrun or srun, on one node or many, and as plain `python`."""
 
 import contextlib
+import datetime
 import os
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from runtime.devices import pick_device
-from runtime.errors import UserError
+from runtime.errors import RunError, UserError
 from runtime.launch import launched, rendezvous_address
 
 
@@ -72,6 +74,7 @@ class Context:
         except UserError as problem:
             error = problem
         for problem in filter(None, self.all_gather(error)):
+            problem.of_one_rank = False  # all ranks know it now: one of them prints it
             raise problem
         return value
 
@@ -80,16 +83,54 @@ class Context:
         return self.broadcast(self.run_on_all_ranks(lambda: action() if self.is_main else None))
 
 
-def setup(device=None):
-    """Join the processes that torchrun or srun has started, if any. device: "cuda", "mps", "cpu"; None for the best one.
-    Raises UserError for a device that is missing or cannot be shared."""
+class LostProcessError(RunError):
+    """Another process, its host or the network has failed."""
+
+    of_one_rank = True
+
+
+@contextlib.contextmanager
+def explain(what, advice):
+    """Raise a RuntimeError of process groups as one line: "process 1 {what} (Connection closed by peer ...); {advice}"."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        text = re.sub(r"\[/\S*\] *", "", str(error))  # without the line of gloo's source
+        text = re.split(r"\. |\n", text)[0][:200]
+        raise LostProcessError(f"process {launched()[0]} {what} ({text}); {advice}") from None
+
+
+@contextlib.contextmanager
+def processes(device=None, timeout=None):
+    """The Context of this process, joined to those that torchrun or srun has started, until the block ends.
+
+    device: "cuda", "mps", "cpu"; None for the best one. timeout: seconds after which a process that waits for the others
+    gives up; None for PyTorch's own, 30 minutes with gloo and 10 with NCCL. Raises UserError for a device that is missing
+    or cannot be shared, and LostProcessError where the connection to another process breaks."""
+    advice = "a process, a host or the network has failed: see the output of the others; the same command resumes"
+    try:
+        context = setup(device, timeout)
+        with explain("lost the connection to another", advice):
+            yield context
+    finally:
+        close()
+
+
+def setup(device=None, timeout=None):
+    """Join the other processes; see `processes`, which also leaves them."""
     name = pick_device(device)
     rank, local_rank, world_size = launched()
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
-            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
-        )
+    if name == "cuda":
+        found = torch.cuda.device_count()
+        if found == 1 and "RANK" not in os.environ:
+            local_rank = 0  # `srun --gpus-per-task=1` shows each process its own GPU alone
+        if local_rank >= found:
+            raise UserError(
+                f"process {local_rank} of this node has no GPU: there are {found}; start no more processes on a node than "
+                f"it has GPUs, with torchrun's --nproc_per_node={found} or srun's --ntasks-per-node={found}"
+            )
     if name == "mps" and world_size > 1:
         raise UserError("MPS cannot be shared by processes: use plain `python`, or --device cpu")
     place = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -98,24 +139,21 @@ def setup(device=None):
         torch.cuda.set_device(place)
     if world_size > 1:
         rendezvous_address()
-        # torchrun keeps its store over restarts, with the addresses of dead workers in it: each attempt has keys of its own
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-        context.host_group = dist.new_group(backend="gloo") if name == "cuda" else dist.group.WORLD
+        patience = datetime.timedelta(seconds=timeout) if timeout else None
+        advice = (
+            "each host's name must stand for an address that the others reach, not for 127.0.1.1; else set "
+            "GLOO_SOCKET_IFNAME to the name of the network interface, such as eth0"
+        )
+        with explain("cannot connect to the others", advice):
+            # torchrun keeps its store over restarts, with the addresses of dead workers: each attempt has keys of its own
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+            context.host_group = dist.new_group(backend="gloo", timeout=patience) if name == "cuda" else dist.group.WORLD
     return context
 
 
 def close():
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def processes(device=None):
-    """The Context of `setup`, closed at the end of the block."""
-    try:
-        yield setup(device)
-    finally:
-        close()

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import zlib
 from pathlib import Path
 
@@ -18,8 +19,7 @@ except ImportError:  # Windows has no such locks: two runs in one folder are the
 def replace_file(path, write):
     """Write a file atomically: write(file) fills a temporary file beside `path`, which is flushed to the disk and only then
     renamed. Whatever happens, `path` is the old file or the new one. Raises what write() raises, and OSError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path, temporary = Path(path), _temporary(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -33,6 +33,11 @@ def replace_file(path, write):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def _temporary(path):
+    path = Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder, name="*"):
@@ -64,10 +69,20 @@ def write_json(path, value):
 def read_json(path, kind=dict):
     """The value in a JSON file, which must be a `kind`. None where the file is missing, damaged or holds another kind."""
     try:
+        check_regular(path)
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, kind) else None
+
+
+def check_regular(path):
+    """Raises OSError unless `path` is a regular file: a named pipe, say, would be waited for, and a device overwritten."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, f"{Path(path).name} is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"{Path(path).name} is not a regular file")
 
 
 def checksum(path):
@@ -85,16 +100,24 @@ def checksum_of_text(lines):
 
 
 def check_output(path, option):
-    """Refuse, before any work, an output file that could not be written: a folder, or a file in a folder that is missing or
-    closed to us. Raises UserError that names the option."""
+    """Refuse, before any work, an output file that could not be written: a folder or special file, or a file in a folder
+    that is missing or closed to us. Raises UserError that names the option."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{option} {path}: is a folder; name a file")
     folder = path.absolute().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{option} {path}: its folder does not exist; make {folder}, or name another file")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise UserError(f"{option} {path}: cannot be written to (permission denied); name another file")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(path)
+        if not os.access(folder, os.W_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
+            raise PermissionError(errno.EACCES, "permission denied")
+        temporary = _temporary(path)
+        temporary.open("wb").close()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written to ({reason(error)}); name another file") from None
 
 
 def lock_folder(folder):
@@ -103,6 +126,8 @@ def lock_folder(folder):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(folder / ".lock")
         lock = open(folder / ".lock", "a")  # noqa: SIM115 -- the caller's to close
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

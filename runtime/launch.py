@@ -1,6 +1,7 @@
 """How this process was started: by torchrun, by Slurm's srun, or alone. Light to import."""
 
 import os
+import re
 
 from runtime.errors import UserError
 
@@ -29,11 +30,17 @@ def rendezvous_address():
     if "RANK" in os.environ:
         missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ)
         raise UserError(f"RANK is set but not {missing}: start with torchrun, or set {missing}, or unset RANK")
-    one_node = os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1"
-    address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_node else os.environ.get("SLURM_LAUNCH_NODE_IPADDR"))
-    if not address:
-        raise UserError(
-            "several processes of srun without an address to meet at: export MASTER_ADDR, the first node's name"
-        )
-    os.environ["MASTER_ADDR"] = address
-    os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20_000))
+    if "MASTER_ADDR" not in os.environ:  # SLURM_LAUNCH_NODE_IPADDR would be the login node's where srun was started there
+        one_node = os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1"
+        os.environ["MASTER_ADDR"] = "127.0.0.1" if one_node else first_node(os.environ.get("SLURM_STEP_NODELIST", ""))
+    # a port for each job and step, below those that the system gives to outgoing connections
+    number = int(os.environ.get("SLURM_JOB_ID", 0)) + 997 * int(os.environ.get("SLURM_STEP_ID", 0))
+    os.environ.setdefault("MASTER_PORT", str(20_000 + number % 10_000))
+
+
+def first_node(nodes):
+    """The first name in Slurm's list of nodes: gpu017 in "gpu[017-019,021],login1". Raises UserError where it is empty."""
+    name = re.sub(r"\[(\w+)[^]]*\]", r"\1", re.match(r"(?:[^,[]|\[[^]]*\])*", nodes)[0])
+    if not name:
+        raise UserError("srun named no node to meet at: export MASTER_ADDR, the name of the first node")
+    return name

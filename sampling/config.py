@@ -1,6 +1,7 @@
 """The options of sampling, as sample.py and sample_ddp.py take them. Importing this module is fast: no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from checkpoint.config import MAX_SIZE, MODELS
 from diffusion import check_sampler
@@ -15,15 +16,15 @@ MAX_SEED = 2**63 - 1  # of torch.manual_seed
 class SourceConfig(Config):
     """model"""
 
-    ckpt: str | None = option(None, "a checkpoint of train.py or of the original release, or weights as .safetensors "
-        "(default: the released DiT-XL/2 for --image-size 256 or 512, downloaded when missing)")  # fmt: skip
+    ckpt: str | None = option(None, "a checkpoint of train.py or of the original release, weights as .safetensors, or a "
+        "folder or hub name in diffusers' format (default: the released DiT-XL/2 for --image-size 256 or 512, downloaded "
+        "when missing)")  # fmt: skip
     model: str | None = option(None, "size and patch size (default: the checkpoint's)", choices=MODELS,
         metavar="DiT-{S,B,L,XL}/{2,4,8}")  # fmt: skip
     image_size: int | None = option(None, "side of the images in pixels (default: the checkpoint's)", low=1, high=MAX_SIZE)
     num_classes: int | None = option(None, "number of classes (default: the checkpoint's)", low=0, high=10_000_000)
-    num_heads: int | None = option(
-        None, "number of attention heads, where weights have no record of it", low=1, high=MAX_SIZE
-    )
+    num_heads: int | None = option(None, "number of attention heads, where weights have no record of it", low=1,
+        high=MAX_SIZE)  # fmt: skip
     vae: str | None = option(None, 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
         'AutoencoderKL, or "none" for pixels (default: the one that the checkpoint records; where that is "ema" or "mse", '
         "or nothing is recorded, sample.py takes mse and sample_ddp.py takes ema)")  # fmt: skip
@@ -59,8 +60,8 @@ class GuidanceConfig(Config):
     guidance_schedule: str = option("constant", "growth of the scale towards the image", choices=tuple(GUIDANCE_SCHEDULES))
     guidance_rescale: float = option(0.0, "share of the guided prediction whose standard deviation is set back to that of "
         "the conditional one: phi of Lin et al. 2024", low=0, high=1)  # fmt: skip
-    guide_ckpt: str | None = option(None, "checkpoint of a weaker model to guide away from, in place of the unconditional "
-        "prediction (Karras et al. 2024, autoguidance)")  # fmt: skip
+    guide_ckpt: str | None = option(None, "checkpoint of a weaker model, or a folder or hub name in diffusers' format, to "
+        "guide away from, in place of the unconditional prediction (Karras et al. 2024, autoguidance)")  # fmt: skip
 
     def check(self):
         if self.guidance_interval and not self.guidance_interval[0] < self.guidance_interval[1]:
@@ -167,5 +168,7 @@ class SampleSetConfig(Config):
     compute: ComputeConfig = ComputeConfig()
 
     def check(self):
+        if self.folder and Path(self.folder).name in ("", ".."):
+            raise UserError(f"--folder {self.folder}: is no name of a folder; choose one, such as samples-1")
         if self.labels and self.balanced_labels:
             raise UserError("--labels: does not go with --balanced-labels; leave one of them out")

@@ -41,6 +41,6 @@ def read_picture(path, size, option):
         raise UserError(f"{option} {path}: no such file")
     try:
         picture = center_crop_arr(open_image(path), size)
-    except UserError as error:  # its way out is that of training
+    except UserError as error:  # its way out, to remove the file, is that of a folder of images
         raise UserError(f"{option} {str(error).split('; ')[0]}") from None
     return to_model_range(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])

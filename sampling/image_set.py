@@ -60,6 +60,8 @@ def write_npz(npz, folder, number, size, label_of):
             pixels = read_png(png(folder, index), size)
             if pixels is None:
                 bad.append(index)
+                with write_errors(png(folder, index)):
+                    png(folder, index).unlink(missing_ok=True)
                 pixels = np.zeros((size, size, 3), np.uint8)
             yield pixels
 
@@ -75,9 +77,6 @@ def write_npz(npz, folder, number, size, label_of):
             replace_file(npz, write)
     except _DamagedError:
         print(f"{len(bad)} damaged or missing images are drawn again, the first is {bad[0]:06d}.png", file=sys.stderr)
-        for index in bad:
-            with write_errors(png(folder, index)):
-                png(folder, index).unlink(missing_ok=True)
     return not bad
 
 

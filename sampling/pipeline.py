@@ -7,19 +7,23 @@
 Commands open a `Source` first, which checks everything, and then call `Pipeline.build`.
 """
 
+import math
+from functools import partial
+
 import torch
 from torch import nn
 
-import diffusion
-from diffusion import samplers
+from diffusion import create_diffusion, sample, samplers
 from diffusion.guidance import guided_denoiser
 from diffusion.registry import SAMPLERS
-from runtime.devices import explain_out_of_memory, pick_device, set_precision
+from runtime.devices import check_memory, explain_out_of_memory, pick_device, set_precision
 from runtime.errors import UserError
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.labels import parse_labels
 from sampling.noise import image_noise
 from sampling.source import Source
+
+LARGEST = 1e20  # of x_0, whose variance is about 1
 
 
 class Pipeline:
@@ -33,6 +37,7 @@ class Pipeline:
         self.sampler, self.guidance, self.precision = sampler or SamplerConfig(), guidance or GuidanceConfig(), precision
         self.device = next(model.parameters()).device
         self.num_classes, self.null_class = model.num_classes, model.null_class
+        self.create_diffusion = partial(create_diffusion, learn_sigma=model.learn_sigma)
         self.shape = (model.in_channels, model.input_size, model.input_size)  # of one image's x_T
 
     @classmethod
@@ -68,6 +73,7 @@ class Pipeline:
         function that gives the noise of each step. They depend on the seed and each image's index alone."""
         deterministic = SAMPLERS[self.sampler.sampler].is_deterministic(self.sampler.eta)
         steps = 0 if deterministic else self.sampler.num_sampling_steps
+        check_memory(4 * (steps + 1) * len(indices) * math.prod(self.shape), "lower --per-proc-batch-size")
         noise = image_noise(seed, indices, steps, self.shape)  # (steps + 1, N, C, H, W)
         if self.device.type == "cuda":
             noise = noise.pin_memory()  # a step's noise is then copied to the GPU while it computes
@@ -80,6 +86,7 @@ class Pipeline:
 
     def to_pixels(self, x_0):
         """x_0 (N, C, h, w) decoded, as numpy (N, H, W, 3) uint8; see `to_uint8`."""
+        check_finite(x_0)
         return to_uint8(self.space.decode(x_0.to(self.device)))
 
     def denoiser(self, labels):
@@ -101,9 +108,10 @@ class Pipeline:
         labels: N class numbers, or (N, K) weights of classes. denoiser: in place of the labels' own, such as an
         `inpainting_denoiser` around it."""
         sampler = self.sampler
-        return diffusion.sample(
+        return sample(
             sampler.sampler, denoiser or self.denoiser(labels), x_T, sampler.num_sampling_steps, eta=sampler.eta,
-            spacing=sampler.spacing, step_noise=step_noise, progress=progress, **options,
+            spacing=sampler.spacing, step_noise=step_noise, progress=progress,
+            create=self.create_diffusion, **options,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -123,13 +131,19 @@ def place(model, compute, device):
     return model.to(device)
 
 
-def to_uint8(images):
-    """(N, C, H, W) in [-1, 1] -> numpy (N, H, W, 3) uint8, grey repeated: clamp(127.5 x + 128, 0, 255), truncated. Raises
-    UserError where a value is not finite."""
-    if not images.isfinite().all():
+def check_finite(images):
+    """Raises UserError where a value of images or latents is not finite, or so large that it has overflowed elsewhere: the
+    norms of an autoencoder's decoder would hide that."""
+    if not (images.abs() < LARGEST).all():
         raise UserError(
             "an image has values that are not finite: --cfg-scale is too large, or the weights are damaged; lower the "
             "scale, or try another checkpoint"
         )
+
+
+def to_uint8(images):
+    """(N, C, H, W) in [-1, 1] -> numpy (N, H, W, 3) uint8, grey repeated: clamp(127.5 x + 128, 0, 255), truncated. Raises
+    UserError where a value is not finite."""
+    check_finite(images)
     pixels = torch.clamp(127.5 * images + 128, 0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()

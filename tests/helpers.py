@@ -11,13 +11,17 @@ import sys
 import threading
 import time
 import traceback
+from unittest import mock
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from checkpoint import files
 
-TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib", "training_seconds"}
+TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib", "training_seconds", "utilization"}
 
 
 def metrics(folder):
@@ -122,3 +126,56 @@ class Ranks:
 
     def text(self, rank=0):
         return open(f"{self.output}.{rank}").read()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small inputs. Each function returns the path
+
+
+def make_images(folder):
+    """Three classes of four pictures each, of different sizes."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(["ant", "bee", "cat"]):
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = random.integers(0, 256, (20 + i, 24 + label, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def make_autoencoder(folder):
+    """A small random AutoencoderKL of the Stable Diffusion kind: 4 latent channels, a factor of 8."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
+    vae = AutoencoderKL(
+        latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, **blocks
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def make_inception(path):
+    """Weights of the Inception network's shapes, drawn at random: tests may not download the real ones."""
+    from torch_fidelity import feature_extractor_inceptionv3 as port
+
+    network = port.FeatureExtractorInceptionV3
+    # its constructor insists on loading weights
+    with (
+        torch.device("meta"),
+        mock.patch.object(port, "load_state_dict_from_url"),
+        mock.patch.object(network, "load_state_dict"),
+    ):
+        inception = network("inception", ["2048"])
+    torch.manual_seed(0)
+    inception.to_empty(device="cpu")
+    for module in inception.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):  # PyTorch's own defaults shrink features to 1e-8
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    torch.save(inception.state_dict(), path)
+    return path

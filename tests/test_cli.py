@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "EvaluateConfig",
     "likelihood": "LikelihoodConfig",
     "complexity": "CostConfig",
+    "plot": "PlotConfig",
 }
 CONFIGS = [getattr(importlib.import_module(name), config) for name, config in COMMANDS.items()]
 
@@ -223,7 +224,7 @@ def test_a_command_line_gives_the_same_config_as_its_values(data, config_class):
         if value is None:
             values.pop(field.name, None)
         elif field.metadata["positional"]:
-            positional.append(value)
+            positional += value if isinstance(value, list) else [value]
         elif isinstance(value, bool):
             argv.append(flag(field.name) if value else f"--no-{flag(field.name)[2:]}")
         elif isinstance(value, list):

@@ -414,9 +414,16 @@ def test_outputs_are_checked_before_anything_slow(folder, monkeypatch, capsys, t
     (tmp_path / "file").write_text("")
     for cache in (tmp_path / "file", tmp_path / "file" / "cache"):
         assert f"--cache {cache}: cannot be written (" in fails(capsys, *inputs, "--cache", cache)
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "cache")
+    open_file = Path.open
+
+    def closed(path, *mode):
+        if path.parent.name == "cache":
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, *mode)
+
+    monkeypatch.setattr(Path, "open", closed)
     assert "--cache" in (line := fails(capsys, *inputs, "--cache", tmp_path / "cache"))
-    assert "(permission denied)" in line
+    assert "(Permission denied)" in line
     shutil.copy(inputs[1], tmp_path / "samples.npz")
     (tmp_path / "samples.npz.metrics.json").mkdir()
     assert "samples.npz.metrics.json: is a folder" in fails(capsys, inputs[0], tmp_path / "samples.npz")

@@ -8,8 +8,9 @@ import torch
 from helpers import call
 
 import complexity
-from complexity import PUBLISHED, TOLERANCE, activation_bytes, build, forward_macs, training_memory
+from complexity import PUBLISHED, TOLERANCE
 from models import BLOCKS, DiT
+from training.cost import activation_bytes, build, forward_macs, trainable, training_memory
 
 TINY = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -92,7 +93,7 @@ def test_memory_grows_with_the_batch_and_shrinks_in_bf16():
     model = build("DiT-S/4")
     small, large = (training_memory(model, batch, "fp32") for batch in (8, 16))
     assert small["activations"] * 1.99 < large["activations"] < small["activations"] * 2.01
-    everything, learned = sum(p.numel() for p in model.parameters()), complexity.trainable(model)
+    everything, learned = sum(p.numel() for p in model.parameters()), trainable(model)
     fixed = {"weights": 4 * everything, "ema": 4 * everything, "gradients": 4 * learned, "optimizer": 8 * learned}
     assert all(small[part] == large[part] == nbytes for part, nbytes in fixed.items())
     assert small["total"] == sum(fixed.values()) + small["activations"]
@@ -131,7 +132,7 @@ def test_cost_as_text_of_a_pixel_model(run):
         (["--hidden-size", "90", "--num-heads", "5"], "multiple of 4"),
         (["--image-size", "100"], "image size 100 is not a multiple of 8"),
         (["--block", "adaln-one"], "cross-attention"),
-        (["--depth", "0"], "--depth: 0 is not a whole number, 1 or more and 4096 or less"),
+        (["--depth", "0"], "--depth: 0 is not a whole number, 1 or more and 512 or less"),
         (["--mlp-ratio", "nan"], "--mlp-ratio: nan is not a number, 1024 or less and more than 0"),
         (["--utilization", "60"], "--utilization: 60.0 is not a number, 0.001 or more and 1 or less"),
         (["--num-classes", 10**12], "--num-classes: 1000000000000 is not a whole number"),

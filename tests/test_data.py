@@ -4,6 +4,8 @@ processes changes."""
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 import zlib
 from types import SimpleNamespace
@@ -158,7 +160,7 @@ def test_folders_without_images_are_refused(tmp_path, make):
 
 
 def test_an_empty_path_is_not_the_current_folder():
-    with pytest.raises(UserError, match="--data-path: is empty; name a folder"):
+    with pytest.raises(UserError, match="--data-path: is empty"):
         DataConfig("")
 
 
@@ -287,6 +289,27 @@ def test_the_identity_is_that_of_the_first_release(tmp_path):
     make_files(tmp_path, *(f"{folder}/{i}.png" for folder in ("ant", "bee") for i in range(3)))
     assert ImageDataset(tmp_path, 16).identity() == [6, 1029345435]
     assert load_dataset(DataConfig("digits"), 8).identity() == [1797, 3576519346]
+
+
+def test_pillow_warns_nobody_and_no_thread_changes_the_filters(tmp_path):
+    """warnings.catch_warnings in one thread would undo what another one has set."""
+    exif = Image.Exif()
+    exif[0x010E] = "a description, of which the file holds the beginning"
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg", exif=exif.tobytes()[:30])
+    code = f"""if True:
+        import warnings
+        from concurrent.futures import ThreadPoolExecutor
+        from PIL import Image
+        from data.images import open_image
+
+        seen, before, load = [], warnings.filters, Image.Image.load
+        Image.Image.load = lambda image: (seen.append(warnings.filters is before), load(image))[1]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(open_image, [{str(tmp_path / "0.jpg")!r}] * 8))
+        print(len(seen) >= 8 and all(seen))
+    """
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_rank_0_lists_the_images_for_all(image_folder, tmp_path, monkeypatch):

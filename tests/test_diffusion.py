@@ -369,3 +369,21 @@ def test_no_step_copies_from_the_host_or_waits_for_the_device(loop):
     next(steps)  # the first step places the tables
     with HostTraffic():
         assert len(list(steps)) == 9
+
+
+def test_classifier_guidance_is_there_under_its_names():
+    """By the original's names: condition_mean shifts DDPM's mean by variance times gradient, condition_score DDIM's eps."""
+    diffusion = create_diffusion("10")
+    x, t = normal("z", 3, 4, 8, 8), torch.tensor([0, 5, 9])
+    p = diffusion.p_mean_variance(stub(True), x, t, clip_denoised=False)
+
+    def cond_fn(x, t, y=None):
+        return torch.sin(x)
+
+    expected = p["mean"] + p["variance"] * torch.sin(x)
+    torch.testing.assert_close(diffusion.condition_mean(cond_fn, p, x, t), expected)
+    scored = diffusion.condition_score(cond_fn, p, x, t)
+    eps = diffusion.predict_eps_from_xstart(x, t, p["pred_xstart"])
+    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod).float()[t].view(-1, 1, 1, 1)
+    shifted = diffusion.predict_xstart_from_eps(x, t, eps - (1 - alpha_bar).sqrt() * torch.sin(x))
+    torch.testing.assert_close(scored["pred_xstart"], shifted, rtol=1e-4, atol=1e-4)

@@ -194,7 +194,7 @@ def test_options_that_contradict_the_checkpoint_are_refused(capfd, tmp_path, tin
 
 
 def test_outputs_are_checked_before_anything_slow(capfd, tmp_path, monkeypatch, tiny_checkpoint):
-    monkeypatch.setattr(likelihood, "measure_likelihood", None)  # calling it would raise
+    monkeypatch.setattr(likelihood, "Checkpoint", None)  # using it would raise
     (tmp_path / "a.png").mkdir()
     known = "--ckpt", tiny_checkpoint, "--data-path", "digits", "--output"
     assert "a.png: is a folder" in refused(capfd, *known, tmp_path / "a.json")

@@ -8,7 +8,7 @@ from reference import fill
 from checkpoint import files
 from checkpoint.opened import Checkpoint
 from data.autoencoder import load_space
-from diffusion import samplers
+from diffusion import create_diffusion, samplers
 from models import DiT
 from runtime.errors import UserError
 from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig, SourceConfig
@@ -54,6 +54,19 @@ def test_a_pipeline_draws_what_its_steps_end_in(ckpt):
     assert not torch.equal(pipeline([2, 2], x_T, step_noise)[0], images[0]), "labels must count"
     single_x_T, single_noise = pipeline.noise(3, [1])
     torch.testing.assert_close(pipeline([2], single_x_T, single_noise)[0], images[1])
+
+
+def test_models_without_a_learned_variance_are_drawn_with_the_fixed_one(tmp_path):
+    pipeline = Pipeline.load(save(tmp_path / "a.pt", learn_sigma=False), STEPS, GuidanceConfig(cfg_scale=2.0))
+    x_T, step_noise = pipeline.noise(0, [0])
+    fixed = create_diffusion("4", learn_sigma=False)
+    x_0 = x_T
+    for i in (3, 2, 1, 0):
+        t = torch.tensor([i])
+        out = fixed.p_sample(lambda x, t: pipeline.denoiser([1])(x, t.item()), x_0, t, False,
+            draw_noise=lambda x, i=i: step_noise(x, i))  # fmt: skip
+        x_0 = out["sample"]
+    assert torch.equal(pipeline([1], x_T, step_noise), x_0)
 
 
 def test_a_pipeline_is_made_of_a_model_too(ckpt):

@@ -16,7 +16,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "extract_latents", "sample", "sample_ddp", "evaluate", "likelihood", "complexity", "convert"]
+COMMANDS = "train extract_latents sample sample_ddp evaluate likelihood complexity plot animate convert app".split()
 
 
 def test_both_lists_of_dependencies_are_equal():

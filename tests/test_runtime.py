@@ -10,7 +10,7 @@ import torch
 
 from runtime import devices, files
 from runtime.errors import OutOfMemoryError, UserError
-from runtime.launch import launched, rendezvous_address
+from runtime.launch import first_node, launched, rendezvous_address
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,10 +52,31 @@ def test_processes_without_an_address_to_meet_at_are_refused(environment):
     environment(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NUM_NODES="2")
     with pytest.raises(UserError, match="export MASTER_ADDR"):
         rendezvous_address()
-    environment(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NUM_NODES="2", SLURM_LAUNCH_NODE_IPADDR="10.0.0.1")
+    srun = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "70123", "SLURM_STEP_ID": "0"}
+    srun["SLURM_LAUNCH_NODE_IPADDR"] = "10.0.0.1"  # where srun was started: not always a node of the job
+    environment(**srun, SLURM_STEP_NUM_NODES="2", SLURM_STEP_NODELIST="gpu[017-018]")
     rendezvous_address()
-    assert os.environ["MASTER_ADDR"] == "10.0.0.1"
-    assert os.environ["MASTER_PORT"].isdecimal()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu017", "20123")
+    environment(**srun, SLURM_STEP_NUM_NODES="1", SLURM_STEP_NODELIST="gpu017")
+    rendezvous_address()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1", "one node needs no name"
+    environment(**srun, MASTER_ADDR="here", SLURM_STEP_NUM_NODES="2", SLURM_STEP_NODELIST="gpu[017-018]")
+    rendezvous_address()
+    assert os.environ["MASTER_ADDR"] == "here"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-2]", "n1"),
+        ("gpu[003,007-9],login", "gpu003"),
+        ("r[2-3]n[04-05]-ib", "r2n04-ib"),
+    ],
+)
+def test_the_first_node_of_slurms_list(nodes, first):
+    assert first_node(nodes) == first
 
 
 @pytest.mark.parametrize("command", ["train", "sample_ddp"])

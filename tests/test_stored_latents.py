@@ -244,7 +244,8 @@ JSON = st.recursive(
 def test_any_record_is_taken_or_refused_in_one_line(tmp_path_factory, image_folder, small_vae, name):
     """Other types, missing and additional keys, lists, huge numbers: nothing but a UserError of one line may follow."""
     folder = tmp_path_factory.mktemp("latents")
-    vae, config = load_space(str(small_vae)).place("cpu"), ExtractConfig(str(image_folder), str(folder), image_size=16)
+    vae = load_space(str(small_vae)).place("cpu")
+    config = ExtractConfig(data_path=str(image_folder), out=str(folder), image_size=16)
     images = ImageDataset(image_folder, 16)
     made = begin(config, folder, images, vae)
     make(folder, **{**made.flat(), "shard_size": 5, "classes": ("a", "b", "c")})

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from checkpoint.config import BLOCKS, MODELS, DesignOptions, ModelOptions
-from runtime.config import Config, option
+from runtime.config import Config, flag, option
 from runtime.errors import UserError
 
 
@@ -39,8 +39,6 @@ class FinetuneConfig(Config):
         "such as 'blocks.*.attn.*' (default: train all)", metavar="PATTERN")  # fmt: skip
 
     def check(self):
-        if self.init_from == "":
-            raise UserError("--init-from: is empty; name a checkpoint, or leave the option out")
         if self.keep_classes and not self.init_from:
             raise UserError("--keep-classes: needs --init-from, the model whose classes are meant")
 
@@ -113,11 +111,10 @@ class RunConfig(Config):
     resume: str | None = option(None, 'where to resume: "auto" (the latest undamaged checkpoint in --run-dir, if any), '
         '"none", or the path of a checkpoint (default: auto with --run-dir, else none)', changeable=True)  # fmt: skip
     allow_changes: bool = option(False, "resume although options that change the result differ", changeable=True)
+    dry_run: bool = option(False, "print the plan of the run, with its cost and what may be a mistake, and write nothing",
+        changeable=True)  # fmt: skip
 
     def check(self):
-        for name in ("run_dir", "results_dir", "resume"):
-            if getattr(self, name) == "":
-                raise UserError(f"--{name.replace('_', '-')}: is empty; name a folder, or leave the option out")
         if self.resume == "auto" and not self.run_dir:
             raise UserError("--resume auto: needs --run-dir, the folder to look in")
 
@@ -125,3 +122,31 @@ class RunConfig(Config):
     def how_to_resume(self):
         """The value of --resume, its default resolved."""
         return self.resume or ("auto" if self.run_dir else "none")
+
+
+@dataclass(frozen=True)
+class MonitorConfig(Config):
+    """watching the run"""
+
+    sample_every: int | None = option(None, "draw a grid of images with the averaged weights every N steps, into samples/ "
+        "in the run's folder (default: never)", low=1, metavar="N", changeable=True)  # fmt: skip
+    sample_labels: tuple[str, ...] | None = option(None, "classes of the grid's images, by number or name (default: all of "
+        "them, or 16 spread over them if there are more)", metavar="CLASS", changeable=True)  # fmt: skip
+    sample_cfg_scale: float | None = option(None, "guidance scale of the grid's images; 1 turns guidance off (default: 4, "
+        "or 1 for a model without null labels)", low=0, changeable=True)  # fmt: skip
+    val_data_path: str | None = option(None, "held-out images whose loss is measured: a folder as --data-path takes it, "
+        "with the same names of the classes (default: none)", metavar="FOLDER", changeable=True)  # fmt: skip
+    val_every: int | None = option(None, "measure the loss of the images of --val-data-path every N steps (default: "
+        "never)", low=1, metavar="N", changeable=True)  # fmt: skip
+    peak_tflops: float | None = option(None, "peak of one device at the run's precision in TFLOP/s, for the utilisation in "
+        "the progress bar (default: by a table of GPUs; without an entry there is no utilisation)", low=1e-6, high=1e12,
+        changeable=True)  # fmt: skip
+    report_to: tuple[str, ...] | None = option(None, "also send metrics, grids and options to these trackers: tensorboard, "
+        "wandb (default: none)", choices=("tensorboard", "wandb"), metavar="TRACKER", changeable=True)  # fmt: skip
+
+    def check(self):
+        if (self.val_every is None) != (self.val_data_path is None):
+            raise UserError("--val-every and --val-data-path: both are needed, or neither")
+        for name in ("sample_labels", "sample_cfg_scale"):
+            if getattr(self, name) is not None and not self.sample_every:
+                raise UserError(f"{flag(name)}: needs --sample-every, the steps between grids")

@@ -55,6 +55,7 @@ def restore(trainer, path, state, config, model_config, identity, log):
     the checkpoint is of another model or made with other options. Returns the training seconds so far."""
     state = files.load(path, mmap=False) if state is None else state
     checkpoint = Checkpoint(state, path)
+    checkpoint.check_record()
     if not isinstance(state.get("opt"), dict):
         raise UserError(f"--resume {path}: holds weights alone, no optimizer state to continue from")
     step = checkpoint.step
@@ -66,7 +67,7 @@ def restore(trainer, path, state, config, model_config, identity, log):
     if changes and not config.run.allow_changes:
         raise UserError(f"{path}: made with {'; '.join(changes)}; use the same, or pass --allow-changes")
     images_seen = state.get("images_seen", step * config.recipe.global_batch_size)
-    if not isinstance(images_seen, int) or images_seen < 0:
+    if not isinstance(images_seen, int) or not 0 <= images_seen < 2**63:
         raise UserError(f"{path}: damaged: its images_seen is {images_seen!r:.50}")
     checkpoint.check_finite()
     try:

@@ -2,9 +2,11 @@
 
 options.json   all options            log.txt         the lines that people parse
 status.json    running, preempted...  metrics.jsonl   the numbers, one JSON object a line
-checkpoints/   {step:07d}.pt          .lock           held by the process that writes here
+checkpoints/   {step:07d}.pt          samples/        {step:07d}.png, grids of images
+tensorboard/   event files            .lock           held by the process that writes here
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +20,10 @@ from tqdm.auto import tqdm
 from checkpoint.files import set_aside
 from runtime import files
 from runtime.errors import RunError, UserError
+from sampling.grid import write_picture
+from training.grids import grid_paths
 from training.status import write_status
+from training.trackers import Trackers
 
 
 def make_numbered(results_dir, model):
@@ -45,19 +50,28 @@ class RunFolder:
         self.path, self.is_new = Path(path), is_new
         self._lock = files.lock_folder(self.path)
         self.checkpoints = self.path / "checkpoints"
-        self.log_file = self.metrics_file = self.error = None
+        self.log_file = self.metrics_file = self.trackers = self.error = None
         self.write_status("starting")
 
     def start(self, options, step):
-        """Record the options, drop the metrics of later steps than `step`, and open the records. Raises RunError."""
+        """Record the options, drop the metrics and grids of later steps than `step`, and open the records and trackers.
+        Raises RunError, and UserError for a tracker that cannot start."""
         with files.write_errors(self.path, "; checkpoints are untouched", RunError):
             self.checkpoints.mkdir(exist_ok=True)
+            for name in ("log.txt", "metrics.jsonl"):
+                with contextlib.suppress(FileNotFoundError):
+                    files.check_regular(self.path / name)  # a pipe would be waited for
             files.remove_leftovers(self.checkpoints)
             self._drop_later_metrics(step)
+            files.remove_leftovers(self.path / "samples")
+            for path in grid_paths(self.path):
+                if int(path.stem) > step:
+                    path.unlink()
             files.write_json(self.path / "options.json", options)
-            self.log_file = open(self.path / "log.txt", "a", buffering=1)  # noqa: SIM115 -- closed in close()
+            self.log_file = open(self.path / "log.txt", "a", buffering=1, errors="backslashreplace")  # noqa: SIM115
             self.metrics_file = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             set_aside(self.checkpoints, step, self.log)
+            self.trackers = Trackers(options["report_to"], self.path, options, self.log)
         self.is_new = False
         self.write_status("running", step)
 
@@ -91,11 +105,23 @@ class RunFolder:
         """Add a row to metrics.jsonl. JSON has no NaN, which means are where no update was finite: it becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._keep_errors(lambda: self.metrics_file.write(json.dumps(values) + "\n"))
+        self.trackers.add_row(values)
+
+    def write_grid(self, step, picture):
+        """Write a PIL image to samples/. Returns its path. Raises RunError."""
+        path = self.path / f"samples/{step:07d}.png"
+        with files.write_errors(self.path, "; checkpoints are untouched", RunError):
+            path.parent.mkdir(exist_ok=True)
+        write_picture(path, picture)
+        self.trackers.add_picture(step, picture)
+        return path
 
     def close(self):
         for file in filter(None, (self.log_file, self.metrics_file)):
             self._keep_errors(lambda file=file: (file.flush(), os.fsync(file.fileno())))
             self._keep_errors(file.close)
+        if self.trackers:
+            self.trackers.close()
         self._lock.close()
         if self.is_new:  # nothing was begun here: a mistake in the command leaves no folder behind
             shutil.rmtree(self.path, ignore_errors=True)

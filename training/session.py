@@ -22,6 +22,7 @@ from runtime.errors import RunError, UserError
 from training import resume
 from training.meter import Meter
 from training.run_folder import open_run_folder
+from training.throughput import peak_images_per_second
 
 
 class Session:
@@ -88,10 +89,12 @@ class Session:
         if path is not None:
             parts = (self.config, trainer.model.config, dataset.identity(), self.log)
             seconds = context.run_on_all_ranks(lambda: resume.restore(trainer, path, state, *parts))
-        self.meter = Meter(context.device, seconds)
+        compute, tflops = self.config.compute, self.config.monitor.peak_tflops
+        self.peak_speed = peak_images_per_second(trainer.model, context, compute.precision, tflops)
         self.saved_step = trainer.steps_made if path and path.parent == self.saver.folder else None
         record = {**self.options, "torch": torch.__version__}
         context.run_on_all_ranks(lambda: self.folder and self.folder.start(record, trainer.steps_made))
+        self.meter = Meter(context.device, seconds)  # now, so that starting the trackers does not count as training
         if path is not None:
             self.log(f"Resumed from {path} at step {trainer.steps_made}")
 
@@ -184,7 +187,9 @@ class Session:
         if not self.due(self.config.run.log_every):
             return
         values = self.meter.summarise(self.context)
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}")
+        if self.peak_speed:
+            values["utilization"] = values["images_per_second"] / self.peak_speed
+        self.bar.set_postfix_str(postfix(values, self.context.device))
         self.log(
             f"(step={self.trainer.steps_made:07d}) Train Loss: {values['loss']:.4f}, "
             f"Train Steps/Sec: {values['steps_per_second']:.2f}"
@@ -209,6 +214,13 @@ class Session:
             self.log(f"{step} FID: {fid:.4f} of {num_samples:,} images")
             self.record_metrics(fid=fid, fid_samples=num_samples)
 
+    def record_grid(self, picture):
+        """Write a grid of images, the same PIL image on all ranks. Raises RunError, on all ranks, where it cannot be
+        written."""
+        step = self.trainer.steps_made
+        path = self.context.run_on_main(lambda: self.folder.write_grid(step, picture))
+        self.log(f"(step={step:07d}) Samples: {path}")
+
     def stop_requested(self):
         """Whether any rank was asked to stop. Every rank has to call this equally often."""
         return self.context.any([self.signals.requested])[0]
@@ -231,3 +243,13 @@ class Session:
             f"step {self.trainer.steps_made}: loss or gradient not finite, the last {bad} updates were skipped; {last}; "
             f"lower --lr, or look at the images of this batch: {', '.join(names)}"
         )
+
+
+def postfix(values, device):
+    """The end of the progress bar, whose beginning shows the steps and the time left."""
+    parts = [f"loss {values['loss']:.4f}", f"{values['images_per_second']:,.4g} images/s"]
+    if device.type == "cuda":
+        parts.append(f"{values['peak_memory_gib']:.1f} GiB")
+    if "utilization" in values:
+        parts.append(f"{values['utilization']:.1%} of the peak")
+    return ", ".join(parts)

@@ -1,0 +1,180 @@
+"""Draw images in the browser: a web page for one or more visitors.
+
+    pip install "gradio>=6"
+    python app.py                                # the newest checkpoint below demo/ or results/
+    python app.py --ckpt results/xl2/checkpoints/0400000.pt --precision bf16 --port 8000
+
+The page shows what sample.py draws for the same settings. Only this machine can open it, unless --host says otherwise.
+"""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import tempfile
+from dataclasses import dataclass
+
+from cli.parser import Parser
+from diffusion.registry import SAMPLERS
+from runtime.config import Config, option
+from runtime.errors import UserError
+from sampling.config import ComputeConfig
+
+# Small images are enlarged without smoothing; the gallery has as many columns as fit; long lines end before icons, or wrap
+CSS = """
+.gradio-container {max-width: 1200px !important}
+input[role=combobox] {text-overflow: ellipsis; margin-right: 24px}
+#singles img {image-rendering: pixelated}
+#singles .grid-container {grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)) !important}
+#singles .fixed-height {min-height: 0 !important}
+#singles:has(.preview) .gallery-container {min-height: 360px}
+#singles .media-button img {width: 100%}
+#command code {white-space: pre-wrap; overflow-wrap: anywhere}
+"""
+
+
+@dataclass(frozen=True)
+class AppConfig(Config):
+    """Options of app.py."""
+
+    compute: ComputeConfig
+    ckpt: str | None = option(None, "the checkpoint that is chosen first (default: the newest below demo/ or results/)")
+    vae: str | None = option(None, "autoencoder for all checkpoints (default: the one that a checkpoint records, or mse "
+        'where that is "ema" or "mse" or nothing is recorded)')  # fmt: skip
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines open the page, without a password")
+    port: int | None = option(None, "port to listen on (default: the first free one from 7860)", low=1, high=65535)
+
+
+def main(argv=None):
+    parser = Parser(AppConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        if not importlib.util.find_spec("gradio"):
+            raise UserError('the page needs the package gradio; install it with: pip install "gradio>=6"')
+        serve(config)
+
+
+def serve(config):
+    """Serve the page until Ctrl-C."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported: it asks no server for anything
+    from sampling.source import Source  # here and below: what takes seconds to import
+    from sampling.web import SourceConfig, find_checkpoints
+
+    first = find_checkpoints(config.ckpt)[0]
+    Source.open(SourceConfig(ckpt=first, vae=config.vae), compute=config.compute)  # mistakes end the command here
+
+    with tempfile.TemporaryDirectory(prefix="dit-app-") as folder:
+        tempfile.tempdir = folder  # where Gradio copies pictures to, and nothing is left in the end
+        import gradio as gr
+
+        page = build_page(config)
+        fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's own come from the network
+        theme = gr.themes.Default(**fonts).set(block_info_text_color="*neutral_500")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then too
+        try:
+            _, url, _ = page.queue(default_concurrency_limit=1).launch(
+                server_name=config.host, server_port=config.port, share=False, quiet=True, prevent_thread_lock=True,
+                theme=theme, css=CSS, footer_links=[], max_file_size="20mb", ssr_mode=False, run_history=False,
+            )  # fmt: skip
+        except OSError as error:
+            port = f"--port {config.port}" if config.port else "--port"
+            raise UserError(f"--host {config.host} {port}: cannot be listened on ({str(error).split(':')[0]})") from None
+        print(f"The page is at {url} (Ctrl-C stops it)", flush=True)
+        page.block_thread()
+
+
+def build_page(config):
+    """The page as gradio.Blocks."""
+    import gradio as gr
+
+    from sampling import web
+
+    artist, first, titles = web.Artist(), web.find_checkpoints(config.ckpt), web.TITLES
+    choices, labels = web.class_choices(first[0], config.vae)
+
+    @contextlib.contextmanager
+    def messages():
+        """Show a UserError of the block to the visitor."""
+        try:
+            yield
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    def offer_checkpoints():
+        with messages():
+            return gr.update(choices=web.find_checkpoints(config.ckpt))
+
+    def offer_classes(ckpt):
+        with messages():
+            choices, labels = web.class_choices(ckpt, config.vae)
+        return gr.update(choices=choices, value=labels)
+
+    def draw(*values):
+        """Yields updates: {component: value}."""
+        with messages(), tempfile.TemporaryDirectory() as folder:
+            settings = web.page_config(dict(zip(controls, values, strict=True)), config.compute, config.vae)
+            no_archive = gr.update(value=None, interactive=False)
+            yield {status: "Preparing the model", picture: None, singles: None, command: "", download: no_archive}
+            steps = settings.sampler.num_sampling_steps
+            for drawn_config, step, images, captions in artist.draw(settings):
+                if step:
+                    text = f"Step {steps - step} of {steps}: the predicted images"
+                    yield {status: text, picture: web.draw_grid(drawn_config, images, captions)}
+            path, gallery, archive = web.write_pictures(folder, drawn_config, images, captions)
+            yield {
+                status: f"{len(images)} images", picture: path, singles: gallery,
+                command: f"The same from the command line:\n```\n{web.command(drawn_config)}\n```",
+                download: gr.update(value=archive, interactive=True),
+            }  # fmt: skip
+
+    def restore(path):
+        with messages():
+            values = web.read_settings(path)
+            if values["ckpt"] not in web.find_checkpoints(config.ckpt):
+                raise UserError(f"Checkpoint: {values['ckpt']}, which drew this picture, is not there")
+            values["labels"] = gr.update(choices=web.class_choices(values["ckpt"], config.vae)[0], value=values["labels"])
+        return [values[name] for name in controls]
+
+    # Gradio removes its copies of pictures after a day; it looks every hour
+    with gr.Blocks(title="Diffusion Transformers", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown("## Diffusion Transformers")
+        with gr.Row():
+            with gr.Column(scale=2):
+                controls = {
+                    "ckpt": gr.Dropdown(first, value=first[0], label=titles["ckpt"]),
+                    "labels": gr.Dropdown(choices, value=labels, multiselect=True, label=titles["labels"],
+                        info="Type a number or a part of a name to search."),
+                    "samples_per_label": gr.Slider(1, 32, 1, step=1, label=titles["samples_per_label"],
+                        info="Of each class, or of a row from a class to the next."),
+                    "interpolate": gr.Checkbox(False, label=titles["interpolate"],
+                        info="Draw rows of images from each class to the next."),
+                    "sampler": gr.Dropdown([*SAMPLERS], value="dpm-solver++", label=titles["sampler"]),
+                }  # fmt: skip
+                with gr.Row():
+                    for name, value, digits in (("num_sampling_steps", 20, 0), ("cfg_scale", 4, None), ("seed", 0, 0)):
+                        controls[name] = gr.Number(value, precision=digits, label=titles[name], min_width=80)
+                with gr.Row():
+                    start, stop = gr.Button("Draw", variant="primary", min_width=100), gr.Button("Stop", min_width=100)
+            with gr.Column(scale=3):
+                status = gr.Markdown("Choose classes and press Draw.", elem_id="status")
+                look = {"show_label": False, "buttons": ["download", "fullscreen"]}
+                picture = gr.Image(label="Grid", format="png", interactive=False, elem_id="picture", **look)
+                singles = gr.Gallery(label="Single images", elem_id="singles", object_fit="contain", height="auto", **look)
+                command = gr.Markdown(elem_id="command")
+                with gr.Row():
+                    download = gr.DownloadButton("Download all", interactive=False)
+                    load = gr.UploadButton("Settings from a picture", file_types=[".png"])
+        page.load(offer_checkpoints, outputs=controls["ckpt"], show_progress="hidden")
+        controls["ckpt"].input(offer_classes, controls["ckpt"], controls["labels"])
+        shown = [status, picture, singles, command, download]
+        start.click(None, outputs=status, js="() => 'Waiting until the model is free'")
+        drawing = start.click(draw, [*controls.values()], shown, show_progress="hidden")
+        stopped = {"fn": None, "outputs": status, "js": "() => 'Stopped before the images were finished'"}
+        drawing.failure(**stopped)
+        stop.click(**stopped, cancels=drawing)
+        load.upload(restore, load, [*controls.values()])
+    return page
+
+
+if __name__ == "__main__":
+    main()
