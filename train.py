@@ -7,8 +7,6 @@ The recipe is the paper's (section 4): AdamW, constant learning rate 1e-4, no we
 0.9999. A command with --run-dir, given again, resumes where the run stopped.
 """
 
-import dataclasses
-import math
 import sys
 from dataclasses import dataclass
 
@@ -76,21 +74,21 @@ def main(argv=None):
 
 def train(config, context, signals):
     """Train as config says. Returns the exit status: 0 when finished or preempted, 130 after Ctrl-C."""
-    from training import finetune  # PyTorch, timm and torchvision take seconds: not before the command line is read
+    from training import finetune, setup  # PyTorch, timm and torchvision take seconds: not before the command line is read
     from training.grids import Grids
     from training.session import Session
     from training.trainer import Trainer
     from training.validation import Validation
 
-    config = resolve_precision(config, context.device)
+    config = setup.resolve_precision(config, context.device)
     config, source = context.run_on_all_ranks(lambda: finetune.resolve(config))
     if config.run.dry_run:
         from training import plan
 
-        plan.show(config, context, context.run_on_all_ranks(lambda: load_data(config, context)), build_model)
+        plan.show(config, context, context.run_on_all_ranks(lambda: setup.load_data(config, context)))
         return 0
     with Session(config, context, signals) as session:
-        dataset, space, model, notes = context.run_on_all_ranks(lambda: prepare(config, context, source))
+        dataset, space, model, notes = context.run_on_all_ranks(lambda: setup.prepare(config, context, source))
         source = None  # frees the memory: its weights have been copied
         evaluator = make_evaluator(config, context, space)
         space, precision = space.place(context.device), config.compute.precision
@@ -99,7 +97,7 @@ def train(config, context, signals):
         total_steps = config.recipe.total_steps(len(dataset))
         trainer = Trainer(config.recipe, config.compute, context, model, space, precision, total_steps)
         session.resume(trainer, dataset, config.flat())
-        introduce(config, trainer, dataset, session, notes)
+        setup.introduce(config, trainer, dataset, session, notes)
         for batch in session.batches():
             session.record(trainer.step(batch))
             validation.measure_if_due()
@@ -114,115 +112,6 @@ def train(config, context, signals):
     return session.exit_status
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data, latent space and model, checked before anything slow
-
-
-def resolve_precision(config, device):
-    """The config with the precision that its default means on this device."""
-    from runtime.devices import check_compile, has_bf16
-
-    check_compile(config.compute.compile, device.type)
-    default = "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
-    compute = dataclasses.replace(config.compute, precision=config.compute.precision or default)
-    return dataclasses.replace(config, compute=compute)
-
-
-def prepare(config, context, source):
-    """(dataset, latent space, model, lines for the log). source: of the first weights, None for random ones. Raises
-    UserError for what cannot work."""
-    from training import finetune
-    from training.trackers import check_installed
-
-    check_installed(config.monitor.report_to)
-    dataset = load_data(config, context)
-    space = dataset.open_space(config.vae, decode=bool(config.evaluation.eval_every or config.monitor.sample_every))
-    check_size(config, context, space)
-    model = build_model(config, space)
-    notes = [*dataset.notes, *(source.load_into(model) if source else [])]
-    return dataset, space, model, notes + finetune.freeze(model, config.finetune.freeze)
-
-
-def load_data(config, context):
-    """The dataset of the options. Raises UserError where it does not fit them."""
-    from data.images import load_dataset
-
-    check_batch(config, context.world_size)
-    dataset = load_dataset(config.data, config.model.image_size, config.recipe.global_seed, context)
-    check_dataset(config, dataset)
-    return dataset
-
-
-def check_batch(config, world_size):
-    size, parts = config.recipe.global_batch_size, config.compute.grad_accum
-    if size % world_size:
-        raise UserError(
-            f"--global-batch-size {size}: not a multiple of the {world_size} processes; "
-            f"{math.ceil(size / world_size) * world_size} is"
-        )
-    if parts * world_size > size:
-        raise UserError(
-            f"--grad-accum {parts}: more than the {size // world_size} images that a process has of each batch; lower it"
-        )
-
-
-def check_dataset(config, dataset):
-    num_classes, found = config.model.num_classes, len(dataset.classes)
-    if num_classes and found > num_classes:
-        raise UserError(
-            f"--num-classes {num_classes}: {config.data.data_path} has {found} classes; "
-            f"pass --num-classes {found}, or 0 to ignore them"
-        )
-    images = config.recipe.epochs * len(dataset)
-    if images < config.recipe.global_batch_size:
-        raise UserError(
-            f"--global-batch-size {config.recipe.global_batch_size}: more than the {images} images of all epochs; "
-            "lower it, or raise --epochs"
-        )
-
-
-def build_model(config, space):
-    """The DiT of the options, initialised from --global-seed."""
-    import torch
-
-    from data.autoencoder import check_image_size
-    from models import DiT_models
-
-    overrides = config.design.overrides()
-    constructor = DiT_models[config.model.model]
-    check_image_size(config.model.image_size, space.factor, overrides.get("patch_size", constructor.keywords["patch_size"]))
-    torch.manual_seed(config.recipe.global_seed)
-    try:
-        return constructor(
-            input_size=config.model.image_size // space.factor,
-            in_channels=space.channels,
-            class_dropout_prob=config.recipe.label_dropout,
-            num_classes=config.model.num_classes,
-            **overrides,
-        )
-    except ValueError as error:
-        raise UserError(f"--model {config.model.model} with these overrides: {error}") from None
-
-
-def check_size(config, context, space):
-    """Raises OutOfMemoryError for a model or a batch that this machine cannot hold, by lower bounds of what is needed."""
-    import torch
-
-    from runtime.devices import check_memory
-
-    with torch.device("meta"):
-        model = build_model(config, space)
-    batch_size, on_host = config.recipe.global_batch_size // context.world_size, context.device.type == "cpu"
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    images = batch_size * config.model.image_size**2  # bytes of a channel, of which there are one or three
-    if on_host:  # gradients, EMA and two moments beside the weights; ten activations of each token in a block
-        blocks = len(model.blocks) if not config.compute.grad_checkpoint else 1
-        part = math.ceil(batch_size / config.compute.grad_accum)
-        weights, images = 5 * weights, 5 * images + 40 * part * model.pos_embed.numel() * blocks
-    options = ("--global-batch-size or --image-size", "--hidden-size, --depth, --mlp-ratio or --num-classes")
-    check_memory(weights + images, f"lower {options[weights > images]}")
-
-
 def make_evaluator(config, context, space):
     """What measures FID during training, or None."""
     if not config.evaluation.eval_every:
@@ -232,26 +121,6 @@ def make_evaluator(config, context, space):
     batch_size = config.recipe.global_batch_size // context.world_size  # what fits in training fits here
     model, seed = config.model, config.recipe.global_seed
     return Evaluator(config.evaluation, context, space, model.image_size, model.num_classes, batch_size, seed)
-
-
-def introduce(config, trainer, dataset, session, notes):
-    """Log what is trained on what, and what may be a mistake."""
-    from runtime.devices import precision_warning
-
-    parameters = sum(p.numel() for p in trainer.ema.weights)
-    precision, where = config.compute.precision, trainer.context.describe()
-    session.log(f"{config.model.model} ({config.design.block}), {parameters:,} trainable parameters, {precision}, {where}")
-    session.log(
-        f"{len(dataset):,} images of {len(dataset.classes)} classes from {config.data.data_path}; run folder "
-        f"{session.run_dir}"
-    )
-    for note in notes:
-        session.log(note)
-    given, found = config.model.num_classes, len(dataset.classes)
-    if found < given:
-        session.log(f"--num-classes {given}: the data has {found} classes, so labels from {found} on are never trained")
-    if warning := precision_warning(precision, trainer.device):
-        session.log(warning)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from runtime.config import Config, option
 from runtime.files import check_output, replace_file, write_errors, write_json
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, to_uint8
-from training import finetune
+from training import finetune, setup
 from training.trainer import Trainer
 
 RECIPE = "--data-path digits --vae none --image-size 8 --num-classes 5 --global-batch-size 64 --lr 2e-3 --ema-warmup"
@@ -70,7 +70,7 @@ def run(argv, first, config):
     FinetuneBenchmarkConfig nothing is measured, else the training ends where the accuracy reaches the target."""
     options, source = finetune.resolve(Parser(train.TrainConfig, "").parse([*RECIPE.split(), "--device", "cpu", *argv]))
     dataset, context, recipe = FiveDigits(first), distributed.setup("cpu"), options.recipe
-    model = train.build_model(options, Pixels(1))
+    model = setup.build_model(options, Pixels(1))
     if source:
         source.load_into(model)
     trainer, curve = Trainer(recipe, options.compute, context, model, Pixels(1)), []

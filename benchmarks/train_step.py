@@ -19,7 +19,6 @@ from torch.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python benchmarks/train_step.py`
 import complexity
-import train
 from benchmarks import timing
 from checkpoint.config import DesignOptions, ModelOptions
 from cli.parser import Parser
@@ -30,6 +29,7 @@ from runtime.config import Config, option
 from runtime.devices import set_precision
 from runtime.errors import UserError
 from runtime.files import check_output, replace_file
+from training import setup
 from training.config import ComputeConfig, RecipeConfig
 from training.trainer import Trainer
 
@@ -73,7 +73,7 @@ class Ours:
 
     def __call__(self):
         config, compute = self.config, self.config.compute
-        model = timing.replace_zeros(train.build_model(config, SPACE))
+        model = timing.replace_zeros(setup.build_model(config, SPACE))
         trainer = Trainer(config.recipe, compute, distributed.setup(compute.device), model, SPACE, compute.precision)
         mean, label = random_batch(config, model)
         batch = {"moments": torch.stack([mean, torch.rand_like(mean)], dim=1).half(), "label": label}
@@ -89,7 +89,7 @@ class OriginalRecipe:
     def __call__(self):
         device = torch.device(self.config.compute.device)
         set_precision("tf32", device)
-        model = timing.replace_zeros(train.build_model(self.config, SPACE)).to(device).train()
+        model = timing.replace_zeros(setup.build_model(self.config, SPACE)).to(device).train()
         average = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
         diffusion = create_diffusion("")
@@ -179,11 +179,11 @@ def draw_profile(path, report, title):
 def measure(config):
     """Time the step. Returns the report, a dict. Raises UserError for what cannot work, before anything slow."""
     config = timing.resolve(config, gpu_precision="bf16")
-    train.check_batch(config, world_size=1)
+    setup.check_batch(config, world_size=1)
     if config.plot:
         check_output(config.plot, "--plot")
     with torch.device("meta"):
-        macs = complexity.forward_macs(train.build_model(config, SPACE))
+        macs = complexity.forward_macs(setup.build_model(config, SPACE))
     model, compute, size = config.model, config.compute, config.timing.batch_size
     profile = where_time_goes if config.profile or config.plot else None
     return {

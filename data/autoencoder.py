@@ -16,6 +16,7 @@ import torch
 
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.files import check_regular
 
 RELEASED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -82,6 +83,8 @@ class Autoencoder(StoredSpace):
         from diffusers import AutoencoderKL  # takes seconds to import
 
         try:
+            for path in Path(self.name).glob("*.*"):  # what diffusers might open
+                check_regular(path)
             return read(AutoencoderKL)
         except Exception as error:  # diffusers, the hub's client and its HTTP library each raise their own kinds
             where = "in that folder" if Path(self.name).is_dir() else "there, and no local folder of that name"

@@ -123,6 +123,7 @@ def open_shard(folder, number, settings):
     """The shard's array, mapped, not read. Raises UserError where it is not there or not of its size."""
     path = shard_path(folder, number)
     try:
+        files.check_regular(path)
         moments = np.lib.format.open_memmap(path, mode="r")  # raises ValueError where the file is shorter than it says
     except Exception as error:  # of a damaged header numpy raises half a dozen kinds
         reason = getattr(error, "strerror", None)  # the system's, such as that there is no such file
@@ -210,6 +211,7 @@ class StoredLatents(Dataset):
     def _read_images(self, path):
         """(names, labels (N,) int64) of images.json."""
         try:
+            files.check_regular(path)
             content = path.read_bytes()
             if f"{zlib.crc32(content):08x}" != self.settings.images_json_crc32:
                 raise ValueError

@@ -125,6 +125,7 @@ def save_features(features, path):
 
 def load_features(path):
     try:
+        files.check_regular(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(array) for name, array in file.items()}
         spatial = Statistics(SPATIAL)

@@ -136,7 +136,8 @@ def lock_folder(folder):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN) and (folder / ".lock").exists() and os.access(folder, os.W_OK):
             raise UserError(f"{folder}: another run is writing here; wait for it, or choose another folder") from None
-        raise UserError(f"{folder}: cannot be written to ({reason(error)})") from None
+        why = "it is not a folder" if isinstance(error, FileExistsError) else reason(error)
+        raise UserError(f"{folder}: cannot be written to ({why})") from None
 
 
 def unwritable(path, error):

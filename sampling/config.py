@@ -1,5 +1,6 @@
 """The options of sampling, as sample.py and sample_ddp.py take them. Importing this module is fast: no torch."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +147,7 @@ class SampleConfig(Config):
             raise UserError(f"--columns {self.columns}: --interpolate needs two or more")
         if editing.interpolate and self.samples_per_label > 1:
             raise UserError("--samples-per-label: does not go with --interpolate")
-        if self.save_trajectory == self.output:
+        if self.save_trajectory and os.path.realpath(self.save_trajectory) == os.path.realpath(self.output):
             raise UserError(f"--save-trajectory {self.output}: is the file of --output too; name another")
 
 

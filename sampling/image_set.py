@@ -8,7 +8,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from runtime.errors import RunError
-from runtime.files import replace_file, write_errors
+from runtime.files import check_regular, replace_file, write_errors
 from runtime.npy import read_npy_header
 
 
@@ -25,6 +25,7 @@ def write_png(path, pixels):
 def read_png(path, size):
     """(size, size, 3) uint8, or None where the file is missing, damaged, or of another size."""
     try:
+        check_regular(path)
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
     except Exception:  # PIL raises a dozen kinds for damaged files
@@ -43,6 +44,7 @@ def incomplete_batches(folder, number, batch_size):
 def npz_shape(npz):
     """The shape of `arr_0`, or None where there is no such file."""
     try:
+        check_regular(npz)
         with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
             return read_npy_header(file)[0]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):

@@ -28,7 +28,7 @@ from data.order import GlobalOrder
 from data.stored_latents import StoredLatents
 from runtime import files as runtime_files
 from runtime.distributed import Context
-from training import finetune
+from training import finetune, setup
 
 SHARDS = [f"shard-{number:05d}.npy" for number in range(4)]
 OPTIONS = "--image-size 16 --batch-size 2 --shard-size 3 --num-workers 0 --device cpu".split()
@@ -229,7 +229,7 @@ def test_training_holds_no_autoencoder_unless_it_evaluates(undisturbed, small_va
         argv = [*TRAIN, "--data-path", data_path, "--vae", vae, *extra]
         config = Parser(train.TrainConfig, "").parse([str(word) for word in argv])
         config, _ = finetune.resolve(config)
-        return train.prepare(config, Context(0, 0, 1, torch.device("cpu")), None)[1]
+        return setup.prepare(config, Context(0, 0, 1, torch.device("cpu")), None)[1]
 
     assert type(space(undisturbed, small_vae)) is StoredSpace
     shutil.copytree(undisturbed, tmp_path / "released")

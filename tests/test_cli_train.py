@@ -28,7 +28,7 @@ from data import crop, order
 from data.autoencoder import Pixels
 from models import DiT
 from runtime import distributed
-from training import run_folder
+from training import run_folder, setup
 from training.signals import StopSignals
 from training.trainer import Trainer
 
@@ -249,8 +249,8 @@ def test_a_damaged_checkpoint_by_name_is_refused_on_all_ranks(tmp_path, tiny_che
 
 def signalled(argv):
     """A scheduler changes its mind while the model is being built."""
-    build = train.build_model
-    train.build_model = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), build(*args))[1]
+    build = setup.build_model
+    setup.build_model = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), build(*args))[1]
     train.main(argv)
 
 

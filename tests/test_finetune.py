@@ -21,7 +21,7 @@ from checkpoint.opened import Checkpoint
 from cli.parser import Parser
 from models import DiT, DiT_models, position_embedding
 from runtime import distributed
-from training import finetune
+from training import finetune, setup
 from training.config import RecipeConfig
 from training.trainer import Trainer
 
@@ -51,7 +51,7 @@ def prepare(argv):
     """(config, model, notes) as the command makes them before the first update."""
     config = Parser(train.TrainConfig, "").parse([str(word) for word in argv])
     config, opened = finetune.resolve(config)
-    _, _, model, notes = train.prepare(config, distributed.setup("cpu"), opened)
+    _, _, model, notes = setup.prepare(config, distributed.setup("cpu"), opened)
     return config, model, notes
 
 
@@ -60,7 +60,7 @@ def test_everything_is_taken_over_exactly_but_other_classes_and_another_grid(sou
     extra = ["--image-size", size, "--num-classes", classes]
     config, model, notes = prepare([*RUN, image_folder, "--init-from", source, *extra])
     old, new = Checkpoint.open(source).weights, model.state_dict()
-    scratch = train.build_model(config, space=type("Space", (), {"factor": 1, "channels": 3})).state_dict()
+    scratch = setup.build_model(config, space=type("Space", (), {"factor": 1, "channels": 3})).state_dict()
     assert old.keys() == new.keys()
     for name in old.keys() - {TABLE, "pos_embed"}:
         assert torch.equal(new[name], old[name]), name

@@ -19,15 +19,16 @@ from runtime.errors import UserError
 from training import finetune, resume
 from training.cost import forward_macs, trainable, training_memory
 from training.meter import peak_memory
+from training.setup import build_model
 from training.trainer import Trainer
 
 FEW_IMAGES = 50  # of a class
 STEPS, STEP_LIMIT, LIMIT = 3, 10.0, 20.0  # updates to measure; seconds that one, and all of them, may take
 
 
-def show(config, context, dataset, build_model):
-    """Print the plan on rank 0. All ranks call it. config: a TrainConfig whose defaults are resolved. build_model: makes
-    the DiT of a config and a space. Raises UserError for a model that cannot be built."""
+def show(config, context, dataset):
+    """Print the plan on rank 0. All ranks call it. config: a TrainConfig whose defaults are resolved. Raises UserError
+    for a model that cannot be built."""
     recipe, total_steps = config.recipe, config.recipe.total_steps(len(dataset))
     checkpoint = resume.peek(config.run)
     done = (checkpoint.step or 0) if checkpoint else 0
@@ -81,7 +82,7 @@ def show(config, context, dataset, build_model):
     if why_not:
         how += f"; not measured, because {why_not}"
     else:
-        seconds, peak = measure(config, context, dataset, space, build_model)
+        seconds, peak = measure(config, context, dataset, space)
         how = f"measured, {recipe.global_batch_size / seconds:,.1f} images a second"
         if context.device.type == "cuda":
             how += f"; {gib(peak)} of memory were used at most"
@@ -216,7 +217,7 @@ def product_rate(device, precision):
     return 2 * size**3 / min(times)
 
 
-def measure(config, context, dataset, space, build_model):
+def measure(config, context, dataset, space):
     """(seconds of an update, bytes of memory at most) of a few real updates, data included, after one to warm up. Raises
     UserError for data that cannot be read."""
     recipe, compute = config.recipe, config.compute
