@@ -65,8 +65,10 @@ def check_trajectory(path, option, number, side, columns):
 
 def write_picture(path, picture, **options):
     """Write a PIL image atomically. Raises RunError, such as for a full disk."""
+    content = io.BytesIO()  # some of Pillow's formats write to a file without noticing that the disk is full
+    picture.save(content, format=picture_format(path), **options)
     with write_errors(path, error_class=RunError):
-        replace_file(path, lambda file: picture.save(file, format=picture_format(path), **options))
+        replace_file(path, lambda file: file.write(content.getbuffer()))
 
 
 def write_trajectory(path, decode, predictions, columns, enlarge):

@@ -712,7 +712,7 @@ def test_weights_that_are_not_finite_train_no_further(tmp_path, tiny_checkpoint,
         ("model_config", 7, "its model_config is a int"),
         ("model_config", {"num_heads": 0}, "--num-heads: 0 is not a whole number"),
         ("model_config", {"block": "mamba"}, "'mamba' is not one of adaln-zero"),
-        ("model", {}, "its state does not fit this model"),
+        ("model", {}, "holds neither weights nor `ema` or `model`"),
     ],
 )
 def test_a_damaged_record_is_one_line(tmp_path, tiny_checkpoint, capfd, part, value, words):
