@@ -8,6 +8,7 @@ is a draw from the encoder's posterior, a Gaussian whose mean and standard devia
 """
 
 import inspect
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class Autoencoder(StoredSpace):
                 check_regular(path)
             return read(AutoencoderKL)
         except Exception as error:  # diffusers, the hub's client and its HTTP library each raise their own kinds
-            where = "in that folder" if Path(self.name).is_dir() else "there, and no local folder of that name"
+            where = "in that folder" if os.path.isdir(self.name) else "there, and no local folder of that name"
             reason = str(error).strip().removeprefix("--").split("\n")[0][:200] or type(error).__name__
             raise UserError(
                 f"--vae {self.name}: no usable autoencoder {where} ({reason}); pass a folder written by "

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import re
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -142,16 +143,33 @@ def setup(device=None, timeout=None):
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         patience = datetime.timedelta(seconds=timeout) if timeout else None
         advice = (
-            "each host's name must stand for an address that the others reach, not for 127.0.1.1; else set "
+            "check that each host's name stands for an address that the others reach, not for 127.0.1.1, or set "
             "GLOO_SOCKET_IFNAME to the name of the network interface, such as eth0"
         )
         with explain("cannot connect to the others", advice):
-            # torchrun keeps its store over restarts, with the addresses of dead workers: each attempt has keys of its own
             store, _, _ = next(dist.rendezvous("env://", rank, world_size))
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
             context.host_group = dist.new_group(backend="gloo", timeout=patience) if name == "cuda" else dist.group.WORLD
     return context
+
+
+def agree_on_attempt(store, rank, world_size, patience=1800):
+    """A name that this start of the processes shares, and no earlier one. torchrun keeps its store when it restarts its
+    workers, with the addresses of the dead ones in it; its count of restarts is each node's own, and may differ."""
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", mine)
+        for other in range(1, world_size):
+            store.set(store.get(f"{mine} {other}").decode(), "welcome")
+        return mine
+    for _ in range(patience):
+        attempt = store.get("attempt").decode()  # perhaps an earlier one still: then nobody will answer
+        store.set(f"{attempt} {rank}", mine)
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([mine], datetime.timedelta(seconds=1))
+            return attempt
+    raise dist.DistStoreError(f"no answer from process 0 within {patience} s")
 
 
 def close():

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from runtime import devices, files
+from runtime import devices, distributed, files
 from runtime.errors import OutOfMemoryError, UserError
 from runtime.launch import first_node, launched, rendezvous_address
 
@@ -77,6 +81,61 @@ def test_processes_without_an_address_to_meet_at_are_refused(environment):
 )
 def test_the_first_node_of_slurms_list(nodes, first):
     assert first_node(nodes) == first
+
+
+def test_a_restart_meets_no_keys_of_the_start_before():
+    """torchrun keeps its store. Its count of restarts, which named the keys before, differs between nodes: two nodes were
+    not restarted after a failure on one of them."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = []
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):
+            found = []
+            for rank in (2, 1, 0):  # process 0 comes last: the others find the name of the start before
+                client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+                found.append(pool.submit(distributed.agree_on_attempt, client, rank, 3))
+                time.sleep(0.1)
+            names.append({name.result(20) for name in found})
+    assert [len(found) for found in names] == [1, 1]
+    assert names[0] != names[1]
+    with pytest.raises(dist.DistStoreError, match="no answer from process 0"):
+        distributed.agree_on_attempt(server, 1, 2, patience=1)
+
+
+def test_a_lost_process_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    closed = "[/src/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.2]:345. Check the logs.\nGLHF"
+    for error in (RuntimeError(closed), dist.DistNetworkError("Connection closed by peer [10.0.0.2]:345")):
+        with pytest.raises(distributed.LostProcessError) as told, distributed.processes("cpu"):
+            raise error
+        assert str(told.value).startswith(
+            "process 3 lost the connection to another (Connection closed by peer [10.0.0.2]:345); a process, a host"
+        )
+    with pytest.raises(RuntimeError, match="must match"), distributed.processes("cpu"):
+        torch.empty(2) + torch.empty(3)  # other errors stay what they are
+
+
+def test_processes_that_cannot_connect_get_one_line(environment, monkeypatch):
+    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="name.invalid", MASTER_PORT="2950")
+    lost = dist.DistNetworkError("The client socket has failed to connect to any address of (name.invalid, 2950). Why")
+    monkeypatch.setattr(dist, "rendezvous", mock.Mock(side_effect=lost))
+    with pytest.raises(distributed.LostProcessError, match="cannot connect to the others .*2950.*GLOO_SOCKET_IFNAME"):
+        distributed.setup("cpu")
+
+
+@pytest.mark.parametrize(("variables", "gpu"), [({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, None),
+    ({"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"}, 0)])  # fmt: skip
+def test_a_process_of_srun_may_see_its_own_gpu_alone(variables, gpu, environment, monkeypatch):
+    """srun --gpus-per-task=1 shows each process one GPU, whose number is 0 for all of them."""
+    environment(**variables, MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda *args: 1 / 0)  # far enough
+    with pytest.raises(ZeroDivisionError if gpu == 0 else UserError, match="zero|no GPU: there are 1; start no more"):
+        distributed.setup("cuda")
+    assert chosen == ([torch.device("cuda", gpu)] if gpu == 0 else [])
 
 
 @pytest.mark.parametrize("command", ["train", "sample_ddp"])

@@ -1,0 +1,209 @@
+"""A tenth of the mistakes that benchmarks/mistakes.py makes, spread over its commands and kinds; readers that are given
+anything; and what was decided where it was not clear what a user expects."""
+
+import contextlib
+import importlib
+import io
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY
+from helpers import call
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_checkpoint import JSON
+
+import sample
+import sample_ddp
+import train
+from benchmarks import mistake_cases, mistake_inputs, mistakes
+from checkpoint import diffusers_folder, files
+from cli.parser import Parser
+from data.autoencoder import load_space
+from evaluation.image_sets import open_images
+from runtime import devices
+from runtime.errors import OutOfMemoryError, UserError
+from runtime.files import check_output
+from runtime.npy import read_npy_header
+from sampling.source import Source
+from training.run_folder import RunFolder
+
+ANYTHING = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("command", mistake_cases.VALID)
+def test_wrong_values_are_answered_with_one_line(command, capsys):
+    """All cases of the kind "values", parsed here."""
+    module, _, name = mistake_cases.CONFIGS[command].rpartition(".")
+    parser = Parser(getattr(importlib.import_module(module), name), command)
+    for case in mistake_cases.value_cases():
+        if case.command != command:
+            continue
+        try:
+            parser.parse(case.argv)
+            pytest.fail(f"{case.name}: accepted")
+        except SystemExit as error:
+            status = error.code
+        lines = capsys.readouterr().err.splitlines()
+        assert status == 2
+        assert len(lines) == 1
+        assert all(word in lines[0] for word in case.words), (case.name, lines)
+
+
+@pytest.mark.slow
+def test_a_tenth_of_the_other_mistakes_is_answered_with_one_line(tmp_path):
+    groups = {}
+    for case in mistake_cases.all_cases():
+        if case.kind != "values" and not case.alone:  # those take seconds to start
+            groups.setdefault((case.command, case.kind), []).append(case)
+    cases = [case for group in groups.values() for case in group[len(group) // 2 % 10 :: 10]]
+    assert {case.kind for case in cases} == {*mistake_cases.KINDS} - {"values"}
+    mistakes.prepare()
+    mistake_inputs.make_inputs(tmp_path, mistakes.run_cases)
+    wrong = [answer for answer in mistakes.run_cases(cases, tmp_path) if answer["wrong"]]
+    assert not wrong, "\n\n".join(f"{answer['name']}: {answer['wrong']}\n{answer['text']}" for answer in wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+def user_error_or_value(read, *arguments):
+    with contextlib.suppress(UserError):
+        read(*arguments)
+
+
+@ANYTHING
+@given(st.binary(max_size=300) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_autoencoder_config_ends_in_a_space_or_a_user_error(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    user_error_or_value(load_space, str(tmp_path))
+
+
+@ANYTHING
+@given(st.sampled_from(["scaling_factor", "latent_channels", "block_out_channels", "in_channels", "shift_factor"]), JSON)
+def test_any_value_in_an_autoencoder_config_ends_in_a_space_or_a_user_error(small_vae, tmp_path, name, value):
+    config = json.loads((small_vae / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+    user_error_or_value(load_space, str(tmp_path))
+
+
+@ANYTHING
+@given(st.lists(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), max_size=6), st.booleans())
+def test_any_rows_of_metrics_are_cut_where_they_are_none(tmp_path, lines, ends):
+    folder = RunFolder(tmp_path / "run")
+    whole = b'{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "run/metrics.jsonl").write_bytes(whole + b"\n".join(lines) + b"\n" * ends)
+    folder._drop_later_metrics(step=2)
+    folder.close()
+    kept = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert kept.startswith(whole)
+    assert all(json.loads(line)["step"] <= 2 for line in kept.splitlines())
+
+
+@ANYTHING
+@given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_settings_of_a_sample_folder_are_read_or_refused(tiny_checkpoint, tmp_path, content):
+    folder = tmp_path / "samples/set"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "options.json").write_bytes(content)
+    parser = Parser(sample_ddp.SampleSetConfig, "")
+    config = parser.parse(["--ckpt", str(tiny_checkpoint), "--cfg-scale", "1"])
+    source = Source.open(config.source)
+    user_error_or_value(sample_ddp.check_settings, config, source, None, folder)
+
+
+@ANYTHING
+@given(st.binary(max_size=300) | st.binary(max_size=100).map(lambda tail: b"\x93NUMPY\x01\x00v\x00" + tail)
+       | st.tuples(st.integers(0, 9), JSON, JSON).map(lambda parts: mistake_cases.npy_header(
+           f"{{'descr': '|u1', 'fortran_order': {parts[1]!r}, 'shape': {parts[2]!r}, }}", parts[0])))  # fmt: skip
+def test_any_array_header_is_read_or_refused(tmp_path, content):
+    with contextlib.suppress(ValueError):
+        shape, _ = read_npy_header(io.BytesIO(content), len(content))
+        assert all(length >= 0 for length in shape)
+    for name, whole in (("raw.npz", content), ("zip.npz", mistake_cases.npz_bytes({}, arr_0=content))):
+        (tmp_path / name).write_bytes(whole)
+        user_error_or_value(open_images, tmp_path / name)
+
+
+@ANYTHING
+@given(st.binary(max_size=100) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_config_of_a_model_in_diffusers_format_is_refused_with_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError):
+        diffusers_folder.read(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decisions
+
+
+def test_a_run_whose_log_cannot_be_written_is_not_resumed(tmp_path, capsys):
+    """A user would miss the record of the run for hours of training: nothing is trained, and nothing changed."""
+    run = tmp_path / "run"
+    assert call(train.main, *TINY, "--max-steps", 2, "--run-dir", run) == 0
+    (run / "log.txt").rename(run / "log.txt.moved")
+    (run / "log.txt").mkdir()
+    before = (run / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert call(train.main, *TINY, "--max-steps", 4, "--run-dir", run) == 1
+    assert "log.txt is a folder, not a file" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert [path.name for path in files.newest_first(run / "checkpoints")] == ["0000002.pt"]
+
+
+def test_a_folder_named_like_a_later_checkpoint_is_set_aside(tmp_path, capsys):
+    """The run could not write the checkpoint of that step, and would find out when hours of training are to be saved."""
+    run = tmp_path / "run"
+    assert call(train.main, *TINY, "--max-steps", 2, "--run-dir", run) == 0
+    (run / "checkpoints/0000004.pt").mkdir()
+    assert call(train.main, *TINY, "--max-steps", 4, "--run-dir", run) == 0
+    assert "Renamed 0000004.pt" in capsys.readouterr().out
+    assert (run / "checkpoints/0000004.pt").is_file()
+    assert (run / "checkpoints/0000004.pt.aside").is_dir()
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(3, True), (20, False)])
+def test_an_inversion_of_few_steps_is_drawn_with_a_warning(tiny_checkpoint, tmp_path, capsys, steps, warns):
+    """It is legitimate, to see what happens, but the image that comes back is another one."""
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "in.png")
+    options = ["--sampler", "ddim", "--num-sampling-steps", steps, "--init-image", tmp_path / "in.png", "--invert"]
+    assert call(sample.main, "--ckpt", tiny_checkpoint, "--labels", 1, "--output", tmp_path / "o.png", *options) == 0
+    assert ("--invert: 3 steps are few" in capsys.readouterr().err) == warns
+
+
+def test_special_files_are_no_outputs(tmp_path):
+    """Replacing them would destroy them; for the superuser also a device such as /dev/null."""
+    for kind in ("pipe", "socket", "link-loop"):
+        mistake_inputs.make_special(tmp_path / kind, kind)
+        with pytest.raises(UserError, match=f"--output .*{kind}: cannot be written to"):
+            check_output(tmp_path / kind, "--output")
+    with pytest.raises(UserError, match="not a regular file"):
+        check_output("/dev/null", "--output")
+    with pytest.raises(UserError, match="too long"):
+        check_output(tmp_path / ("x" * 250), "--output")  # the temporary file's name is longer
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link-loop", "pipe", "socket"]
+
+
+def test_what_cannot_fit_into_the_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(devices, "host_memory", lambda: 2**30)
+    devices.check_memory(2**30, "lower --x")
+    with pytest.raises(OutOfMemoryError, match="needs 2 GiB or more of 1; lower --x"):
+        devices.check_memory(2**31, "lower --x")
+    monkeypatch.setattr(devices, "host_memory", lambda: None)
+    devices.check_memory(2**80, "lower --x")
+
+
+def test_other_errors_of_the_system_are_one_line_too(capsys):
+    parser = Parser(mistakes.MistakesConfig, "")
+    for error, words in (
+        (OSError(28, "No space left on device", "a\nb"), "a\\nb: No space left on device"),
+        (MemoryError(), "out of memory"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),
+    ):
+        with pytest.raises(SystemExit) as end, parser.report_errors():
+            raise error
+        assert end.value.code == 1
+        assert capsys.readouterr().err.splitlines()[-1].endswith(words)
