@@ -41,7 +41,7 @@ WIDE = (
     "--device cpu --num-workers 0 --log-every 5 --max-steps 15"
 ).split()
 SAMPLES = "--num-fid-samples 24 --per-proc-batch-size 4 --num-sampling-steps 5 --device cpu --folder set".split()
-LIMIT = 240  # seconds that any one run may take
+LIMIT = 330  # seconds that any one run may take
 RATES = "speed of the network"
 FAULT_STEP = 120  # the disturbance comes after this step
 

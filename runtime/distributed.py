@@ -14,6 +14,8 @@ from runtime.devices import pick_device
 from runtime.errors import RunError, UserError
 from runtime.launch import launched, rendezvous_address
 
+JOIN = datetime.timedelta(minutes=10)  # in which all processes have to start; torchrun, too, waits so long for its nodes
+
 
 @dataclass
 class Context:
@@ -147,14 +149,14 @@ def setup(device=None, timeout=None):
             "GLOO_SOCKET_IFNAME to the name of the network interface, such as eth0"
         )
         with explain("cannot connect to the others", advice):
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=JOIN))
             store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
             context.host_group = dist.new_group(backend="gloo", timeout=patience) if name == "cuda" else dist.group.WORLD
     return context
 
 
-def agree_on_attempt(store, rank, world_size, patience=1800):
+def agree_on_attempt(store, rank, world_size, patience=JOIN.seconds):
     """A name that this start of the processes shares, and no earlier one. torchrun keeps its store when it restarts its
     workers, with the addresses of the dead ones in it; its count of restarts is each node's own, and may differ."""
     mine = uuid.uuid4().hex

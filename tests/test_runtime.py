@@ -132,7 +132,7 @@ def test_a_process_of_srun_may_see_its_own_gpu_alone(variables, gpu, environment
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(dist, "rendezvous", lambda *args: 1 / 0)  # far enough
+    monkeypatch.setattr(dist, "rendezvous", mock.Mock(side_effect=ZeroDivisionError("zero")))  # far enough
     with pytest.raises(ZeroDivisionError if gpu == 0 else UserError, match="zero|no GPU: there are 1; start no more"):
         distributed.setup("cuda")
     assert chosen == ([torch.device("cuda", gpu)] if gpu == 0 else [])
