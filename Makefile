@@ -1,12 +1,13 @@
 # make setup   prepare .venv (needs python3 with venv, and the network once)
 # make demo    train a small DiT on handwritten digits and draw samples: demo/samples.png
+# make demo-text    the same with captions in place of classes: demo/text.png
 # make test    run the tests
 PYTHON ?= python3
 VENV := .venv/bin
 # bytecode makes every start after the first several times faster
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo demo-text test lint clean
 
 setup: .venv/.complete
 
@@ -36,6 +37,21 @@ demo: setup
 	    --sample-dir demo --folder samples
 	$(VENV)/python -m benchmarks.digits demo/samples.npz
 	@echo "Look at demo/samples.png"
+
+# Captions in place of classes: the text encoder is a small T5 with random weights, made on the spot
+TEXT := demo/text
+PROMPTS := --prompt "a handwritten zero" "the number 3, drawn by hand" "a seven" "the digit 8 in pencil" \
+    "please draw me a two" "five in black ink" "this is what a 9 looks like" "a handwritten digit"
+
+demo-text: setup
+	test -d $(TEXT)/encoder || $(VENV)/python -m benchmarks.text_digits --make-encoder $(TEXT)/encoder
+	$(VENV)/python train.py --data-path digits --vae none --image-size 8 --text-encoder $(TEXT)/encoder --text-length 16 \
+	    --run-dir $(TEXT)/run --model DiT-S/2 --hidden-size 96 --depth 4 --num-heads 4 --global-batch-size 64 --lr 2e-3 \
+	    --ema-warmup --max-steps 1500
+	$(VENV)/python sample.py --ckpt $(TEXT)/run/checkpoints/0001500.pt $(PROMPTS) --cfg-scale 3 --num-sampling-steps 50 \
+	    --samples-per-label 5 --columns 5 --enlarge 24 --captions --output demo/text.png
+	$(VENV)/python -m benchmarks.text_digits --ckpt $(TEXT)/run/checkpoints/0001500.pt
+	@echo "Look at demo/text.png"
 
 test: setup
 	$(VENV)/python -m pytest -n 2

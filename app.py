@@ -107,7 +107,7 @@ def build_page(config):
     def offer_classes(ckpt):
         with messages():
             choices, labels = web.class_choices(ckpt, config.vae)
-        return gr.update(choices=choices, value=labels)
+        return gr.update(choices=choices, value=labels, visible=bool(choices)), gr.update(value="", visible=not choices)
 
     def draw(*values):
         """Yields updates: {component: value}."""
@@ -132,7 +132,9 @@ def build_page(config):
             values = web.read_settings(path)
             if values["ckpt"] not in web.find_checkpoints(config.ckpt):
                 raise UserError(f"Checkpoint: {values['ckpt']}, which drew this picture, is not there")
-            values["labels"] = gr.update(choices=web.class_choices(values["ckpt"], config.vae)[0], value=values["labels"])
+            known = web.class_choices(values["ckpt"], config.vae)[0]
+            values["labels"] = gr.update(choices=known, value=values["labels"], visible=bool(known))
+            values["prompt"] = gr.update(value=values["prompt"], visible=not known)
         return [values[name] for name in controls]
 
     # Gradio removes its copies of pictures after a day; it looks every hour
@@ -143,9 +145,11 @@ def build_page(config):
                 controls = {
                     "ckpt": gr.Dropdown(first, value=first[0], label=titles["ckpt"]),
                     "labels": gr.Dropdown(choices, value=labels, multiselect=True, label=titles["labels"],
-                        info="Type a number or a part of a name to search."),
+                        info="Type a number or a part of a name to search.", visible=bool(choices)),
+                    "prompt": gr.Textbox("", lines=3, label=titles["prompt"], info="What to draw, one text in each line.",
+                        visible=not choices, elem_id="prompt"),
                     "samples_per_label": gr.Slider(1, 32, 1, step=1, label=titles["samples_per_label"],
-                        info="Of each class, or of a row from a class to the next."),
+                        info="Of each class or prompt, or of a row from a class to the next."),
                     "interpolate": gr.Checkbox(False, label=titles["interpolate"],
                         info="Draw rows of images from each class to the next."),
                     "sampler": gr.Dropdown([*SAMPLERS], value="dpm-solver++", label=titles["sampler"]),
@@ -156,7 +160,7 @@ def build_page(config):
                 with gr.Row():
                     start, stop = gr.Button("Draw", variant="primary", min_width=100), gr.Button("Stop", min_width=100)
             with gr.Column(scale=3):
-                status = gr.Markdown("Choose classes and press Draw.", elem_id="status")
+                status = gr.Markdown("Choose what to draw, and press Draw.", elem_id="status")
                 look = {"show_label": False, "buttons": ["download", "fullscreen"]}
                 picture = gr.Image(label="Grid", format="png", interactive=False, elem_id="picture", **look)
                 singles = gr.Gallery(label="Single images", elem_id="singles", object_fit="contain", height="auto", **look)
@@ -165,7 +169,7 @@ def build_page(config):
                     download = gr.DownloadButton("Download all", interactive=False)
                     load = gr.UploadButton("Settings from a picture", file_types=[".png"])
         page.load(offer_checkpoints, outputs=controls["ckpt"], show_progress="hidden")
-        controls["ckpt"].input(offer_classes, controls["ckpt"], controls["labels"])
+        controls["ckpt"].input(offer_classes, controls["ckpt"], [controls["labels"], controls["prompt"]])
         shown = [status, picture, singles, command, download]
         start.click(None, outputs=status, js="() => 'Waiting until the model is free'")
         drawing = start.click(draw, [*controls.values()], shown, show_progress="hidden")

@@ -2,6 +2,7 @@
 PyTorch's meta device, which computes shapes and no values.
 
     python complexity.py --model DiT-B/4 --block in-context --precision bf16 --images 1e8 --peak-tflops 989
+    python complexity.py --precision bf16 --gpus 64 --shard          # memory and an estimate of the time on many GPUs
     python complexity.py --table                       # the paper's models beside our counts
 
 The paper's "Gflops" are GMACs: 1e9 multiply-accumulates of the matrix products, the attention and the patch convolution in
@@ -18,9 +19,41 @@ from cli.parser import Parser
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
 from runtime.files import reason
+from training import many_gpus
 from training.cost import build, forward_macs, input_side, trainable, training_memory
 
 # PyTorch and the models take seconds to import: functions import them, so that --help and mistakes are fast
+
+SCALING = (1, 8, 64, 256, 1024)  # GPUs of the rows of the estimate, besides --gpus
+
+
+@dataclass(frozen=True)
+class ClusterOptions(Config):
+    """many GPUs"""
+
+    gpus: int | None = option(None, "also print each GPU's memory and exchange with this many GPUs, and estimate the time "
+        "of a step with them and with 1, 8, 64, 256 and 1024 (default: off)", low=1, high=1_000_000)  # fmt: skip
+    shard: str | None = option(None, "divide weights, gradients, optimizer state and EMA, as train.py --shard does, among "
+        "all GPUs, or with node among those of each node (default: each has a copy)", choices=("all", "node"),
+        const="all")  # fmt: skip
+    gpus_per_node: int = option(8, "GPUs in a node", low=1, high=10_000)
+    node_bandwidth: float = option(360.0, "GB/s that a GPU sends to the others of its node; the default is 80 % of what "
+        "the NVLink of an H100 has, 450 GB/s", low=0.001, high=1e6)  # fmt: skip
+    network_bandwidth: float = option(40.0, "GB/s that a GPU sends to other nodes through its own adapter; the default is "
+        "80 % of what InfiniBand NDR has, 50 GB/s (400 Gbit/s)", low=0.001, high=1e6)  # fmt: skip
+    network_latency: float = option(5.0, "microseconds from a node to the next", low=0, high=1e6)
+
+    def check(self):
+        for name, value in self.flat().items():
+            if self.gpus is None and value != self.defaults()[name]:
+                raise UserError(f"{flag(name)}: needs --gpus, their number")
+        if self.gpus and self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise UserError(f"--gpus {self.gpus}: not a multiple of --gpus-per-node {self.gpus_per_node}")
+
+    def network(self):
+        return many_gpus.Network(
+            self.gpus_per_node, self.node_bandwidth * 1e9, self.network_bandwidth * 1e9, self.network_latency * 1e-6
+        )
 
 
 @dataclass(frozen=True)
@@ -29,15 +62,20 @@ class CostConfig(Config):
 
     model: ModelOptions
     design: DesignOptions
+    cluster: ClusterOptions
     downsampling: int = option(8, "pixels per latent cell and side; 1 for a model of pixels", low=1, high=MAX_SIZE)
     channels: int = option(4, "channels of the latent, or of the image for a model of pixels", low=1, high=MAX_SIZE)
+    text_width: int = option(0, "width of a text encoder's tokens, for a model of texts in place of classes; 0 is none",
+        low=0, high=MAX_SIZE)  # fmt: skip
+    text_length: int = option(120, "tokens of a text", low=1, high=MAX_SIZE)
     batch_size: int = option(32, "images at once on one device, for the memory", low=1, high=10_000_000)
     precision: str = option("fp32", "precision of training, for the memory; bf16 is autocast's",
         choices=("fp32", "tf32", "bf16"))  # fmt: skip
     images: float = option(float(400_000 * 256), "number of images to train on, for the hours", low=1, high=1e15)
     peak_tflops: float | None = option(None, "peak of all devices together at this precision, in TFLOP/s (default: hours "
-        "are not printed)", low=1e-6, high=1e12)  # fmt: skip
-    utilization: float = option(1.0, "share of the peak that is reached", low=0.001, high=1)
+        "are not printed; --gpus takes that of H100s)", low=1e-6, high=1e12)  # fmt: skip
+    utilization: float | None = option(None, "share of the peak that is reached (default: 1 for the hours, 0.4 for --gpus)",
+        low=0.001, high=1)  # fmt: skip
     table: bool = option(False, "print the paper's models beside our counts; the exit status is 1 where one is out of "
         "tolerance")  # fmt: skip
     json: bool = option(False, "print JSON instead of a table")
@@ -90,7 +128,9 @@ def cost(config):
     size, overrides = config.model.image_size, config.design.overrides()
     try:
         side = input_side(size, config.downsampling)
-        classes = config.model.num_classes
+        classes = config.model.num_classes if not config.text_width else 0
+        if config.text_width:
+            overrides |= {"text_width": config.text_width, "text_length": config.text_length}
         model = build(config.model.model, input_size=side, in_channels=config.channels, num_classes=classes, **overrides)
         macs = forward_macs(model)
         memory = training_memory(model, config.batch_size, config.precision)
@@ -115,16 +155,34 @@ def cost(config):
         "training_memory_bytes": memory,
     }
     if config.peak_tflops:
-        seconds = config.images * flops / (config.peak_tflops * 1e12 * config.utilization)
-        report |= {name: getattr(config, name) for name in ("images", "peak_tflops", "utilization")}
+        reached = config.utilization or 1.0
+        seconds = config.images * flops / (config.peak_tflops * 1e12 * reached)
+        report |= {"images": config.images, "peak_tflops": config.peak_tflops, "utilization": reached}
         report["hours"] = seconds / 3600
+    if config.cluster.gpus:
+        report["many_gpus"] = on_many_gpus(config, model)
     return report
+
+
+def on_many_gpus(config, model):
+    """What `training.many_gpus` counts and estimates for --gpus, and for other numbers of GPUs, as a dict."""
+    from training.throughput import PEAK_TFLOPS
+
+    cluster, reached = config.cluster, config.utilization or 0.4
+    peak = (config.peak_tflops or PEAK_TFLOPS["H100"][config.precision] * cluster.gpus) / cluster.gpus
+    step = many_gpus.Step(model, config.batch_size, config.precision, cluster.shard)
+    counts = sorted({*SCALING, cluster.gpus})
+    rows = [step.estimate(cluster.network(), gpus, peak * 1e12 * reached) for gpus in counts]
+    return {**cluster.flat(), "peak_tflops_of_each": peak, "utilization": reached, "estimates": rows}
 
 
 def print_cost(report):
     changes = [f"{name.replace('_', ' ')} {report[name]}" for name in DesignOptions.defaults() if name in report]
     changes[0] = report["block"]
-    size = f"{report['image_size']} px, {report['tokens']} tokens, {report['num_classes']} classes"
+    condition = f"{report['num_classes']} classes"
+    if "text_width" in report:
+        condition = f"texts of {report['text_length']} tokens of width {report['text_width']}"
+    size = f"{report['image_size']} px, {report['tokens']} tokens, {condition}"
     print(", ".join([report["model"], *changes, size]))
     rows = [
         ("trainable parameters", f"{report['parameters'] / 1e6:,.2f} M"),
@@ -142,6 +200,31 @@ def print_cost(report):
         print(f"  {title:<36}{value:>18}")
     if "hours" in report:
         print(f"  at {report['utilization']:.0%} of {report['peak_tflops']:g} TFLOP/s")
+    if "many_gpus" in report:
+        print_many_gpus(report["many_gpus"], report["batch_size"])
+
+
+def print_many_gpus(report, batch_size):
+    asked = next(row for row in report["estimates"] if row["gpus"] == report["gpus"])
+    kind = {None: "a copy on each (DDP)", "all": "divided among all", "node": "divided in each node"}[report["shard"]]
+    print(f"on {report['gpus']} GPUs, {report['gpus_per_node']} in a node, {kind}, batch {batch_size} on each")
+    for part, nbytes in asked["memory_bytes"].items():
+        title = "  in all" if part == "total" else part
+        print(f"  {title:<36}{nbytes / 2**30:>14,.2f} GiB")
+    for part, nbytes in asked["exchanged_bytes"].items():
+        print(f"  {part:<36}{nbytes / 1e9:>14,.2f} GB sent by each in a step")
+    compute = f"{report['utilization']:.0%} of {report['peak_tflops_of_each']:g} TFLOP/s"
+    network = f"{report['network_bandwidth']:g} GB/s and {report['network_latency']:g} us between nodes"
+    print(f"estimate, at {compute}, {report['node_bandwidth']:g} GB/s in a node, {network}")
+    titles = ("GPUs", 6), ("memory", 12), ("sent", 12), ("computing", 12), ("step", 10), ("images/s", 12), ("scaling", 9)
+    print("".join(f"{title:>{width}}" for title, width in titles))
+    for row in report["estimates"]:
+        sent = sum(row["exchanged_bytes"].values())
+        print(
+            f"{row['gpus']:6}{row['memory_bytes']['total'] / 2**30:8,.1f} GiB{sent / 1e9:9,.2f} GB"
+            f"{row['computing_seconds']:10.3f} s{row['step_seconds']:8.3f} s{row['images_per_second']:12,.0f}"
+            f"{row['scaling']:9.1%}"
+        )
 
 
 def compare_with_paper():

@@ -77,6 +77,8 @@ def convert(config):
 
     checkpoint, target = Checkpoint.open(config.source, config.num_heads), Path(config.target)
     checkpoint.check_weights()
+    if target.suffix == ".pt" and (lost := diffusers_folder.newer_options(checkpoint.model_config)):
+        raise UserError(f"TARGET {target}: a .pt file of weights cannot record {lost}; write a .safetensors file")
     record = metadata.of(checkpoint, vae=None if config.vae == "none" else config.vae)
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     try:

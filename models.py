@@ -9,6 +9,8 @@ T = (H / P)^2 tokens, D width.
 
     model = DiT_models["DiT-XL/2"](input_size=32, num_classes=1000)
     eps_and_variance = model(x_t, t, y)      # (N, 2C, H, W)
+
+With `text_width` the condition is a text in place of the class: every block also attends to the text's tokens.
 """
 
 import math
@@ -17,6 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import AttentionRope, build_rotary_pos_embed
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -77,6 +80,34 @@ class LabelEmbedder(nn.Module):
         return y.masked_fill(torch.rand(len(y), device=y.device) < self.dropout, self.null_class)
 
 
+class TextEmbedder(nn.Module):
+    """A text y: (N, L, W + 1) float, of each token the W numbers that a text encoder gave, then 1, or 0 for padding ->
+    tokens (N, L, D), by a two-layer MLP, and their mask (N, 1, 1, L) bool (Chen et al. 2024, PixArt-alpha). Labels (N,)
+    int64 stand for no text.
+
+    null_text: (L, W + 1), the empty text, which in training replaces each text with probability `dropout`; a caller that
+    has called `drop` itself puts this module into eval mode."""
+
+    def __init__(self, text_width, text_length, width, dropout):
+        super().__init__()
+        self.dropout = dropout
+        self.null_text = nn.Parameter(torch.zeros(text_length, text_width + 1), requires_grad=False)
+        self.null_text.data[0, -1] = 1  # a token to attend to, until the encoder's are put here
+        self.mlp = nn.Sequential(nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+
+    def forward(self, y):
+        if not y.is_floating_point():
+            y = self.null_text.expand(len(y), -1, -1)
+        elif self.training:
+            y = self.drop(y, self.null_text)
+        return self.mlp(y[..., :-1]), y[:, None, None, :, -1].bool()
+
+    def drop(self, y, null_text):
+        if self.dropout == 0:
+            return y
+        return torch.where(torch.rand(len(y), 1, 1, device=y.device) < self.dropout, null_text, y)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The four block designs: section 3.2 and Figure 3 of the paper, from right to left
 
@@ -87,24 +118,34 @@ class TransformerBlock(nn.Module):
 
     num_modulations = 0  # vectors of (N, D) that the design regresses from the condition
 
-    def __init__(self, width, num_heads, mlp_ratio=4.0):
+    def __init__(self, width, num_heads, mlp_ratio=4.0, qk_norm=False, rope=False, text=False):
         super().__init__()
         # an adaptive design brings scale and shift from the condition, so its norms have none of their own
         norm = partial(nn.LayerNorm, width, elementwise_affine=self.num_modulations == 0, eps=1e-6)
         self.norm1 = norm()
-        self.attn = Attention(width, num_heads=num_heads, qkv_bias=True)
+        attention = partial(AttentionRope, num_prefix_tokens=0) if rope else Attention
+        self.attn = attention(width, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.RMSNorm)
         self.norm2 = norm()
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         if self.num_modulations:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
+        if text:
+            self.norm_text, self.text_attn = nn.LayerNorm(width, eps=1e-6), CrossAttention(width, num_heads)
 
-    def forward(self, x, c):  # x: (N, T + 2, D) tokens; c is unused
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, c, text=None, **positions):
+        """x: (N, T, D). c: the condition: unused here, whose tokens are among x; (N, 2, D) in cross-attention; else (N, D).
+        text: (tokens, mask) as of `TextEmbedder`, for blocks made with `text`. positions: `rope`, the rotations of x's
+        tokens, where the model has them."""
+        x = self.read(x + self.attn(self.norm1(x), **positions), text)
         return x + self.mlp(self.norm2(x))
+
+    def read(self, x, text):
+        """x with what attending to the text adds to it."""
+        return x if text is None else x + self.text_attn(self.norm_text(x), *text)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the tokens x: (N, T, D) to a short sequence c: (N, 2, D)."""
+    """Multi-head attention of the tokens x: (N, T, D) to a sequence c: (N, L, D), where mask: (N, 1, 1, L) is true."""
 
     def __init__(self, width, num_heads):
         super().__init__()
@@ -113,23 +154,23 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, c):
+    def forward(self, x, c, mask=None):
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T, d)
-        k, v = self.kv(c).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # each (N, 2, heads, d)
-        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))  # (N, heads, T, d)
+        k, v = self.kv(c).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # each (N, L, heads, d)
+        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)  # (N, heads, T, d)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class CrossAttentionBlock(TransformerBlock):
     """Self-attention, cross-attention to (t_emb, y_emb), MLP."""
 
-    def __init__(self, width, num_heads, mlp_ratio=4.0):
-        super().__init__(width, num_heads, mlp_ratio)
+    def __init__(self, width, num_heads, mlp_ratio=4.0, **attention):
+        super().__init__(width, num_heads, mlp_ratio, **attention)
         self.norm_cross = nn.LayerNorm(width, eps=1e-6)
         self.cross_attn = CrossAttention(width, num_heads)
 
-    def forward(self, x, c):  # c: (N, 2, D)
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, c, text=None, **positions):
+        x = self.read(x + self.attn(self.norm1(x), **positions), text)
         x = x + self.cross_attn(self.norm_cross(x), c)
         return x + self.mlp(self.norm2(x))
 
@@ -143,9 +184,9 @@ class AdaLNBlock(TransformerBlock):
 
     num_modulations = 4
 
-    def forward(self, x, c):  # c: (N, D)
+    def forward(self, x, c, text=None, **positions):
         shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).unsqueeze(1).chunk(4, dim=-1)  # each (N, 1, D)
-        x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = self.read(x + self.attn(modulate(self.norm1(x), shift1, scale1), **positions), text)
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -154,9 +195,9 @@ class DiTBlock(TransformerBlock):
 
     num_modulations = 6
 
-    def forward(self, x, c):  # c: (N, D)
+    def forward(self, x, c, text=None, **positions):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = self.read(x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), **positions), text)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -187,6 +228,8 @@ class FinalLayer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+OUTPUTS = [("diffusion", "eps"), ("diffusion", "x0"), ("diffusion", "v"), ("flow", "v")]
+
 
 class DiT(nn.Module):
     """A diffusion model with a transformer for its backbone.
@@ -194,10 +237,18 @@ class DiT(nn.Module):
     input_size: side of x in latent cells (pixels / 8 for the Stable Diffusion autoencoder). class_dropout_prob: share of
     labels replaced by the null class in training. num_classes: 0 for an unconditional model. learn_sigma: also predict
     the interpolation of log-variances, as C more channels. block: one of `BLOCKS`.
+
+    Newer ideas, all off by default. objective, predict: what the first C channels of the output are, for those who read
+    them: eps, x0 or v of a "diffusion" (see `diffusion`), or the velocity v of a "flow". qk_norm: RMSNorm of queries and
+    keys (Henry et al. 2020). rope: rotary position embeddings in two dimensions (Su et al. 2021, Heo et al. 2024), beside
+    the fixed ones. aux_block: with k > 0, another final layer after block k, counted from 1, for internal guidance.
+    text_width: W of the text encoder whose texts, of up to `text_length` tokens, are the condition; the new branch of each
+    block adds nothing at first, so that a model trained without it can be continued. There are no classes then.
     Raises ValueError for sizes that cannot be built.
 
     config: all these arguments by name. gradient_checkpointing: with k > 0, every k-th block keeps no activations and
-    computes them again for the gradient.
+    computes them again for the gradient. route: (start, end), the blocks[start:end] that see a part of the tokens only,
+    where `forward` is given `kept`.
     """
 
     def __init__(
@@ -213,6 +264,13 @@ class DiT(nn.Module):
         num_classes=1000,
         learn_sigma=True,
         block="adaln-zero",
+        objective="diffusion",
+        predict="eps",
+        qk_norm=False,
+        rope=False,
+        aux_block=0,
+        text_width=0,
+        text_length=120,
     ):
         arguments = dict(locals())
         super().__init__()
@@ -227,18 +285,35 @@ class DiT(nn.Module):
             raise ValueError(f"hidden size {hidden_size} is not a multiple of 4, which the position embedding needs")
         if int(hidden_size * mlp_ratio) < 1:
             raise ValueError(f"MLP ratio {mlp_ratio} leaves the MLP no hidden unit at hidden size {hidden_size}")
+        if (objective, predict) not in OUTPUTS:
+            raise ValueError(f"objective {objective!r} with {predict!r} predicted is not one of {OUTPUTS}")
+        if rope and (block == "in-context" or hidden_size // num_heads % 4):
+            raise ValueError("rotary positions need heads whose width is a multiple of 4, and no in-context block")
+        if not 0 <= aux_block < max(depth, 1):
+            raise ValueError(f"auxiliary output after block {aux_block}: give one before the last of {depth}")
+        if text_width and num_classes:
+            raise ValueError(f"a model of texts has no classes, these are {num_classes}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.null_class, self.learn_sigma, self.block = num_classes, num_classes, learn_sigma, block
-        self.gradient_checkpointing = 0
+        self.objective, self.predict, self.aux_block = objective, predict, aux_block
+        self.text_width, self.text_length = text_width, text_length
+        self.gradient_checkpointing, self.route = 0, None
+        self.head_size = hidden_size // num_heads if rope else None
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(BLOCKS[block](hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        if text_width:
+            self.text_embedder = TextEmbedder(text_width, text_length, hidden_size, class_dropout_prob)
+        new_block = partial(
+            BLOCKS[block], hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, rope=rope, text=text_width > 0
+        )
+        self.blocks = nn.ModuleList(new_block() for _ in range(depth))
         adaptive = BLOCKS[block].num_modulations > 0
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive)
+        self.aux_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive) if aux_block else None
         self.initialize_weights()
 
     @property
@@ -259,19 +334,28 @@ class DiT(nn.Module):
             self.pos_embed.data.copy_(position_embedding(self.pos_embed.shape[-1], grid_size))
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        zero = [self.final_layer.linear]
+        final_layers = [self.final_layer] + ([self.aux_layer] if self.aux_block else [])
+        zero = [layer.linear for layer in final_layers] + [block.text_attn.proj for block in self.blocks if self.text_width]
         if self.block == "adaln-zero":
-            zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
+            zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, *final_layers]]
         for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, kept=None, with_aux=False):
         """x: (N, C, H, W) noised latents. t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0, num_classes], the
-        last for "no class", or (N, num_classes + 1) float weights of their embeddings. Returns (N, 2C, H, W): eps, then the
-        interpolation of log-variances in about [-1, 1]; with learn_sigma=False eps alone."""
+        last for "no class", or (N, num_classes + 1) float weights of their embeddings; for a model of texts (N, L, W + 1),
+        see `TextEmbedder`. Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with
+        learn_sigma=False eps alone.
+
+        kept: (N, K) int64 numbers of the tokens that go through the blocks of `route`; the others skip them (Krause et al.
+        2025, TREAD). with_aux: return (output, output of the layer after `aux_block`)."""
         # (N, T, D), in this order in memory too, which the embedder leaves transposed and every later x would inherit
         x = self.x_embedder(x).contiguous() + self.pos_embed
+        extra = {}  # what blocks get besides x and c
+        if self.text_width:
+            extra["text"] = self.text_embedder(y)
+            y = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # the null class, the only one
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # each (N, D)
         if BLOCKS[self.block].num_modulations:
             c = t_emb + y_emb  # (N, D)
@@ -279,13 +363,34 @@ class DiT(nn.Module):
             c = torch.stack([t_emb, y_emb], dim=1)  # (N, 2, D)
         if self.block == "in-context":
             x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D), the two without a position
+        start, end = self.route if kept is not None else (None, None)
+        positions = {"rope": self.rotations(x.device)} if self.head_size else {}
+        outside = positions  # of all tokens, while `positions` may be of the kept ones
         for i, block in enumerate(self.blocks):
+            if i == start:
+                everything, index = x, kept[..., None].expand(-1, -1, x.shape[2])  # (N, K, D)
+                x = x.gather(1, index)
+                positions = {name: rotations[kept][:, None] for name, rotations in outside.items()}  # (N, 1, K, 2d)
             if self.gradient_checkpointing and i % self.gradient_checkpointing == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+                # a block draws nothing
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False, **extra, **positions)
             else:
-                x = block(x, c)
-        x = x[:, : self.pos_embed.shape[1]]  # the image's tokens
-        return self.unpatchify(self.final_layer(x, c))
+                x = block(x, c, **extra, **positions)
+            if i + 1 == end:
+                x, positions = everything.scatter(1, index, x.to(everything.dtype)), outside
+            if with_aux and i + 1 == self.aux_block:
+                aux = self.output(self.aux_layer, x, c)
+        out = self.output(self.final_layer, x, c)
+        return (out, aux) if with_aux else out
+
+    def output(self, final_layer, x, c):
+        return self.unpatchify(final_layer(x[:, : self.pos_embed.shape[1]], c))  # of the image's tokens
+
+    def rotations(self, device):
+        """sin and cos of rotary positions for each token and entry of a head's queries, (T, 2d) float32. Computed here: see
+        `TimestepEmbedder`."""
+        side = self.input_size // self.patch_size
+        return torch.cat(build_rotary_pos_embed([side, side], dim=self.head_size, in_pixels=False, device=device), dim=-1)
 
     def compile_blocks(self, backend="inductor"):
         """Compile the blocks, where all the time goes, on first use: one is compiled and the others share its code, so that

@@ -8,6 +8,7 @@ The numbers are those of metrics.jsonl in the run folders. The panels for which 
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,14 @@ class PlotConfig(Config):
 
 def read_rows(run):
     """The rows of a run's metrics.jsonl that have a step. A row that a kill cut off is left out. Raises UserError."""
+    from runtime.files import check_regular
+
     path, rows = Path(run) / "metrics.jsonl", []
     if not Path(run).is_dir():
         raise UserError(f"{run}: no such folder; name run folders of train.py, such as results/000-DiT-XL-2")
     try:
+        if os.path.lexists(path):
+            check_regular(path)
         text = path.read_text(errors="replace") if path.exists() else ""
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -137,7 +142,7 @@ def draw(runs, config):
                 if part != name:
                     ends[part] = max(ends.get(part, (-1,)), (x[-1], values[-1], colour))
         for part, (*end, colour) in ends.items():
-            axes.annotate(part.removeprefix(f"{name}_"), end, xytext=(3, 0), color=colour, textcoords="offset points",
+            axes.annotate(part.removeprefix(f"{name}_"), (1.01, end[1]), xycoords=axes.get_yaxis_transform(), color=colour,
                 fontsize=8, va="center")  # fmt: skip
         if name != "fid" and min(all_values) > 0 and max(all_values) > 3 * min(all_values):
             axes.set_yscale("log")
@@ -169,7 +174,8 @@ def plot(config):
         else:
             print(f"{run}: left out, metrics.jsonl has no rows yet", file=sys.stderr)
     if not runs:
-        raise UserError("none of these runs has rows in metrics.jsonl; they come every --log-every steps of train.py")
+        names = ", ".join(config.runs)
+        raise UserError(f"{names}: no rows in metrics.jsonl; they come every --log-every steps of train.py")
     figure, ending = draw(runs, config), Path(config.output).suffix[1:].lower()
     formats = sorted(figure.canvas.get_supported_filetypes())
     if ending not in formats:

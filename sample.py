@@ -4,6 +4,7 @@
     python sample.py --ckpt results/000-DiT-XL-2/checkpoints/0400000.pt --labels "golden retriever" 417 --output dog.png
     python sample.py --sampler dpm-solver++ --num-sampling-steps 20 --interpolate classes --labels 207 360
     python sample.py --init-image photo.jpg --strength 0.6 --labels 88
+    python sample.py --ckpt results/text/checkpoints/0400000.pt --prompt "a robin" --prompt "a wren in the snow" --captions
 
 With the same weights and seed these are the original release's images, on the CPU; for sets of images see sample_ddp.py.
 """
@@ -17,7 +18,7 @@ FEW_INVERSION_STEPS = 20  # with fewer, DDIM inversion and sampling are no inver
 
 
 def main(argv=None):
-    parser = Parser(SampleConfig, __doc__, defaults=SampleConfig().flat())
+    parser = Parser(SampleConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
         sample(config)
@@ -27,7 +28,7 @@ def sample(config):
     """Draw the images that the config describes, and write them to its files."""
     import torch  # here and below: it takes seconds to import, and mistakes on the command line are reported before
 
-    from runtime.devices import check_memory, explain_out_of_memory, pick_device, precision_warning
+    from runtime.devices import explain_out_of_memory, pick_device, precision_warning
     from sampling import grid
     from sampling.editing import read_picture
     from sampling.original import choose_labels
@@ -36,7 +37,9 @@ def sample(config):
 
     # everything that can be wrong is checked before a model is built
     editing, columns = config.editing, config.columns
-    source = Source.open(config.source, config.sampler, config.guidance, config.compute, released_vae="mse")
+    source = Source.open(
+        config.source, config.sampler, config.guidance, config.compute, "mse", config.text, config.prompt or ()
+    )
     labels, size = choose_labels(config, source), source.settings["image_size"]
     number = (len(labels) - (editing.interpolate == "classes")) * (columns if editing.interpolate else 1)
     side = size * config.enlarge
@@ -53,10 +56,7 @@ def sample(config):
         print(warning, file=sys.stderr)
 
     advice = "draw fewer images at once: lower --samples-per-label, or give fewer --labels"
-    if device.type == "cpu":
-        model = source.checkpoint.model_config  # six activations of each token in a block, with guidance; and the images
-        tokens = 2 * (model["input_size"] // model["patch_size"]) ** 2
-        check_memory(4 * number * (6 * tokens * model["hidden_size"] + 9 * size**2), advice)
+    source.check_memory(number, advice)
     with explain_out_of_memory(advice):
         # the original's random stream: the initial weights, which are then loaded, and what `draw` draws
         torch.manual_seed(config.seed)

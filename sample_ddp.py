@@ -14,7 +14,7 @@ from pathlib import Path
 from cli.parser import Parser
 from runtime.config import differences
 from runtime.errors import UserError
-from runtime.files import check_output, lock_folder, read_json, remove_leftovers, write_errors, write_json
+from runtime.files import check_output, checksum_of_text, lock_folder, read_json, remove_leftovers, write_errors, write_json
 from sampling.config import SampleSetConfig
 
 DECODED_ASIDE = {"cuda"}  # devices that decode a batch while they draw the next; a CPU's cores are busy with one
@@ -32,17 +32,20 @@ def main(argv=None):
 
 def sample(config, context):
     """Draw the images that are missing in the set's folder, and write all of them to the .npz file."""
+    from data.captions import read_prompts
     from runtime.devices import precision_warning
     from sampling import image_set
     from sampling.noise import image_label
+    from sampling.original import check_prompts
     from sampling.pipeline import Pipeline
     from sampling.source import Source
 
-    source = context.run_on_all_ranks(
-        lambda: Source.open(config.source, config.sampler, config.guidance, config.compute, released_vae="ema")
-    )
+    options = (config.source, config.sampler, config.guidance, config.compute, "ema", config.text)
+    prompts = context.run_on_main(lambda: read_prompts(config.prompts) if config.prompts else ())
+    source = context.run_on_all_ranks(lambda: Source.open(*options, prompts))
+    context.run_on_all_ranks(lambda: check_prompts(source, "--prompts"))
     labels, classes = config.labels and source.parse_labels(config.labels), max(source.settings["num_classes"], 1)
-    cycle = range(classes) if config.balanced_labels else labels
+    cycle = range(len(prompts) or classes) if prompts or config.balanced_labels else labels
 
     def label_of(index):
         return cycle[index % len(cycle)] if cycle else image_label(config.global_seed, index, classes)
@@ -91,9 +94,10 @@ def default_name(config, settings):
 def check_settings(config, source, labels, folder):
     """Record in options.json what the images of the folder are made with. Raises UserError where that differs from what the
     images that are there were made with."""
-    free = ("ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device")
+    free = ("ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device", "text_encoder")
     settings = {name: value for name, value in config.flat().items() if name not in free}
     settings |= {**source.settings, "labels": labels, "guide_ckpt": source.guide and source.guide.checksum}
+    settings["prompts"] = source.text_encoder and checksum_of_text(source.class_names)
     path, crc32 = folder / "options.json", source.checkpoint.checksum
     recorded = read_json(path)
     if recorded is None and (path.exists() or any(folder.glob("*.png"))):
@@ -101,7 +105,8 @@ def check_settings(config, source, labels, folder):
             f"{path}: missing or damaged; choose another --sample-dir or --folder than that of the images there"
         )
     if recorded is not None:
-        differing = differences(dict.fromkeys(settings) | recorded, settings)  # a record may be older than an option
+        older = dict.fromkeys(settings) | config.defaults()  # a record may be older than an option
+        differing = differences({**older, **recorded}, settings)
         if recorded.get("checkpoint_crc32") != crc32:
             differing.append(f"a checkpoint of CRC-32 {recorded.get('checkpoint_crc32')}, now {crc32}")
         if differing:

@@ -49,6 +49,16 @@ class TrainConfig(Config):
         above=0, high=1e6, changeable=True)  # fmt: skip
 
     def check(self):
+        if self.data.text_encoder and self.model.num_classes not in (0, self.model.defaults()["num_classes"]):
+            raise UserError(
+                f"--num-classes {self.model.num_classes}: --text-encoder takes the place of classes; leave it out"
+            )
+        if self.monitor.sample_labels and self.data.text_encoder:
+            raise UserError("--sample-labels: --text-encoder takes the place of classes; use --sample-prompts")
+        if self.monitor.sample_prompts and not self.data.text_encoder:
+            raise UserError("--sample-prompts: needs --text-encoder; for classes use --sample-labels")
+        if self.data.text_length and not self.data.text_encoder:
+            raise UserError("--text-length: needs --text-encoder")
         if self.data.data_path == "digits" and self.vae != "none":
             raise UserError("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
         for name in ("eval_cfg_scale", "sample_cfg_scale"):
@@ -67,6 +77,7 @@ def main(argv=None):
         from runtime.distributed import processes
 
         advice = f"lower --global-batch-size {config.recipe.global_batch_size}, or pass --grad-accum or --grad-checkpoint"
+        advice += "" if config.compute.shard else ", or --shard with several processes"
         with processes(config.compute.device, config.timeout) as context, explain_out_of_memory(advice):
             status = train(config, context, signals)
     sys.exit(status)
@@ -90,12 +101,13 @@ def train(config, context, signals):
     with Session(config, context, signals) as session:
         dataset, space, model, notes = context.run_on_all_ranks(lambda: setup.prepare(config, context, source))
         source = None  # frees the memory: its weights have been copied
-        evaluator = make_evaluator(config, context, space)
+        text = setup.open_text(config, dataset, context.device)
+        evaluator = make_evaluator(config, context, space, text, dataset)
         space, precision = space.place(context.device), config.compute.precision
-        grids = context.run_on_all_ranks(lambda: Grids(config, session, space, dataset.classes))
-        validation = Validation(config, session, dataset)
+        grids = context.run_on_all_ranks(lambda: Grids(config, session, space, dataset.classes, text, dataset))
+        validation = Validation(config, session, dataset, text)
         total_steps = config.recipe.total_steps(len(dataset))
-        trainer = Trainer(config.recipe, config.compute, context, model, space, precision, total_steps)
+        trainer = Trainer(config.recipe, config.compute, context, model, space, precision, total_steps, text)
         session.resume(trainer, dataset, config.flat())
         setup.introduce(config, trainer, dataset, session, notes)
         for batch in session.batches():
@@ -106,21 +118,28 @@ def train(config, context, signals):
                 session.save()
             if session.due(config.evaluation.eval_every):
                 with session.meter.paused():
-                    fid = evaluator(trainer.ema.module, session.stop_requested)
+                    fid = evaluator(trainer.whole(trainer.ema.module), session.stop_requested)
                 session.record_fid(fid, config.evaluation.eval_samples)
         grids.animate()
     return session.exit_status
 
 
-def make_evaluator(config, context, space):
-    """What measures FID during training, or None."""
+def make_evaluator(config, context, space, text=None, dataset=None):
+    """What measures FID during training, or None. With texts image i has that of an image of the data, chosen at random."""
     if not config.evaluation.eval_every:
         return None
+    from data.text_encoder import encode_texts
     from evaluation.during_training import Evaluator  # SciPy and torch-fidelity take seconds to import
+    from sampling.noise import image_label
+
+    def texts(indices):
+        keys = [(image_label(seed, index, len(dataset)), 0) for index in indices]
+        return encode_texts(text, dataset.texts(keys), context.device)
 
     batch_size = config.recipe.global_batch_size // context.world_size  # what fits in training fits here
     model, seed = config.model, config.recipe.global_seed
-    return Evaluator(config.evaluation, context, space, model.image_size, model.num_classes, batch_size, seed)
+    of_texts = texts if text else None
+    return Evaluator(config.evaluation, context, space, model.image_size, model.num_classes, batch_size, seed, of_texts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -25,14 +25,18 @@ VALID = {
     "extract_latents": "--data-path in/images --out latents --vae in/vae --image-size 16 --batch-size 4 --num-workers 0 "
     "--device cpu",
     "complexity": "--model DiT-S/8 --image-size 64",
-    "convert": "",
-}
-POSITIONAL = {"evaluate": ["in/reference.npz", "in/samples.npz"], "convert": ["in/tiny.pt", "out.safetensors"]}
+    "convert": "", "plot": "--output curves.png", "animate": "--output out.gif", "app": "",
+}  # fmt: skip
+POSITIONAL = {
+    "evaluate": ["in/reference.npz", "in/samples.npz"], "convert": ["in/tiny.pt", "out.safetensors"],
+    "plot": ["in/run-whole"], "animate": ["in/run-whole"],
+}  # fmt: skip
 CONFIGS = {
     "train": "train.TrainConfig", "sample": "sampling.config.SampleConfig", "sample_ddp": "sampling.config.SampleSetConfig",
     "evaluate": "evaluation.config.EvaluateConfig", "likelihood": "evaluation.config.LikelihoodConfig",
     "extract_latents": "data.config.ExtractConfig", "complexity": "complexity.CostConfig",
-    "convert": "convert.ConvertConfig",
+    "convert": "convert.ConvertConfig", "plot": "plot.PlotConfig", "animate": "animate.AnimateConfig",
+    "app": "app.AppConfig",
 }  # fmt: skip
 KINDS = ("values", "combinations", "files", "damaged", "records", "numbers", "sizes", "disks", "names", "interrupted")
 IMAGES = "--data-path in/images --vae none --image-size 16 --num-classes 3"  # of train, in place of the digits
@@ -106,10 +110,11 @@ def value_cases():
             if metadata["const"] is None:
                 yield case(command, "values", [option_name], option_name)
         yield case(command, "values", "--unknown-option 1", "--unknown-option")
-        yield case(command, "values", ["extra-word", "another", "third"], "another")
+        if command != "plot":  # takes any number of runs
+            yield case(command, "values", ["extra-word", "another", "third"], "another")
     for command, missing in (("train", "--data-path"), ("likelihood", "--ckpt"), ("extract_latents", "--out")):
         yield Case(command, "values", (), (missing,))
-    for command, missing in (("evaluate", "REFERENCE"), ("convert", "SOURCE")):
+    for command, missing in (("evaluate", "REFERENCE"), ("convert", "SOURCE"), ("plot", "RUN"), ("animate", "RUN")):
         yield Case(command, "values", (), (missing,))
 
 
@@ -134,6 +139,32 @@ train: --data-path in/latents --vae none --image-size 16 --num-classes 3|--vae
 train: --compile wrong
 train: --data-path in/latents --vae in/vae --image-size 16 --num-classes 3 --skip-bad-images|--skip-bad-images
 train: --init-from in/tiny.pt --hidden-size 32|--hidden-size
+train: --init-from in/tiny.pt --predict v|--predict
+train: --init-from in/tiny.pt --objective flow|--objective
+train: --objective flow --predict x0|--predict
+train: --objective flow --loss-weight min-snr|--loss-weight
+train: --route 0 5 0.5
+train: --route 1 1 0.5
+train: --route 0 1 1
+train: --route 0 0.5 0.5
+train: --route 0 1 0.5 --block in-context|--route
+train: --route-until 3
+train: --depth 4 --route 1 3 0.5 --aux-block 2|--aux-block
+train: --aux-block 1|auxiliary
+train: --rope --hidden-size 12|rotary
+train: --val-every 2
+train: --val-data-path in/images
+train: --sample-labels 1 2
+train: --sample-every 2 --sample-labels seven|--sample-labels
+train: --sample-every 2 --sample-cfg-scale 4 --label-dropout 0|--sample-cfg-scale
+sample: --sampler flow-euler
+sample: --sampler flow-heun --init-image in/image.png --mask in/image.png|--mask
+sample: --internal-guidance 2
+sample_ddp: --sampler flow-sde --num-sampling-steps 5|--sampler
+animate: --output out.png
+plot: --output curves.xyz
+plot: --output curves
+app: --host 256.0.0.1 --ckpt in/tiny.pt|--host
 train: --init-from in/tiny.pt --keep-classes 1 2|--keep-classes
 train: --init-from in/tiny.pt --block adaln|--block
 train: --freeze nothing.*|--freeze
@@ -250,7 +281,7 @@ def combination_cases():
 READ = {  # options that name a file or folder to read, and what else their use needs
     "train": {
         "--data-path": IMAGES, "--vae": IMAGES, "--init-from": "", "--resume": "",
-        "--inception-weights": "--eval-every 2 --eval-reference in/reference.npz",
+        "--inception-weights": "--eval-every 2 --eval-reference in/reference.npz", "--val-data-path": "--val-every 2",
         "--eval-reference": "--eval-every 2 --inception-weights in/inception.pth",
     },
     "sample": {
@@ -261,7 +292,7 @@ READ = {  # options that name a file or folder to read, and what else their use 
     "likelihood": {"--ckpt": "", "--data-path": ""},
     "evaluate": {"--inception-weights": "", "REFERENCE": "", "SAMPLES": ""},
     "extract_latents": {"--data-path": "", "--vae": ""},
-    "convert": {"SOURCE": "", "--vae": ""},
+    "convert": {"SOURCE": "", "--vae": ""}, "plot": {"RUN": ""}, "animate": {"RUN": ""}, "app": {"--ckpt": ""},
 }  # fmt: skip
 SPECIAL = ("missing", "pipe", "socket", "broken-link", "link-loop", "empty", "text", "bytes", "folder", "missing\udce9",
            "missing\nname", "x" * 300, "missing.pt/below", "text/below")  # fmt: skip
@@ -272,15 +303,15 @@ WRITTEN = {  # options that name a file or folder to write
     "likelihood": {"--output": ""},
     "evaluate": {"--cache": ""},
     "extract_latents": {"--out": ""},
-    "convert": {"TARGET": ""},
-}
+    "convert": {"TARGET": ""}, "plot": {"--output": ""}, "animate": {"--output": ""},
+}  # fmt: skip
 
 
 def named(command, name, path, extra=(), kind="files", **more):
     """A case in which an option, or a positional argument such as REFERENCE, names `path`."""
     if name.startswith("-"):
         return case(command, kind, [*extra, name, path], more.pop("word", name), **more)
-    places = {"REFERENCE": 0, "SAMPLES": 1, "SOURCE": 0, "TARGET": 1}
+    places = {"REFERENCE": 0, "SAMPLES": 1, "SOURCE": 0, "TARGET": 1, "RUN": 0}
     positional = list(POSITIONAL[command])
     positional[places[name]] = path
     word = more.pop("word", os.path.basename(path.split("\n")[0])[:30].encode("utf-8", "backslashreplace").decode())
@@ -294,7 +325,7 @@ def file_cases():
                 word = special.split("\n")[0].split("/")[0].removesuffix("\udce9")[:20]
                 more = {"positional": ["in/latent.pt", "out-folder"]} if (command, name) == ("convert", "--vae") else {}
                 yield named(command, name, f"in/bad/{special}", extra.split(), word=word, **more)
-    ends = {"sample": ".png", "likelihood": ".json"}
+    ends = {"sample": ".png", "likelihood": ".json", "plot": ".png", "animate": ".gif"}
     for command, names in WRITTEN.items():
         is_file = command in ends or command == "convert"
         for name in names:
@@ -315,6 +346,16 @@ def file_cases():
         for special in ("pipe", "folder", "link-loop", "missing", "empty", "text", "bytes"):
             extra = f"--data-path in/latents-{name}-{special} --vae in/vae --image-size 16 --num-classes 3"
             yield case("train", "files", extra, word if (name, special) != ("index.json", "folder") else "latents-")
+    for kind in ("pipe", "folder"):
+        yield case("plot", "files", "", "metrics.jsonl", positional=[f"in/run-metrics.jsonl-{kind}"])
+        yield case("animate", "files", "", "0000002.png", positional=[f"in/run-grid-{kind}"])
+    yield case("plot", "files", "", "metrics.jsonl", positional=["in/run-metrics.jsonl-text"])
+    yield case("plot", "files", "--x images", "--x images", positional=["in/run-options.json-text"])
+    for kind in ("text", "empty", "bytes"):
+        yield case("animate", "damaged", "", "0000002.png", positional=[f"in/run-grid-{kind}"])
+    yield case("animate", "files", "", "samples", positional=["in/run-grid-missing"])
+    for name in ("garbage", "numbers", "nested", "bytes"):
+        yield case("plot", "damaged", "", positional=[f"in/run-rows-{name}"], status=(0,))
     for name in ("options.json",):
         for special in ("pipe", "folder", "link-loop", "missing", "empty", "text", "bytes", "list"):
             yield case("sample_ddp", "files", f"--sample-dir set-{name}-{special} --num-fid-samples 6", "options.json",
@@ -847,7 +888,8 @@ def name_cases():
 def interruption_cases():
     """Ctrl-C, to all processes, after a text of the command's output."""
     long = {
-        "train": ("--max-steps 1000000 --run-dir run", "step=0000002"), "sample": ("--num-sampling-steps 1000", "%|"),
+        "train": ("--max-steps 1000000 --run-dir run", "step=0000002"),
+        "sample": ("--num-sampling-steps 1000 --samples-per-label 100", "%|"),
         "sample_ddp": ("--num-sampling-steps 1000 --num-fid-samples 400", "Sampling"),
         "likelihood": ("--num-timesteps 1000 --num-images 1000", "Bound"),
         "evaluate": ("--batch-size 1", "features"), "extract_latents": ("--batch-size 1 --image-size 512", "Encoding"),
@@ -857,9 +899,7 @@ def interruption_cases():
         yield case(command, "interrupted", extra, word, status=(130,), interrupt=text)
         if command not in ("sample",):
             yield case(command, "interrupted", extra, word, status=(130,), interrupt=text, ranks=2)
-    yield case(
-        "sample", "interrupted", "--num-sampling-steps 1000", "interrupted", status=(130,), interrupt="%|", alone=True
-    )
+    yield case("sample", "interrupted", long["sample"][0], "interrupted", status=(130,), interrupt="%|", alone=True)
     yield case(
         "extract_latents",
         "interrupted",

@@ -108,7 +108,7 @@ def make_inputs(root, run_cases):
     (inputs / "a.json").write_text('{"fid": 3}')
     for kind in SPECIAL:
         if kind in ("pipe", "socket", "broken-link", "link-loop", "empty", "text", "bytes", "folder"):
-            for end in ("", ".png", ".json", ".pt"):
+            for end in ("", ".png", ".json", ".pt", ".gif"):
                 make_special(inputs / "bad" / f"{kind}{end}", kind)
     make_checkpoints(inputs)
     shutil.copy(inputs / "tiny.pt", inputs / "set/x.pt")
@@ -123,7 +123,7 @@ def make_inputs(root, run_cases):
     (inputs / "latin/bee").rename(inputs / "latin/be\udce9")
     (inputs / "latin/ant/0.png").rename(inputs / "latin/ant/a\nb\udce9.png")
     for command, extra in (
-        ("train", "--run-dir in/run-whole"), ("extract_latents", "--out in/latents --shard-size 5"),
+        ("train", "--run-dir in/run-whole --sample-every 2"), ("extract_latents", "--out in/latents --shard-size 5"),
         ("sample_ddp", "--sample-dir in/set-whole"), ("convert", ""),
     ):  # fmt: skip
         positional = ["in/latent.pt", "in/dit-whole"] if command == "convert" else None
@@ -266,6 +266,9 @@ def make_variants(inputs):
     for path in (variant(inputs / "run-whole", "run-all-damaged") / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-50])
     shutil.copy(inputs / "bytes/code.pt", variant(inputs / "run-whole", "run-newest-code") / "checkpoints/0000005.pt")
+    for kind in ("pipe", "folder", "text", "empty", "bytes"):
+        make_special(variant(inputs / "run-whole", f"run-grid-{kind}") / "samples/0000002.png", kind)
+    shutil.rmtree(variant(inputs / "run-whole", "run-grid-missing") / "samples")
     rows = {"garbage": b"not JSON\n", "numbers": b"3\nnull\n", "nested": b"[" * 100_000 + b"\n", "bytes": b"\xff\xfe\n"}
     for name, content in rows.items():
         path = variant(inputs / "run-whole", f"run-rows-{name}") / "metrics.jsonl"

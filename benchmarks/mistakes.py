@@ -68,6 +68,9 @@ def snapshot(folder, contents=False):
 
 
 def limit_resources(case):
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it, and so would their children
     if case.limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case.limit, case.limit))
     used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -108,7 +111,6 @@ class Answer:
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
         tqdm._instances.clear()  # the bar of this benchmark
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(self.folder)
         limit_resources(self.case)
         sys.argv[0] = f"{self.case.command}.py"
@@ -275,7 +277,7 @@ def print_table(answers):
     )
     kinds = [kind for kind in KINDS if any(kind == found for _, found in count)]
     print(f"| command | {' | '.join([*kinds, 'all'])} |\n|{'---|' * (len(kinds) + 2)}")
-    for command in [*VALID, "all"]:
+    for command in [*(command for command in VALID if any(command == found for found, _ in count)), "all"]:
         cells = []
         for kind in [*kinds, "all"]:
             of, good = (

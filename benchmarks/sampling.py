@@ -5,7 +5,8 @@
 
 The original's recipe is float32 (on a GPU TF32), eager, with the batch doubled in every step: `p_sample_loop` around
 `forward_with_cfg`. Ours is the loop of sample_ddp.py. The variants take turns; medians are printed. With --repeats 250 the
-time is that of a whole run of 250 steps. Drawing the noise and decoding, the same for all, are not part of it.
+time is that of a whole run of 250 steps. Drawing the noise, the same for all, is not part of it. With --vae the decoding of
+the batch is timed too, and counts in the images per second.
 """
 
 import sys
@@ -18,17 +19,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python benchmarks/sampling.py`
 import complexity
 from benchmarks import timing
-from checkpoint.config import ModelOptions
+from benchmarks.train_step import SPACE
+from checkpoint.config import DesignOptions, ModelOptions
 from cli.parser import Parser
-from data.autoencoder import check_image_size
+from data.autoencoder import load_space
 from diffusion import create_diffusion
 from diffusion.registry import SAMPLERS
-from models import DiT_models
 from runtime import distributed
 from runtime.config import Config, option
 from runtime.devices import set_precision
 from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
-from sampling.pipeline import Pipeline, place
+from sampling.pipeline import Pipeline, place, to_uint8
+from training import setup
+from training.config import RecipeConfig
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class StepConfig(Config):
 
     timing: timing.TimingConfig
     model: ModelOptions
+    design: DesignOptions
     sampler: SamplerConfig
     compute: ComputeConfig
     cfg_scale: float = option(1.5, "scale of classifier-free guidance; 1 is no guidance", low=0)
+    vae: str | None = option(None, 'also time the decoder of this autoencoder: "ema" or "mse", or a folder or hub name of '
+        "an AutoencoderKL (default: off)")  # fmt: skip
 
-
-def build(config):
-    return DiT_models[config.model.model](input_size=config.model.image_size // 8, num_classes=config.model.num_classes)
+    recipe = RecipeConfig()  # whose label dropout gives the model its null class
 
 
 def labels(config, device):
@@ -58,7 +62,7 @@ class Ours:
 
     def __call__(self):
         config, device = self.config, distributed.setup(self.config.compute.device).device
-        model = place(timing.replace_zeros(build(config)).eval(), config.compute, device)
+        model = place(timing.replace_zeros(setup.build_model(config, SPACE)).eval(), config.compute, device)
         guidance = GuidanceConfig(cfg_scale=config.cfg_scale)
         pipeline = Pipeline(model, None, config.sampler, guidance, precision=config.compute.products)
         y, noise = labels(config, device), pipeline.noise(0, range(config.timing.batch_size))
@@ -71,6 +75,20 @@ class Ours:
 
 
 @dataclass
+class Decoding:
+    """Makes the decoding of a batch, as sample_ddp.py does it."""
+
+    config: StepConfig
+
+    def __call__(self):
+        config, device = self.config, distributed.setup(self.config.compute.device).device
+        set_precision(config.compute.products if config.compute.tf32 else "fp32", device)
+        space, side = load_space(config.vae).place(device), config.model.image_size // 8
+        x_0 = torch.randn(config.timing.batch_size, space.channels, side, side, device=device)
+        return lambda: to_uint8(space.decode(x_0))
+
+
+@dataclass
 class OriginalRecipe:
     """Makes the next step of the original release's loop, over and over."""
 
@@ -79,7 +97,7 @@ class OriginalRecipe:
     def __call__(self):
         config, device = self.config, torch.device(self.config.compute.device)
         set_precision("tf32", device)
-        model = timing.replace_zeros(build(config)).eval().to(device)
+        model = timing.replace_zeros(setup.build_model(config, SPACE)).eval().to(device)
         diffusion, y = create_diffusion(str(config.sampler.num_sampling_steps)), labels(config, device)
         kwargs = {"y": torch.cat([y, torch.full_like(y, model.null_class)]), "cfg_scale": config.cfg_scale}
         shape = (2 * len(y), model.in_channels, model.input_size, model.input_size)
@@ -99,14 +117,17 @@ def measure(config):
     config = timing.resolve(config, gpu_precision=config.compute.products)
     model, sampler, size = config.model, config.sampler, config.timing.batch_size
     sampler.check_steps()
-    check_image_size(model.image_size, 8, DiT_models[model.model].keywords["patch_size"])
     with torch.device("meta"):
-        macs = complexity.forward_macs(build(config))
+        macs = complexity.forward_macs(setup.build_model(config, SPACE))
     evaluations = SAMPLERS[sampler.sampler].evaluations(sampler.num_sampling_steps) / sampler.num_sampling_steps
     flops = 2 * macs * evaluations * (1 if config.cfg_scale == 1 else 2) * size
-    report = timing.compare(config, OriginalRecipe, Ours, flops, size / sampler.num_sampling_steps)
+    extra = {"decoding": Decoding(config)} if config.vae else None
+    report = timing.compare(config, OriginalRecipe, Ours, flops, size / sampler.num_sampling_steps, extra=extra)
     if "images_per_second" in report:
         report["images_per_second_without_decoding"] = report.pop("images_per_second")
+        if config.vae:
+            seconds = sampler.num_sampling_steps * report["seconds_per_step"] + report["decoding_seconds"]
+            report["images_per_second"] = size / seconds
     return {
         "model": model.model,
         "image_size": model.image_size,

@@ -26,6 +26,7 @@ from runtime.files import check_output, reason, replace_file, write_errors
 
 SCALING = [row for row in PUBLISHED if row.block == "adaln-zero" and row.image_size == 256]  # the twelve models
 DESIGNS = [row for row in PUBLISHED if row.model == "DiT-XL/2" and row.image_size == 256]
+COLORS = {"S": "#56b4e9", "B": "#009e73", "L": "#e69f00", "XL": "#cc3311"}  # of the sizes
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,9 @@ def correlation(points):
 def draw(path, results, title):
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     scaling, designs = figure.subplots(1, 2, width_ratios=[2.2, 1])
-    colors = {"S": "#56b4e9", "B": "#009e73", "L": "#e69f00", "XL": "#cc3311"}
     markers = {"8": "o", "4": "s", "2": "^"}
     outline = {"edgecolors": "white", "linewidths": 0.8}
-    for size, color in colors.items():
+    for size, color in COLORS.items():
         rows = [row for row in SCALING if row.model.startswith(f"DiT-{size}/")]
         gmacs, fids = [row.gmacs for row in rows], [row.fid for row in rows]
         scaling.plot(gmacs, fids, color=color, lw=1.2, zorder=1, label=f"DiT-{size}")
@@ -107,7 +107,7 @@ def draw(path, results, title):
 
     for row in DESIGNS:
         at = row.gmacs, row.fid
-        designs.scatter(*at, 58, color=colors["XL"], marker="^", **outline)
+        designs.scatter(*at, 58, color=COLORS["XL"], marker="^", **outline)
         designs.annotate(row.block, at, fontsize=9, xytext=(0, 8), textcoords="offset points", ha="center")
     designs.set(xlim=(110, 145), ylim=(15, 40), xlabel="GMACs", title="Block designs, DiT-XL/2")
     for axes in (scaling, designs):

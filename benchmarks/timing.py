@@ -1,12 +1,14 @@
 """Time variants of the same work in turns, and compare them with the rate of matrix products.
 
 Each variant runs in a process of its own, so that none sees another's memory, settings or compiled code. While one
-computes, the others wait. One more process multiplies matrices; its rate is what the shares refer to.
+computes, the others wait. One more process multiplies matrices; its rate is what the shares refer to. Under torchrun each
+rank has such processes, and the same variant of all ranks is one DDP.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -14,6 +16,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -22,11 +25,14 @@ from tqdm.auto import tqdm
 from runtime.config import Config, option
 from runtime.devices import check_compile, has_bf16, pick_device, set_precision
 from runtime.errors import RunError, UserError
+from runtime.launch import launched
 from training.meter import peak_memory
 
 VARIANTS = ("baseline", "eager", "compiled")  # the original release's recipe, and ours without and with --compile
 PROFILED_CALLS = 5
+LARGEST = 15  # operations or kernels of a profile that are named
 MATRIX_PRODUCT = "matrix product"
+WAITING = "Python, dispatch, waiting"  # category of a profile
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class TimingConfig(Config):
     batch_size: int = option(16, "images computed at once, on one device", low=1, high=65536)
     variants: tuple[str, ...] | None = option(None, "variants to time (default: all that can run here)", choices=VARIANTS)
     repeats: int = option(10, "number of timed rounds", low=1, high=10_000_000)
+    calls: int = option(1, "steps in a round; a GPU makes them without waiting for the host in between, as in a real run",
+        low=1, high=10_000)  # fmt: skip
     warmup: int = option(2, "rounds that are not counted, besides the first one, which is the start-up", low=0, high=10_000)
     json: bool = option(False, "print JSON instead of a table")
 
@@ -69,55 +77,69 @@ def resolve(config, gpu_precision):
 
 @dataclass
 class Timing:
-    """Measurements of one variant. first: seconds of the first call, with start-up and compilation. seconds: of the timed
-    calls. profile: {category: seconds} of one call."""
+    """Measurements of one variant. first: seconds of the first call, with start-up and compilation. seconds: of a call, in
+    each timed round. profile: {category: seconds} of one call. largest: its operations or kernels that take most of it, as
+    [name, category, seconds]."""
 
     first: float = 0.0
     seconds: list = field(default_factory=list)
     peak_memory_gib: float = 0.0
     profile: dict = field(default_factory=dict)
+    largest: list = field(default_factory=list)
 
     @property
     def median(self):
         return statistics.median(self.seconds)
 
 
-def compare(config, baseline, ours, flops, images, profile=None):
+def compare(config, baseline, ours, flops, images, profile=None, extra=None):
     """Time the variants of a resolved config. Returns the report, a dict. baseline(config) and ours(config), where
-    config.compute.compile may be None, return makers as `race` takes them. flops, images: of one call."""
+    config.compute.compile may be None, return makers as `race` takes them. flops, images: of one call on one device.
+    extra: {name: maker} of other work to time, whose median is reported as "{name}_seconds"."""
     eager = dataclasses.replace(config, compute=dataclasses.replace(config.compute, compile=None))
     makers = {"baseline": baseline(config), "eager": ours(eager), "compiled": ours(config)}
     makers = {name: makers[name] for name in VARIANTS if name in config.timing.variants}
     product = MatrixProduct(config.compute.device, config.compute.precision)
-    makers[MATRIX_PRODUCT] = product
-    timings = race(makers, product.device, config.timing.repeats, config.timing.warmup, profile)
-    return summarise(timings, product, flops, images)
+    makers |= {MATRIX_PRODUCT: product, **(extra or {})}
+    timings = race(makers, product.device, config.timing.repeats, config.timing.warmup, profile, config.timing.calls)
+    others = {f"{name}_seconds": timings.pop(name).median for name in extra or ()}
+    return summarise(timings, product, flops, images) | others
 
 
-def race(makers, device, repeats, warmup=2, profile=None):
+def race(makers, device, repeats, warmup=2, profile=None, calls=1):
     """Time all makers in turns. Returns {name: Timing}.
 
     makers: {name: make}. make() must be picklable; it is called in the variant's process and returns the function without
     arguments that is timed. warmup: uncounted calls after the first. profile: turns a torch.profiler.profile of one more
-    call into {category: seconds}, in the variant's process; the mean of several is taken. Raises RunError where one fails.
-    """
+    call into {(category, operation or kernel): seconds}, in the variant's process; the mean of several is taken, and what
+    a GPU's timed calls take longer than its kernels is waiting. calls: in each timed round. Raises RunError where one
+    fails."""
     with contextlib.ExitStack() as stack:
         runners = {name: stack.enter_context(Runner(name, make, device, profile)) for name, make in makers.items()}
         timings = {name: Timing() for name in makers}
         for i in tqdm(range(1 + warmup + repeats), desc="Timing", unit="round", leave=False):
             for name, runner in runners.items():
-                seconds = runner.ask("run")
+                seconds = runner.ask(calls if i > warmup else 1)
                 if i == 0:
                     timings[name].first = seconds
                 elif i > warmup:
-                    timings[name].seconds.append(seconds)
+                    timings[name].seconds.append(seconds / calls)
         for name, runner in runners.items():
             timings[name].peak_memory_gib = runner.ask("memory")
-        for _ in range(PROFILED_CALLS if profile else 0):
-            for name, runner in runners.items():
-                total = timings[name].profile
-                for category, seconds in runner.ask("profile").items():
-                    total[category] = total.get(category, 0.0) + seconds / PROFILED_CALLS
+        profiles = {name: Counter() for name in runners if profile}
+        for _ in range(PROFILED_CALLS):
+            for name, total in profiles.items():
+                total.update(runners[name].ask("profile"))
+    for name, total in profiles.items():
+        categories, timing = Counter(), timings[name]
+        for (category, _), seconds in total.items():
+            categories[category] += seconds / PROFILED_CALLS
+        if device == "cuda":
+            categories[WAITING] += max(0.0, timing.median - sum(categories.values()))
+        timing.profile = dict(categories)
+        timing.largest = [
+            [what, category, seconds / PROFILED_CALLS] for (category, what), seconds in total.most_common(LARGEST)
+        ]
     return timings
 
 
@@ -154,6 +176,8 @@ class Runner:
 def _serve(make, device, profile, pipe):
     device, call, parent = torch.device(device), None, os.getppid()
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(launched()[1])  # the matrix products, too, are each rank's own GPU's
         while True:
             while not pipe.poll(1):
                 if os.getppid() != parent:  # killed; the pipe stays open, since forked siblings hold its other end too
@@ -169,7 +193,8 @@ def _serve(make, device, profile, pipe):
                     synchronize(device)
                 start = time.perf_counter()
                 call = call or make()
-                call()
+                for _ in range(what):
+                    call()
                 synchronize(device)
                 pipe.send(time.perf_counter() - start)
                 if device.type == "cuda":
@@ -184,11 +209,9 @@ def _profile(call, device, categorise):
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     with torch.profiler.profile(activities=activities) as profile:
-        start = time.perf_counter()
         call()
         synchronize(device)
-        elapsed = time.perf_counter() - start
-    return categorise(profile, device, elapsed)
+    return categorise(profile, device)
 
 
 def synchronize(device):
@@ -198,23 +221,26 @@ def synchronize(device):
 
 @dataclass
 class MatrixProduct:
-    """Makes a product of square matrices that are large enough to use the whole device. Its rate is taken as the limit."""
+    """Makes a product of an (M, K) and a (K, N) matrix: by default square ones that are large enough to use the whole
+    device, whose rate is taken as the limit."""
 
     device: str
     precision: str
+    shape: tuple | None = None
 
     @property
-    def side(self):
-        return 8192 if self.device == "cuda" else 2048
+    def sides(self):
+        """(M, K, N)"""
+        return self.shape or (8192 if self.device == "cuda" else 2048,) * 3
 
     def rate(self, timing):
         """FLOP/s."""
-        return 2 * self.side**3 / timing.median
+        return 2 * math.prod(self.sides) / timing.median
 
     def __call__(self):
         set_precision(self.precision, torch.device(self.device))
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        a, b = (torch.randn(self.side, self.side, device=self.device, dtype=dtype) for _ in range(2))
+        dtype, (m, k, n) = torch.bfloat16 if self.precision == "bf16" else torch.float32, self.sides
+        a, b = (torch.randn(*shape, device=self.device, dtype=dtype) for shape in ((m, k), (k, n)))
         return lambda: a @ b
 
 
@@ -238,11 +264,12 @@ def machine(device):
 
 
 def summarise(timings, product, flops, images):
-    """The report of a race, a dict. timings: of `race`, with the `product`'s among them. flops, images: of one call. The
-    headline numbers are those of our fastest variant."""
-    timings = dict(timings)
+    """The report of a race, a dict. timings: of `race`, with the `product`'s among them. flops, images: of one call on one
+    device. The headline numbers are those of our fastest variant, and images_per_second is that of all devices."""
+    timings, processes = dict(timings), launched()[2]
     rate = product.rate(timings.pop(MATRIX_PRODUCT))
     report = {"machine": machine(product.device), "torch": torch.__version__, "precision": product.precision}
+    report["processes"] = processes
     report |= {"flops_per_step": flops, "matrix_flops_per_second": rate}
     ours = min((name for name in timings if name != "baseline"), key=lambda name: timings[name].median, default=None)
     if "baseline" in timings:
@@ -250,14 +277,16 @@ def summarise(timings, product, flops, images):
     if ours:
         report |= {"fastest": ours, "seconds_per_step": timings[ours].median}
         report["share_of_matrix_rate"] = flops / timings[ours].median / rate
-        report["images_per_second"] = images / timings[ours].median
+        report["images_per_second"] = processes * images / timings[ours].median
     if ours and "baseline" in timings:
         report["times_the_baseline"] = timings["baseline"].median / timings[ours].median
     return report | {"variants": {name: dataclasses.asdict(times) for name, times in timings.items()}}
 
 
 def show(report, title, as_json):
-    """Print the report as JSON, or the title and a table."""
+    """Print the report as JSON, or the title and a table, on rank 0."""
+    if launched()[0]:
+        return
     if as_json:
         return print(json.dumps(report, indent=2))
     base, flops, rate = (

@@ -2,19 +2,24 @@
 
     python -m benchmarks.train_step --model DiT-S/4 --batch-size 16 --device cpu --precision bf16 --json
     python -m benchmarks.train_step --model DiT-XL/2 --batch-size 64 --device cuda --profile --plot train_step.png
+    torchrun --nproc_per_node=8 -m benchmarks.train_step --model DiT-XL/2 --batch-size 64 --calls 10
 
-The original's recipe is float32 (on a GPU TF32), eager, AdamW with PyTorch's defaults, and an EMA that is updated one
-parameter at a time. Ours is the step of train.py. The variants take turns; medians are printed.
+The original's recipe is float32 (on a GPU TF32), eager, DDP also on one device, AdamW with PyTorch's defaults, and an EMA
+that is updated one parameter at a time. Ours is the step of train.py. The variants take turns; medians are printed. Under
+torchrun the batch size is that of each process.
 """
 
 import copy
+import re
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python benchmarks/train_step.py`
@@ -29,6 +34,7 @@ from runtime.config import Config, option
 from runtime.devices import set_precision
 from runtime.errors import UserError
 from runtime.files import check_output, replace_file
+from runtime.launch import launched
 from training import setup
 from training.config import ComputeConfig, RecipeConfig
 from training.trainer import Trainer
@@ -39,7 +45,17 @@ COLOURS = {
     "norms, GELU, other elementwise": "#efb118",
     "optimizer": "#ff725c",
     "moving average": "#6cc5b0",
-    "Python, dispatch, waiting": "#9498a0",
+    "exchange of gradients": "#a463f2",
+    timing.WAITING: "#9498a0",
+}
+# The first pattern that a GPU kernel's name has decides on its category; Inductor names kernels after what it has fused
+KERNELS = {
+    r"triton_(poi|red|per)": "norms, GELU, other elementwise",
+    r"nccl": "exchange of gradients",
+    r"flash|fmha|sdpa|attention": "attention",
+    r"gemm|gemv|nvjet|cutlass|xmma|split_?k|triton_(tem|mm)|conv|[wd]grad": "matrix products",
+    r"lerp": "moving average",
+    r"adam|lpnorm": "optimizer",
 }
 MATRIX_PRODUCTS = "mm addmm bmm baddbmm mkldnn_convolution cudnn_convolution convolution_backward".split()
 SPACE = StoredSpace(channels=4, factor=8, scaling=1.0, shift=0.0)
@@ -62,7 +78,7 @@ class StepConfig(Config):
 
     @property
     def recipe(self):
-        return RecipeConfig(global_batch_size=self.timing.batch_size)
+        return RecipeConfig(global_batch_size=self.timing.batch_size * launched()[2])
 
 
 @dataclass
@@ -72,12 +88,20 @@ class Ours:
     config: StepConfig
 
     def __call__(self):
-        config, compute = self.config, self.config.compute
-        model = timing.replace_zeros(setup.build_model(config, SPACE))
-        trainer = Trainer(config.recipe, compute, distributed.setup(compute.device), model, SPACE, compute.precision)
-        mean, label = random_batch(config, model)
-        batch = {"moments": torch.stack([mean, torch.rand_like(mean)], dim=1).half(), "label": label}
+        trainer, batch = make_trainer(self.config)
         return lambda: trainer.step(batch)
+
+
+def make_trainer(config):
+    """(Trainer, a batch of stored latents in the memory that train.py's loader keeps them in)"""
+    compute = config.compute
+    model = timing.replace_zeros(setup.build_model(config, SPACE))
+    trainer = Trainer(config.recipe, compute, distributed.setup(compute.device), model, SPACE, compute.precision)
+    mean, label = random_batch(config, model)
+    batch = {"moments": torch.stack([mean, torch.rand_like(mean)], dim=1).half(), "label": label}
+    if trainer.device.type == "cuda":
+        batch = {name: values.pin_memory() for name, values in batch.items()}
+    return trainer, batch
 
 
 @dataclass
@@ -87,17 +111,21 @@ class OriginalRecipe:
     config: StepConfig
 
     def __call__(self):
-        device = torch.device(self.config.compute.device)
+        device = distributed.setup(self.config.compute.device).device
         set_precision("tf32", device)
         model = timing.replace_zeros(setup.build_model(self.config, SPACE)).to(device).train()
         average = copy.deepcopy(model).requires_grad_(False)
+        if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
         diffusion = create_diffusion("")
         x_0, y = (values.to(device) for values in random_batch(self.config, model))
 
         def step():
             t = torch.randint(diffusion.num_timesteps, (len(x_0),), device=device)
-            loss = diffusion.training_losses(model, x_0, t, {"y": y})["loss"].mean()
+            loss = diffusion.training_losses(parallel, x_0, t, {"y": y})["loss"].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -115,17 +143,37 @@ def random_batch(config, model):
     return torch.randn(size, model.in_channels, model.input_size, model.input_size), labels
 
 
-def where_time_goes(profile, device, elapsed):
-    """{category: seconds} of one step, by the operation that takes the time. A GPU's idle time counts as waiting."""
-    seconds = dict.fromkeys(COLOURS, 0.0)
+def where_time_goes(profile, device):
+    """{(category, what): seconds} of one step: what are the operations on a CPU, and the kernels on a GPU. Every category
+    is there."""
+    seconds = Counter(dict.fromkeys(((category, "") for category in COLOURS), 0.0))
+    operations, kernels = [], Counter()
     for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel: its time is its operation's, and counted there
-            continue
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        seconds[category_of(event)] += own / 1e6
-    if device.type == "cuda":
-        seconds["Python, dispatch, waiting"] += max(0.0, elapsed - sum(seconds.values()))
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            operations.append(event)
+        else:
+            kernels[event.name] += event.time_range.elapsed_us() / 1e6
+    if device.type != "cuda":
+        for event in operations:
+            seconds[category_of(event), event.name] += event.self_cpu_time_total / 1e6
+        return seconds
+    for event in operations:
+        kernels.pop(event.name, None)  # no kernel, but the span of an operation's kernels
+        for kernel in event.kernels:
+            seconds[kernel_category(kernel.name, event), kernel.name] += kernel.duration / 1e6
+            kernels[kernel.name] -= kernel.duration / 1e6
+    for name, rest in kernels.items():  # of which the profiler does not tell the operation
+        seconds[kernel_category(name), name] += max(0.0, rest)
     return seconds
+
+
+def kernel_category(name, operation=None):
+    """By the operation that launched the kernel, where it tells more than the kernel's name."""
+    category = operation and category_of(operation)
+    if category in ("optimizer", "moving average"):
+        return category
+    found = (category for pattern, category in KERNELS.items() if re.search(pattern, name, re.IGNORECASE))
+    return next(found, "norms, GELU, other elementwise")
 
 
 def category_of(event):
@@ -138,13 +186,15 @@ def category_of(event):
         return "moving average"
     if any(n.startswith("Optimizer.step") or "adamw" in n or "vector_norm" in n or "foreach_norm" in n for n in family):
         return "optimizer"
+    if any("c10d" in n or "gloo" in n for n in family):
+        return "exchange of gradients"
     if "scaled_dot_product" in name or "attention" in name:
         return "attention"
     if name.removeprefix("aten::") in MATRIX_PRODUCTS or ("linear" in name and "mkldnn" in name):
         return "matrix products"
     if name.startswith("aten::") or "CompiledFxGraph" in name or "triton" in name:
         return "norms, GELU, other elementwise"
-    return "Python, dispatch, waiting"
+    return timing.WAITING
 
 
 def print_profile(report):
@@ -156,6 +206,8 @@ def print_profile(report):
 
 def draw_profile(path, report, title):
     """Draw a bar for each variant, as long as its step takes, divided into the categories."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 1.2 + 0.6 * len(report["variants"])), layout="constrained")
     axes = figure.subplots()
     for name, times in reversed(report["variants"].items()):
@@ -179,7 +231,7 @@ def draw_profile(path, report, title):
 def measure(config):
     """Time the step. Returns the report, a dict. Raises UserError for what cannot work, before anything slow."""
     config = timing.resolve(config, gpu_precision="bf16")
-    setup.check_batch(config, world_size=1)
+    setup.check_batch(config, launched()[2])
     if config.plot:
         check_output(config.plot, "--plot")
     with torch.device("meta"):
@@ -204,6 +256,8 @@ def main(argv=None):
         report = measure(config)
         title = "training step of {model}, {image_size} px, batch {batch_size}".format(**report)
         timing.show(report, title, config.timing.json)
+        if launched()[0]:
+            return
         if config.profile and not config.timing.json:
             print_profile(report)
         if config.plot:

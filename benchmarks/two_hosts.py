@@ -208,9 +208,9 @@ class Job:
             host.start(command, output, **environment) for host, output in zip(hosts, self.outputs, strict=True)
         ]
 
-    def wait(self, since=None):
+    def wait(self, since=None, poll=lambda: None):
         """Seconds from `since` until the workers and the torchrun of each host ended: {(kind, host): seconds}, None for one
-        that still ran after LIMIT seconds, and was killed then."""
+        that still ran after LIMIT seconds, and was killed then. Calls poll() all the while."""
         since, ended = since or time.monotonic(), {}
         kinds = [(kind, host) for host in self.hosts for kind in ("worker", "torchrun")]
         while len(ended) < len(kinds) and time.monotonic() < since + LIMIT:
@@ -221,6 +221,7 @@ class Job:
                         ended.setdefault((kind, host), time.monotonic() - since)
                     else:  # torchrun has started the worker, perhaps again
                         ended.pop((kind, host), None)
+            poll()
             time.sleep(0.1)
         for host, launcher in zip(self.hosts, self.launchers, strict=True):
             host.kill()
@@ -240,15 +241,18 @@ class Job:
 
 
 def steps(run):
-    return metrics(run)[-1]["step"] if (run / "metrics.jsonl").exists() and metrics(run) else 0
+    """The last step in metrics.jsonl, 0 where there is none."""
+    try:
+        return metrics(run)[-1]["step"]
+    except (OSError, IndexError, ValueError):  # not there yet; the last line may be half written
+        return 0
 
 
 def wait_for_step(job, run, step):
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
-        with suppress(ValueError):  # half a line
-            if steps(run) >= step:
-                return
+        if steps(run) >= step:
+            return
         if all(launcher.poll() is not None for launcher in job.launchers):
             break
         time.sleep(0.02)
@@ -354,7 +358,11 @@ def disturb(config, hosts, folder, name, act):
     wait_for_step(job, run, FAULT_STEP)
     moment = time.monotonic()
     act(hosts)
-    ended = job.wait(moment)
+    disturbed_at, next_step = steps(run), []
+    ended = job.wait(
+        moment, lambda: next_step or (steps(run) > disturbed_at and next_step.append(time.monotonic() - moment))
+    )
+    went_on = not any(launcher.returncode for launcher in job.launchers)
     reached, saved = steps(run), int(files.newest_first(run / "checkpoints")[0].stem)
     status = json.loads((run / "status.json").read_text())["state"]
     hosts[1].link("up")
@@ -365,6 +373,7 @@ def disturb(config, hosts, folder, name, act):
     for kind in ("worker", "torchrun"):
         row[f"{kind}s ended after, s"] = ", ".join(seconds_of(ended[kind, host]) for host in hosts)
     row["exit statuses"] = ", ".join(str(launcher.returncode) for launcher in job.launchers)
+    row["went on after, s"] = seconds_of(next_step[0]) if went_on and next_step else ""
     row |= {"status.json": status, "trained to step": reached, "saved": saved, "steps lost": reached - saved}
     row["same result"] = same(folder / "two", run)
     print({**row, "errors": sorted(errors)}, flush=True)

@@ -7,6 +7,7 @@ from runtime.config import Config, option
 # The keys of models.DiT_models and models.BLOCKS, which take seconds to import; a test compares
 MODELS = tuple(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))
 BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
+OBJECTIVES, PREDICTIONS = ("diffusion", "flow"), ("eps", "x0", "v")
 MAX_SIZE, MAX_DEPTH = 2**16, 512  # of an image's side or a width, of blocks: larger numbers would use up the memory
 
 
@@ -31,6 +32,11 @@ class DesignOptions(Config):
     mlp_ratio: float | None = option(
         None, "width of the MLP's hidden layer as a multiple of D (default: the model's)", above=0, high=1024
     )
+    qk_norm: bool | None = option(None, "RMSNorm of queries and keys, which keeps attention stable at high learning rates "
+        "(default: off)")  # fmt: skip
+    rope: bool | None = option(None, "rotary position embeddings in the attention, beside the fixed ones (default: off)")
+    aux_block: int | None = option(None, "predict from the output of block K too, with the same loss, for "
+        "--internal-guidance in sampling (default: 0, off)", low=0, high=MAX_DEPTH, metavar="K")  # fmt: skip
 
     def overrides(self):
         """The keyword arguments of DiT that were given, on top of the named model's."""
@@ -52,3 +58,10 @@ class DiTConfig(Config):
     num_classes: int = option(1000, low=0, high=10_000_000)
     learn_sigma: bool = option(True)
     block: str = option("adaln-zero", choices=BLOCKS)
+    objective: str = option("diffusion", choices=OBJECTIVES)
+    predict: str = option("eps", choices=PREDICTIONS)
+    qk_norm: bool = option(False)
+    rope: bool = option(False)
+    aux_block: int = option(0, low=0, high=MAX_DEPTH)
+    text_width: int = option(0, low=0, high=MAX_SIZE)
+    text_length: int = option(120, low=1, high=MAX_SIZE)

@@ -50,6 +50,7 @@ SIZES = {
     "num_heads": "num_attention_heads",
     "num_classes": "num_embeds_ada_norm",
 }
+PLAIN = DiTConfig.defaults()
 COMMON = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
 
 
@@ -162,6 +163,12 @@ def read(folder):
     return weights, record, [inner / "config.json", *paths]
 
 
+def newer_options(config):
+    """The options of a model config that no weights' names or shapes and no config of diffusers tell, as text."""
+    names = ("objective", "predict", "qk_norm", "rope", "aux_block", "text_width")
+    return " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names if config[name] != PLAIN[name])
+
+
 def transformer_config(checkpoint):
     """The arguments of diffusers' DiTTransformer2DModel for a checkpoint. Raises CheckpointError where that class has no
     place for the model."""
@@ -170,6 +177,7 @@ def transformer_config(checkpoint):
     for reason_against, applies in {
         f"its block design is {config['block']}, not adaln-zero": config["block"] != "adaln-zero",
         f"its MLP ratio is {config['mlp_ratio']}, not 4": int(width * config["mlp_ratio"]) != 4 * width,
+        f"it has {newer_options(config)}": newer_options(config),
         "it has no null class": config["class_dropout_prob"] == 0 and config["num_classes"],
         "its position embedding was changed": not pos_embed.allclose(fixed_positions(config), rtol=0, atol=1e-6),
     }.items():

@@ -1,7 +1,7 @@
 """What a .safetensors file of weights says of its model: text in its metadata, of which ours is JSON.
 
 The record of a model is a dict with some of `model_config` (the arguments of models.DiT), `class_names` (list of str),
-`vae` (as --vae names it) and `image_size` (pixels).
+`vae` (as --vae names it), `image_size` (pixels), `text_encoder` (as --text-encoder names it) and `text_encoder_crc32`.
 """
 
 import json
@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from checkpoint.files import CheckpointError
 
-NAMES = ("model_config", "class_names", "vae", "image_size")
+NAMES = ("model_config", "class_names", "vae", "image_size", "text_encoder", "text_encoder_crc32")
 
 
 def of(checkpoint, vae=None):
@@ -18,6 +18,7 @@ def of(checkpoint, vae=None):
     where no autoencoder is known, because it is a guess then."""
     vae = vae or checkpoint.metadata.get("recorded_vae") or checkpoint.vae
     found = {"model_config": checkpoint.model_config, "class_names": checkpoint.class_names, "vae": vae}
+    found["text_encoder"], found["text_encoder_crc32"] = checkpoint.text_encoder
     return found | {"image_size": checkpoint.image_size if checkpoint.vae else None}
 
 

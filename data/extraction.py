@@ -12,8 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from data.autoencoder import check_image_size, load_space, to_model_range
-from data.images import ImageDataset
-from data.listing import list_images
+from data.images import ImageDataset, list_with_captions
 from data.order import make_loader, next_batch
 from data.stored_latents import VERSION, Settings, is_complete, read_record, write_index, write_shard
 from runtime import devices, files
@@ -27,19 +26,20 @@ def extract(config, context):
     dataset, space = context.run_on_all_ranks(lambda: prepare(config, context))
     for note in dataset.notes:
         context.print(note)
-    folder = Path(config.out)
+    folder, text = Path(config.out), context.run_on_all_ranks(lambda: dataset.open_text(config))
     with context.run_on_all_ranks(lambda: files.lock_folder(folder) if context.is_main else contextlib.nullcontext()):
-        settings = context.run_on_main(lambda: begin(config, folder, dataset, space))
+        settings = context.run_on_main(lambda: begin(config, folder, dataset, space, text))
         missing = find_missing(context, folder, settings)
         if missing:
             context.run_on_main(lambda: mark_unfinished(context, folder, settings, missing))
-            encode(config, context, dataset, space.place(context.device), settings, missing)
+            text = text and text.place(context.device)
+            encode(config, context, dataset, space.place(context.device), settings, missing, text)
         context.run_on_main(lambda: print(finish(folder, settings, dataset, missing), flush=True))
 
 
 def prepare(config, context):
     """(images, autoencoder on the CPU). Raises UserError for what cannot work."""
-    listing = context.run_on_main(lambda: list_images(config.data_path))
+    listing = context.run_on_main(lambda: list_with_captions(config.data_path, bool(config.text_encoder)))
     skip_bad, space = config.skip_bad_images, load_space(config.vae)
     dataset = ImageDataset(config.data_path, config.image_size, flip=False, skip_bad=skip_bad, listing=listing)
     check_image_size(config.image_size, space.factor, 1)
@@ -49,30 +49,38 @@ def prepare(config, context):
     return dataset, space.place("cpu")
 
 
-def begin(config, folder, dataset, space):
+def begin(config, folder, dataset, space, text=None):
     """The Settings that the folder is begun with. Raises UserError where it was begun with others."""
     images = {"images": len(dataset), "names_crc32": dataset.checksum, "classes": dataset.folders}
+    images["captions_crc32"] = text and dataset.captions.checksum
     encoder = {"version": VERSION, **space.encoder_settings()}
-    settings = Settings.from_flat({**config.flat(), "mirrors": config.flip, **images, **encoder})
+    texts = {"text_crc32": text and text.crc32, "text_width": text and text.width, "text_length": text and text.length}
+    settings = Settings.from_flat({**config.flat(), "mirrors": config.flip, **images, **encoder, **texts})
     path = folder / "options.json"
     if "encoder_crc32" not in (files.read_json(path) or {}) and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UserError(f"--out {folder}: holds other files already; choose a new folder")
     if not any(folder.glob("shard-*.npy")):  # nothing that another --batch-size, say, would not fit
         with write_errors(folder):
-            files.write_json(path, settings.flat())
+            files.write_json(path, settings.record())
         return settings
     before = read_record(Settings, path, "choose another --out")
     if differences(before.flat(), images):
         raise UserError(
             f"--data-path {config.data_path}: {len(dataset):,} images, not the {before.images:,} that {folder} was begun "
-            "with, or with other names; bring those back, or choose another --out"
+            "with, or with other names or texts; bring those back, or choose another --out"
         )
     if differences(before.flat(), encoder):  # the autoencoder's folder may have moved: its contents count
         raise UserError(
             f"--vae {config.vae}: not the autoencoder {before.vae} that {folder} was begun with, nor one with its encoder; "
             "use that one, or choose another --out"
         )
-    if changed := differences(before.flat(), settings.flat(), ignore={"vae"}):
+    if before.text_crc32 and text and before.text_crc32 != text.crc32:
+        raise UserError(
+            f"--text-encoder {config.text_encoder}: not the encoder {before.text_encoder} that {folder} was begun with; "
+            "use that one, or choose another --out"
+        )
+    ignore = {"vae", "text_encoder"} if before.text_crc32 and text else {"vae"}  # a folder that has moved is no other one
+    if changed := differences(before.flat(), settings.flat(), ignore):
         changed = "; ".join(changed).replace("--mirrors", "--flip")
         raise UserError(f"--out {folder}: begun with {changed}; use the same, or choose another folder")
     return before
@@ -99,7 +107,7 @@ def mark_unfinished(context, folder, settings, missing):
     print(f"{len(missing)} of {settings.num_shards} shards to make, {context.describe()}", flush=True)
 
 
-def encode(config, context, dataset, space, settings, missing):
+def encode(config, context, dataset, space, settings, missing, text=None):
     """Make the missing shards, every world_size-th on this process. The processes take their batches in step, so that an
     error of one stops all at once. A batch never reaches over a shard's end: what is stored does not depend on the number
     of processes."""
@@ -111,7 +119,7 @@ def encode(config, context, dataset, space, settings, missing):
     batches = iter(make_loader(dataset, order, config.num_workers, pin_memory=context.device.type == "cuda"))
     # a worker's death would raise anywhere; next_batch finds it out by itself
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    writer = ShardWriter(Path(config.out), settings, space)
+    writer = ShardWriter(Path(config.out), settings, space, text, dataset.captions)
     total = sum(len(batch) for plan in plans for batch in plan)
     bar = tqdm(total=total, desc="Encoding", unit="image", disable=not context.is_main)
     try:
@@ -132,10 +140,12 @@ def shard_batches(settings, number):
 
 
 class ShardWriter:
-    """Collects encoded batches, in order, and writes a shard when it is full."""
+    """Collects encoded batches, in order, and writes a shard when it is full. text, captions: the encoder and the texts of
+    the images, or None."""
 
-    def __init__(self, folder, settings, space):
+    def __init__(self, folder, settings, space, text=None, captions=None):
         self.folder, self.settings, self.space, self.moments = folder, settings, space, None
+        self.text, self.captions = text, captions
 
     @devices.explain_out_of_memory("lower --batch-size or --shard-size")
     def add(self, batch, failure):
@@ -149,7 +159,7 @@ class ShardWriter:
         number, first = divmod(indices[0], self.settings.shard_size)
         if first == 0:
             self.moments = np.empty(self.settings.shard_shape(number), self.settings.dtype)
-            self.squared_errors, self.replaced = np.zeros(2), []
+            self.squared_errors, self.replaced, self.texts = np.zeros(2), [], []
         images = to_model_range(batch["image"].to(self.space.vae.device, non_blocking=True))
         views = [images, images.flip(-1)] if self.settings.mirrors else [images]
         exact = torch.stack([self.space.moments(view) for view in views], dim=1).cpu().numpy()  # (N, M, 2, C, h, w)
@@ -161,13 +171,31 @@ class ShardWriter:
             raise UserError(f"images {indices[0]} to {indices[-1]}: latents not finite as {stored.dtype}; {way_out}")
         mean, std = np.moveaxis(stored.astype(np.float64) - exact, 2, 0)
         self.squared_errors += np.square(mean).sum(), np.square(std / exact[:, :, 1]).sum()
-        for index, label, line in zip(indices, batch["label"].tolist(), batch["replaced"], strict=True):
+        sources = batch["source"].tolist() if self.text else indices
+        for index, label, line, source in zip(indices, batch["label"].tolist(), batch["replaced"], sources, strict=True):
             if line:
                 tqdm.write(f"Skipped {line}")
-                self.replaced.append({"index": index, "label": label, "reason": line})
+                of = {"source": source} if self.text else {}
+                self.replaced.append({"index": index, "label": label, "reason": line, **of})
+            self.texts += self.captions.of(source) if self.text else []
         if first + len(indices) == len(self.moments):
             with write_errors(self.folder):
-                write_shard(self.folder, number, self.moments, self.squared_errors.tolist(), self.replaced)
+                texts = self.encode_texts([*self.texts, ""]) if self.text else None
+                write_shard(self.folder, number, self.moments, self.squared_errors.tolist(), self.replaced, texts)
+
+    def encode_texts(self, texts):
+        """(tokens, lengths) of texts, as `write_shard` takes them. Raises UserError where they are not finite."""
+        parts, size = [], self.settings.batch_size
+        for first in range(0, len(texts), size):
+            tokens, lengths = self.text.tokens(texts[first : first + size])
+            with np.errstate(over="ignore"):  # looked at right here
+                tokens = tokens.cpu().numpy().astype(self.settings.dtype)
+            if not np.isfinite(tokens).all():
+                raise UserError(
+                    f"texts: tokens not finite as {tokens.dtype}; pass --dtype float32, or look at --text-encoder"
+                )
+            parts.append((tokens, lengths.tolist()))
+        return np.concatenate([tokens for tokens, _ in parts]), [n for _, lengths in parts for n in lengths]
 
 
 def write_errors(folder):
@@ -177,8 +205,9 @@ def write_errors(folder):
 def finish(folder, settings, dataset, missing):
     """Write the index, if need be. Returns the line to end with."""
     with write_errors(folder):
-        index, changed = write_index(folder, settings, dataset.names, dataset.labels.tolist())
+        index, changed = write_index(folder, settings, dataset.names, dataset.labels.tolist(), dataset.captions)
     what = f"{folder}: latents of {settings.images:,} images{', and of their mirrors' if settings.mirrors else ''}"
+    what += f", and {len(dataset.captions.texts):,} texts" if dataset.captions else ""
     if not missing and not changed:
         return f"Nothing left to do: {what}"
     rounding = index["rounding"]

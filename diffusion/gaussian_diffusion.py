@@ -1,8 +1,9 @@
 """The equations of the diffusion process, on tensors.
 
 Symbols: beta_t schedule, alpha_t = 1 - beta_t, alpha_bar_t their product up to t, x_0 data, x_t data after t + 1 steps of
-noise (t = 0 is the least noise), eps the noise in x_t. A model maps (x_t, t) to eps, or to x_0 with `predict_xstart`,
-and, where the variance is learned, to as many channels again. References: DDPM is Ho et al. 2020, DDIM Song et al. 2021,
+noise (t = 0 is the least noise), eps the noise in x_t. A model maps (x_t, t) to eps, or to x_0 or to
+v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, appendix D), as `predict` says, and, where the
+variance is learned, to as many channels again. References: DDPM is Ho et al. 2020, DDIM Song et al. 2021,
 IDDPM Nichol and Dhariwal 2021.
 """
 
@@ -85,15 +86,20 @@ class GaussianDiffusion:
     betas: (num_timesteps,) float64. timestep_map: the timesteps that the model is told, by default 0, 1, 2, ...; a
     process that skips steps passes the originals. variance: "learned" (interpolated by the model), or fixed: "large"
     (beta) or "small" (the posterior's). use_kl: the loss is the bound alone. vb_weight: weight of the bound in the
-    hybrid loss, IDDPM, eq. 16.
+    hybrid loss, IDDPM, eq. 16. predict: "eps", "x0" or "v", what the model maps to. snr_gamma: with a number, the mean
+    squared error is weighted as one of x_0 by min(SNR_t, snr_gamma), SNR_t = alpha_bar_t / (1 - alpha_bar_t): Hang et al.
+    2023, eq. 9.
     """
 
-    def __init__(self, betas, timestep_map=None, variance="learned", predict_xstart=False, use_kl=False, vb_weight=1.0):
+    def __init__(self, betas, timestep_map=None, variance="learned", predict="eps", use_kl=False, vb_weight=1.0,
+                 snr_gamma=None):  # fmt: skip
         self.betas = betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be one row of numbers in (0, 1]")
         self.num_timesteps = len(betas)
-        self.variance, self.predict_xstart, self.use_kl, self.vb_weight = variance, predict_xstart, use_kl, vb_weight
+        if predict not in ("eps", "x0", "v"):
+            raise ValueError(f"prediction {predict!r} is not one of eps, x0, v")
+        self.variance, self.predict, self.use_kl, self.vb_weight = variance, predict, use_kl, vb_weight
         self.timestep_map = list(range(len(betas)) if timestep_map is None else timestep_map)  # ints, read without the GPU
 
         # the tables of the schedule by the original release's names, each (num_timesteps,) float64; `at` reads them
@@ -115,6 +121,10 @@ class GaussianDiffusion:
         # beta_0 would make the last step far too wide; the posterior's variance at 1 is the original's choice
         self.large_variance = np.append(clipped[0], betas[1:])
         self.large_log_variance = np.log(self.large_variance)
+        snr = alpha_bar / (1 - alpha_bar)
+        # the squared error of x_0 times SNR is that of eps, and times SNR + 1 that of v
+        of_x0 = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
+        self.mse_weights = None if snr_gamma is None else np.minimum(snr, snr_gamma) / of_x0
         self._placed = {}  # (name, device, is float64) -> the table there: moved once, so that no step copies from the host
 
     def table(self, name, like):
@@ -191,13 +201,22 @@ class GaussianDiffusion:
             variance = torch.exp(log_variance)
         else:
             variance, log_variance = (self.at(name, t, x).expand_as(x) for name in FIXED_VARIANCES[self.variance])
-        pred_xstart = output if self.predict_xstart else self.predict_xstart_from_eps(x, t, output)
+        pred_xstart = self.predict_xstart_from_output(x, t, output)
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+    def predict_xstart_from_output(self, x_t, t, output):
+        """x_0 as a model predicts it whose output, without the variance, is what `predict` says."""
+        if self.predict == "eps":
+            return self.predict_xstart_from_eps(x_t, t, output)
+        if self.predict == "x0":
+            return output
+        alpha, sigma = self.at("sqrt_alphas_cumprod", t, x_t), self.at("sqrt_one_minus_alphas_cumprod", t, x_t)
+        return alpha * x_t - sigma * output
 
     def predict_xstart_from_eps(self, x_t, t, eps):
         """DDPM, eq. 4, solved for x_0."""
@@ -337,9 +356,27 @@ class GaussianDiffusion:
             mean_output, variance_output = output.chunk(2, dim=1)
             detached = torch.cat([mean_output.detach(), variance_output], dim=1)
             terms["vb"] = self._bound_term(detached, x_start, x_t, t, clip_denoised=False)["vb"] * self.vb_weight
-        terms["mse"] = mean_flat(((x_start if self.predict_xstart else noise) - mean_output) ** 2)
-        terms["loss"] = terms["mse"] + terms.get("vb", 0)
+        terms["mse"] = mean_flat((self.target(x_start, t, noise) - mean_output) ** 2)
+        weighted = terms["mse"] if self.mse_weights is None else self.at("mse_weights", t, x_start).flatten() * terms["mse"]
+        terms["loss"] = weighted + terms.get("vb", 0)
         return terms
+
+    def target(self, x_start, t, noise):
+        """What the model's output should be for x_t made of x_0 and noise."""
+        if self.predict == "eps":
+            return noise
+        if self.predict == "x0":
+            return x_start
+        alpha, sigma = self.at("sqrt_alphas_cumprod", t, x_start), self.at("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return alpha * noise - sigma * x_start
+
+    def draw_timesteps(self, number, device, sampling="uniform"):
+        """Timesteps for training, (number,) int64. "logit-normal": t / num_timesteps is the sigmoid of a standard normal
+        number, which prefers the middle (Esser et al. 2024, section 3.1)."""
+        if sampling == "uniform":
+            return torch.randint(self.num_timesteps, (number,), device=device)
+        share = torch.randn(number, device=device).sigmoid()
+        return (share * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
     def _bound_term(self, output, x_start, x_t, t, clip_denoised):
         """One term of the variational bound, in bits per dimension, (N,): L_{t-1} of DDPM, eq. 5, and L_0 at t = 0."""

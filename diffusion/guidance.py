@@ -47,15 +47,19 @@ def guided_denoiser(
     rescale=0.0,
     guide=None,
     num_timesteps=1000,
+    internal_scale=1.0,
 ):
     """A denoiser for `diffusion.sample`: a model of (x_t, t, y), guided towards the condition y. Where the scale is 1 the
     model is called once on the batch, elsewhere once on [conditional; unconditional].
 
-    y: (N,) int64 labels, or (N, K) weights as of `mix_classes`. null_class: the label of "no class". cfg_scale, interval,
-    schedule, num_timesteps: see `scale_at`. channels: how many of eps's channels are guided, the first ones; None is all of
-    them, `DiT.guided_channels` what the original release guides. rescale: phi of `rescale_to`, over the guided channels.
-    guide: a weaker model of (x_t, t, y), to be guided away from in place of the unconditional prediction; it is given y
-    (Karras et al. 2024, autoguidance). The variance's channels are the conditional prediction's.
+    y: (N,) int64 labels, or (N, K) weights as of `mix_classes`, or (N, L, W + 1) texts. null_class: the label of "no
+    class", or the text (L, W + 1) that stands for none. cfg_scale, interval, schedule, num_timesteps: see `scale_at`.
+    channels: how many of eps's channels are guided, the first ones; None is all of them, `DiT.guided_channels` what the
+    original release guides. rescale: phi of `rescale_to`, over the guided channels. guide: a weaker model of (x_t, t, y),
+    to be guided away from in place of the unconditional prediction; it is given y (Karras et al. 2024, autoguidance).
+    internal_scale: of internal guidance, away from the auxiliary output that the model gives `with_aux`, in the same call
+    (arXiv 2512.24176); 1 is none. All channels of each prediction are guided so, before the guidance of classes. The
+    variance's channels are the conditional prediction's.
     Raises ValueError for values out of range."""
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance schedule {schedule!r} is not one of {', '.join(GUIDANCE_SCHEDULES)}")
@@ -66,7 +70,12 @@ def guided_denoiser(
     y_both = None if guide is not None else torch.cat([y, null_like(y, null_class)])
 
     def call(network, x, t, labels):
-        return network(x, torch.full((len(x),), t, device=x.device), labels).to(x.dtype)
+        times = torch.full((len(x),), t, device=x.device)
+        if internal_scale == 1 or network is guide:
+            return network(x, times, labels).to(x.dtype)
+        output, aux = (out.to(x.dtype) for out in network(x, times, labels, with_aux=True))
+        channels = x.shape[1]
+        return torch.cat([combine(output[:, :channels], aux[:, :channels], internal_scale), output[:, channels:]], dim=1)
 
     def denoise(x_t, t):
         scale = scale_at(t, cfg_scale, interval, schedule, num_timesteps)
@@ -86,7 +95,9 @@ def guided_denoiser(
 
 
 def null_like(y, null_class):
-    """The null class in the form of y: labels, or weights of the classes."""
+    """The null class in the form of y: labels, weights of the classes, or texts."""
+    if isinstance(null_class, torch.Tensor):
+        return null_class.expand_as(y)
     labels = torch.full((len(y),), null_class, device=y.device)
     return F.one_hot(labels, y.shape[1]).to(y.dtype) if y.is_floating_point() else labels
 

@@ -19,7 +19,8 @@ class Sampler:
     every step adds noise, whatever eta is. stages: evaluations of the model in each step but the last, which takes one.
     A sampler of our own has `step`, which gives, for a `GaussianDiffusion` and eta, the method that makes one step, and
     `respacings`, patterns for `space_timesteps` of which the first possible one is used. A sampler of diffusers has
-    `scheduler`, the name of the class, and `settings`, the class's arguments."""
+    `scheduler`, the name of the class, and `settings`, the class's arguments. A sampler of flow models alone has `flow`, a
+    method of `flow.flow_steps`; its denoiser predicts the velocity."""
 
     name: str
     help: str
@@ -30,6 +31,7 @@ class Sampler:
     respacings: tuple[str, ...] = ("{}",)
     scheduler: str | None = None
     settings: Mapping = field(default_factory=dict)
+    flow: str | None = None
 
     def evaluations(self, num_steps):
         """How often the model is evaluated for `num_steps` steps."""
@@ -85,6 +87,9 @@ SAMPLERS = {
             options=("spacing",),
             scheduler="EulerDiscreteScheduler",
         ),
+        Sampler("flow-euler", "for flow models: order 1, equal steps in the flow's time", flow="euler"),
+        Sampler("flow-heun", "for flow models: order 2 with two evaluations per step", stages=2, flow="heun"),
+        Sampler("flow-sde", "for flow models: Euler-Maruyama (Ma et al. 2024)", adds_noise=True, flow="sde"),
     )
 }
 

@@ -64,7 +64,7 @@ class LikelihoodConfig(SourceConfig):
     ckpt: str = option(help="checkpoint of train.py, weights as .safetensors, or a folder or hub name in diffusers' "
         "format")  # fmt: skip
     vae: str | None = option(None, 'autoencoder of the model, which must be "none": pixels (default: the recorded one)')
-    data_path: str = option(help='folder of images with one folder per class, or "digits"')
+    data_path: str = option(help='folder of images with one folder per class, or "digits" or "mnist"')
     num_images: int = option(
         1000, "images to measure, chosen from the data at random by --seed; all of them if there are fewer", low=2
     )

@@ -21,13 +21,14 @@ from sampling.pipeline import Pipeline, to_uint8
 class Evaluator:
     """Measures FID as an EvalConfig says, with the paper's sampler.
 
-    space: of the model's x_0. image_size: side of the images in pixels. batch_size: images that a process draws at once.
-    Image i depends on (seed, i) alone, so that the number of ranks changes the result by rounding at most. torch's random
-    state, its precision settings and the model's mode stay as they are. Every rank has to make the Evaluator and to call
-    it. Making it opens the reference and measures it. Raises UserError for a reference or weights that cannot be used."""
+    space: of the model's x_0. texts: function from images' indices to y, for a model of texts. image_size: side of the
+    images in pixels. batch_size: images that a process draws at once. Image i depends on (seed, i) alone, so that the
+    number of ranks changes the result by rounding at most. torch's random state, its precision settings and the model's
+    mode stay as they are. Every rank has to make the Evaluator and to call it. Making it opens the reference and measures
+    it. Raises UserError for a reference or weights that cannot be used."""
 
-    def __init__(self, config, context, space, image_size, num_classes, batch_size, seed):
-        self.config, self.context, self.space = config, context, space
+    def __init__(self, config, context, space, image_size, num_classes, batch_size, seed, texts=None):
+        self.config, self.context, self.space, self.texts = config, context, space, texts
         self.num_classes, self.batch_size, self.seed = num_classes, batch_size, seed
         self.sampler = SamplerConfig(num_sampling_steps=config.eval_sampling_steps)
         self.guidance = GuidanceConfig(cfg_scale=config.eval_cfg_scale)
@@ -95,6 +96,7 @@ class Evaluator:
         if not indices:
             return None
         labels = [image_label(self.seed, index, self.num_classes) for index in indices]
+        labels = self.texts(indices) if self.texts else labels
         return to_uint8(pipeline(labels, *pipeline.noise(self.seed, indices)))
 
 

@@ -30,8 +30,10 @@ def measure_likelihood(config, context):
     dataset = open_dataset(config, checkpoint, settings["image_size"], context)
     labels = class_numbers(config, checkpoint, dataset)
     indices = choose(len(dataset), config.num_images, config.seed)
+    if checkpoint.model_config["objective"] == "flow":
+        raise UserError(f"--ckpt {config.ckpt}: is a flow, whose likelihood has no such bound; use a model of a diffusion")
     model = checkpoint.build_model()
-    diffusion = create_diffusion(str(config.num_timesteps), learn_sigma=model.learn_sigma)
+    diffusion = create_diffusion(str(config.num_timesteps), learn_sigma=model.learn_sigma, predict=model.predict)
     with set_precision("fp32", context.device), explain_out_of_memory("lower --batch-size"):
         rows = measure(model.to(context.device), diffusion, dataset, labels, indices, config, context)
     if not context.is_main:

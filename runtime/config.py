@@ -22,15 +22,16 @@ MAX_INT = 2**63 - 1  # of every whole number without a bound of its own: arrays 
 
 
 def option(default=dataclasses.MISSING, help="", *, low=None, high=None, above=None, choices=None, changeable=False,
-           metavar=None, const=None, positional=False):  # fmt: skip
+           metavar=None, const=None, positional=False, repeatable=False):  # fmt: skip
     """A field of a Config.
 
     help: a sentence that stands alone; the default is added to it unless it says "(default". low, high: inclusive bounds
     of a number; above: an exclusive one. choices: the allowed values. changeable: whether a resumed run may change the
     value (options that change the result may not). const: the value of the flag when it is given without one.
-    positional: an argument without a flag."""
+    positional: an argument without a flag. repeatable: of a tuple, that the flag may be given several times, for more
+    values."""
     metadata = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "changeable": changeable}
-    metadata |= {"metavar": metavar, "const": const, "positional": positional}
+    metadata |= {"metavar": metavar, "const": const, "positional": positional, "repeatable": repeatable}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -127,12 +128,13 @@ class Config:
     @classmethod
     def from_flat(cls, values):
         """The config of flat values, such as those of a file. Missing ones take their defaults, unknown ones are ignored.
-        Raises UserError."""
+        A nested config that is a field's default gives its own values as the defaults. Raises UserError."""
         own = {}
         for field in dataclasses.fields(cls):
             kind = field_types(cls)[field.name][0]
             if issubclass(kind, Config):
-                own[field.name] = kind.from_flat(values)
+                defaults = {} if field.default is dataclasses.MISSING else field.default.flat()
+                own[field.name] = kind.from_flat({**defaults, **values})
             elif field.name in values:
                 own[field.name] = values[field.name]
             elif field.default is dataclasses.MISSING:
@@ -151,7 +153,15 @@ class Config:
 
     @classmethod
     def defaults(cls):
-        return {field.name: field.default for field in cls.all_fields() if field.default is not dataclasses.MISSING}
+        """{name: default} of all fields that have one."""
+        values = {}
+        for field in dataclasses.fields(cls):
+            kind = field_types(cls)[field.name][0]
+            if issubclass(kind, Config):
+                values |= kind.defaults() if field.default is dataclasses.MISSING else field.default.flat()
+            elif field.default is not dataclasses.MISSING:
+                values[field.name] = field.default
+        return values
 
     @classmethod
     def changeable(cls):

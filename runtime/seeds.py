@@ -3,7 +3,7 @@ every thing its own key. Seeds are hashed (numpy's SeedSequence), so that neighb
 
 import numpy as np
 
-DATA_ORDER, FLIP, TRAINING_STEP, SAMPLE_NOISE, SAMPLE_LABEL, BOUND_CHOICE, BOUND_NOISE, VALIDATION = range(8)
+DATA_ORDER, FLIP, TRAINING_STEP, SAMPLE_NOISE, SAMPLE_LABEL, BOUND_CHOICE, BOUND_NOISE, VALIDATION, CAPTION = range(9)
 
 
 def generator(seed, stream, *key):

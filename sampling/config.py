@@ -64,12 +64,24 @@ class GuidanceConfig(Config):
     guide_ckpt: str | None = option(None, "checkpoint of a weaker model, or a folder or hub name in diffusers' format, to "
         "guide away from, in place of the unconditional prediction (Karras et al. 2024, autoguidance)")  # fmt: skip
 
+    internal_guidance: float = option(1.0, "scale of internal guidance, away from the output of an earlier block, for "
+        "models with an --aux-block; 1 is none (arXiv 2512.24176)", low=0)  # fmt: skip
+
     def check(self):
         if self.guidance_interval and not self.guidance_interval[0] < self.guidance_interval[1]:
             low, high = self.guidance_interval
             raise UserError(f"--guidance-interval {low} {high}: is empty; give 0 <= LO < HI <= 1, in t / 1000")
         if self.guide_ckpt and self.cfg_scale == 1:
             raise UserError("--guide-ckpt: does nothing at --cfg-scale 1; give a larger scale")
+
+
+@dataclass(frozen=True)
+class TextConfig(Config):
+    """models of texts"""
+
+    negative_prompt: str | None = option(None, "text to guide away from, in place of the empty one", metavar="TEXT")
+    text_encoder: str | None = option(None, "the model's text encoder, a folder or Hugging Face hub name (default: the one "
+        "that the checkpoint records)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,14 +137,17 @@ class SampleConfig(Config):
 
     labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number (default: 207 360 387 974 88 "
         "979 417 279, or the first eight of a model with other classes)", metavar="CLASS")  # fmt: skip
+    prompt: tuple[str, ...] | None = option(None, "what to draw, for a model of texts, in place of --labels; may be given "
+        "several times (default: none)", metavar="TEXT", repeatable=True)  # fmt: skip
     seed: int = option(0, "seed of all random numbers", low=0, high=MAX_SEED)
     samples_per_label: int = option(1, "images of each label", low=1, high=10_000)
     output: str = option("sample.png", "file of the grid of images", metavar="FILE")
     columns: int = option(4, "images in a row of the grid", low=1, high=10_000)
     enlarge: int = option(1, "repeat each pixel this many times in both directions", low=1, high=64)
-    captions: bool = option(False, "write the class under each image")
+    captions: bool = option(False, "write the class or the prompt under each image")
     save_trajectory: str | None = option(None, "file for the predicted x_0 during sampling: an animation if it is a .gif, "
         "else a grid with a row for each image (default: not saved)", metavar="FILE")  # fmt: skip
+    text: TextConfig = TextConfig()
     editing: EditingConfig = EditingConfig()
     source: SourceConfig = SourceConfig()
     sampler: SamplerConfig = SamplerConfig()
@@ -143,6 +158,8 @@ class SampleConfig(Config):
         editing, sampler = self.editing, self.sampler
         if editing.invert and (sampler.sampler != "ddim" or sampler.eta or editing.mask):
             raise UserError("--invert: needs --sampler ddim with --eta 0, and does not go with --mask")
+        if editing.mask and SAMPLERS[sampler.sampler].flow:
+            raise UserError(f"--mask: does not go with --sampler {sampler.sampler}; choose ddim or another solver")
         if editing.interpolate and self.columns < 2:
             raise UserError(f"--columns {self.columns}: --interpolate needs two or more")
         if editing.interpolate and self.samples_per_label > 1:
@@ -163,6 +180,9 @@ class SampleSetConfig(Config):
     balanced_labels: bool = option(False, "give image i the class i modulo the number of classes, not a random one")
     labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number: image i is of the class at "
         "position i modulo their number (default: a random class for each image)", metavar="CLASS")  # fmt: skip
+    prompts: str | None = option(None, "file of prompts, for a model of texts: .txt with one in each line, or .jsonl with "
+        '"text" in each line; image i has the prompt i modulo their number (default: none)', metavar="FILE")  # fmt: skip
+    text: TextConfig = TextConfig()
     source: SourceConfig = SourceConfig()
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
@@ -173,3 +193,5 @@ class SampleSetConfig(Config):
             raise UserError(f"--folder {self.folder}: is no name of a folder; choose one, such as samples-1")
         if self.labels and self.balanced_labels:
             raise UserError("--labels: does not go with --balanced-labels; leave one of them out")
+        if self.prompts and (self.labels or self.balanced_labels):
+            raise UserError("--prompts: does not go with --labels or --balanced-labels; leave one of them out")

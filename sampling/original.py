@@ -14,11 +14,24 @@ def default_labels(num_classes):
 
 
 def choose_labels(config, source):
-    """The class of every image of a SampleConfig, a list of numbers. Raises UserError."""
-    labels = source.parse_labels(config.labels or default_labels(source.settings["num_classes"]))
+    """The class, or the prompt, of every image of a SampleConfig, a list of numbers. Raises UserError."""
+    if source.text_encoder:
+        check_prompts(source, "--prompt")
+        if config.labels or config.editing.interpolate == "classes":
+            option = "--labels" if config.labels else "--interpolate classes"
+            raise UserError(f"{option}: {source.checkpoint.path} was trained on texts, not on classes; use --prompt")
+        labels = range(len(source.class_names))
+    else:
+        labels = source.parse_labels(config.labels or default_labels(source.settings["num_classes"]))
     if config.editing.interpolate == "classes" and len(labels) < 2:
         raise UserError("--interpolate classes: needs two --labels or more")
     return [label for label in labels for _ in range(config.samples_per_label)]
+
+
+def check_prompts(source, option):
+    """Raises UserError where a model of texts has no prompts."""
+    if source.text_encoder and not source.class_names:
+        raise UserError(f"{option}: {source.checkpoint.path} was trained on texts; say what to draw with {option}")
 
 
 def draw_noise(pipeline, labels, editing, columns, generator=None):

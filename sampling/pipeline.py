@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffusion import create_diffusion, sample, samplers
+from diffusion.flow import eps_denoiser
 from diffusion.guidance import guided_denoiser
 from diffusion.registry import SAMPLERS
 from runtime.devices import check_memory, explain_out_of_memory, pick_device, set_precision
@@ -30,10 +31,14 @@ class Pipeline:
     """Draws images from a model, in eval mode, with a sampler and guidance.
 
     space: of `data.autoencoder`, on the model's device. guide: a weaker model for autoguidance. precision: "bf16" runs the
-    models under autocast; else torch's settings decide (`runtime.devices.set_precision`). class_names: by number."""
+    models under autocast; else torch's settings decide (`runtime.devices.set_precision`). class_names: by number. Of a
+    model of texts these are the prompts, which labels count. text_encoder: encodes them, on the model's device. negative:
+    the text to guide away from (default: the empty one)."""
 
-    def __init__(self, model, space, sampler=None, guidance=None, guide=None, precision="fp32", class_names=None):
+    def __init__(self, model, space, sampler=None, guidance=None, guide=None, precision="fp32", class_names=None,
+                 text_encoder=None, negative=None):  # fmt: skip
         self.model, self.space, self.guide, self.class_names = model, space, guide, class_names or []
+        self.text_encoder, self.negative = text_encoder, negative
         self.sampler, self.guidance, self.precision = sampler or SamplerConfig(), guidance or GuidanceConfig(), precision
         self.device = next(model.parameters()).device
         self.num_classes, self.null_class = model.num_classes, model.null_class
@@ -41,10 +46,10 @@ class Pipeline:
         self.shape = (model.in_channels, model.input_size, model.input_size)  # of one image's x_T
 
     @classmethod
-    def load(cls, source, sampler=None, guidance=None, compute=None, device=None):
-        """The pipeline of a checkpoint's path or a SourceConfig. device: a torch.device (default: of `compute`). Raises
-        UserError."""
-        return cls.build(Source.open(source, sampler, guidance, compute), device)
+    def load(cls, source, sampler=None, guidance=None, compute=None, device=None, text=None, prompts=()):
+        """The pipeline of a checkpoint's path or a SourceConfig. device: a torch.device (default: of `compute`). text,
+        prompts: for a model of texts, a TextConfig and what to draw. Raises UserError."""
+        return cls.build(Source.open(source, sampler, guidance, compute, text=text, prompts=prompts), device)
 
     @classmethod
     def build(cls, source, device=None, draw_initial_weights=False):
@@ -56,9 +61,12 @@ class Pipeline:
         with explain_out_of_memory("the model does not fit; choose a --device with more memory"):
             model = source.checkpoint.build_model(draw_initial_weights)
             space = source.place_space(device)
+            text = {"text_encoder": source.place_text_encoder(device), "negative": source.negative}
             guide = source.guide and source.guide.build_model(draw_initial_weights)
             model, guide = (network and place(network, source.compute, device) for network in (model, guide))
-        return cls(model, space, source.sampler, source.guidance, guide, source.compute.products, source.class_names)
+        return cls(
+            model, space, source.sampler, source.guidance, guide, source.compute.products, source.class_names, **text
+        )
 
     def parse_labels(self, words):
         """Class numbers of words that are numbers, names or WordNet numbers. Raises UserError."""
@@ -90,23 +98,32 @@ class Pipeline:
         return to_uint8(self.space.decode(x_0.to(self.device)))
 
     def denoiser(self, labels):
-        """The guided model of these labels as a function of (x_t, t): see `diffusion.guidance.guided_denoiser`."""
+        """The guided model of these labels as a function of (x_t, t), for the sampler: it predicts eps, or for a sampler of
+        flows the velocity. See `diffusion.guidance.guided_denoiser`."""
         options, labels = self.guidance, torch.as_tensor(labels, device=self.device)
+        null = self.null_class
+        if self.model.text_width:
+            null = self.text_encoder([self.negative])[0] if self.negative else self.model.text_embedder.null_text
+            if not labels.is_floating_point():
+                labels = self.text_encoder([self.class_names[label] for label in labels.tolist()])
         channels = {"3": 3, "all": self.model.in_channels, None: self.model.guided_channels}[options.cfg_channels]
         denoise = guided_denoiser(
-            self.model, labels, self.null_class, cfg_scale=options.cfg_scale, channels=channels,
+            self.model, labels, null, cfg_scale=options.cfg_scale, channels=channels,
             interval=options.guidance_interval, schedule=options.guidance_schedule, rescale=options.guidance_rescale,
-            guide=self.guide,
+            guide=self.guide, internal_scale=options.internal_guidance,
         )  # fmt: skip
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")(denoise)
+        denoise = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")(denoise)
+        if SAMPLERS[self.sampler.sampler].flow:
+            return denoise
+        return eps_denoiser(denoise, self.model.objective, self.model.predict, create_diffusion("").alphas_cumprod)
 
     def steps(self, labels, x_T, step_noise=None, progress=False, denoiser=None, **options):
         """The sampler's steps from x_T: an iterator of dicts of `sample` (x_t), `pred_xstart` (the predicted x_0) and
         `step`, which counts down to 0; see `diffusion.sample`, also for options. By default the noise of the steps is drawn
         from torch's own stream.
 
-        labels: N class numbers, or (N, K) weights of classes. denoiser: in place of the labels' own, such as an
-        `inpainting_denoiser` around it."""
+        labels: N numbers of classes or prompts, or (N, K) weights of classes, or (N, L, W + 1) texts. denoiser: in place of
+        the labels' own, such as an `inpainting_denoiser` around it."""
         sampler = self.sampler
         return sample(
             sampler.sampler, denoiser or self.denoiser(labels), x_T, sampler.num_sampling_steps, eta=sampler.eta,

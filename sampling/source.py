@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import download
 from checkpoint.opened import Checkpoint
 from data.autoencoder import RELEASED, load_space
+from data.text_encoder import TextEncoder, check_same
+from diffusion.registry import SAMPLERS
 from models import DiT_models
 from runtime.config import flag
-from runtime.devices import check_compile, pick_device
+from runtime.devices import check_compile, check_memory, pick_device
 from runtime.errors import UserError
-from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig, SourceConfig
+from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig, SourceConfig, TextConfig
 from sampling.labels import parse_labels, readable_names
 
 
@@ -20,7 +22,8 @@ class Source:
 
     checkpoint: the model to draw from. guide: a weaker one to guide away from, or None. space: the model's space, whose
     weights are not read yet. vae_name: its name in messages. settings: model, image_size (pixels), num_classes and vae, as
-    given or as the checkpoint has them. class_names: by number; empty where they are not known."""
+    given or as the checkpoint has them. class_names: by number; empty where they are not known; of a model of texts the
+    prompts. text_encoder: of such a model, its weights not read yet. negative: the text to guide away from, or None."""
 
     checkpoint: Checkpoint
     guide: Checkpoint | None
@@ -31,27 +34,51 @@ class Source:
     sampler: SamplerConfig
     guidance: GuidanceConfig
     compute: ComputeConfig
+    text_encoder: TextEncoder | None = None
+    negative: str | None = None
 
     @classmethod
-    def open(cls, source, sampler=None, guidance=None, compute=None, released_vae="ema"):
+    def open(cls, source, sampler=None, guidance=None, compute=None, released_vae="ema", text=None, prompts=()):
         """source: a SourceConfig or a checkpoint's path. released_vae: "ema" or "mse", the decoder to use unless `source`
-        or the checkpoint names another autoencoder. Raises UserError for everything that cannot work."""
+        or the checkpoint names another autoencoder. text: a TextConfig. prompts: texts that take the place of classes.
+        Raises UserError for everything that cannot work."""
         source = source if isinstance(source, SourceConfig) else SourceConfig(ckpt=str(source))
         sampler, guidance, compute = sampler or SamplerConfig(), guidance or GuidanceConfig(), compute or ComputeConfig()
         check_compile(compute.compile, pick_device(compute.device))
         sampler.check_steps()
         checkpoint = Checkpoint.open(source.ckpt, source.num_heads) if source.ckpt else released_checkpoint(source)
         guide = open_guide(guidance, checkpoint)
+        check_kind(checkpoint, sampler, guidance)
+        text = text or TextConfig()
+        text_encoder = open_text_encoder(text, checkpoint, prompts)
         space, vae, vae_name = open_space(source, checkpoint, released_vae)
         settings = {**settle(source, checkpoint, space, vae_name), "vae": vae}
         if not source.ckpt:
             checkpoint = Checkpoint.open(download.download(download.released_checkpoint(settings["image_size"])))
-        names = readable_names(checkpoint.class_names, settings["num_classes"])
-        return cls(checkpoint, guide, space, vae_name, settings, names, sampler, guidance, compute)
+        names = list(prompts) if text_encoder else readable_names(checkpoint.class_names, settings["num_classes"])
+        options = (sampler, guidance, compute)
+        return cls(checkpoint, guide, space, vae_name, settings, names, *options, text_encoder, text.negative_prompt)
 
     def parse_labels(self, words):
         """Class numbers of words that are numbers, names or WordNet numbers. Raises UserError."""
         return parse_labels(words, self.class_names, self.settings["num_classes"])
+
+    def check_memory(self, number, advice):
+        """Raises OutOfMemoryError where the memory of a CPU cannot hold `number` images that are drawn at once: six
+        activations of each token in a block, with guidance, and the images. advice: how to need less."""
+        if pick_device(self.compute.device) == "cpu":
+            model = self.checkpoint.model_config
+            tokens = 2 * (model["input_size"] // model["patch_size"]) ** 2
+            check_memory(4 * number * (6 * tokens * model["hidden_size"] + 9 * self.settings["image_size"] ** 2), advice)
+
+    def place_text_encoder(self, device):
+        """The text encoder with its weights on the device, or None. Raises UserError where it is not the model's."""
+        if self.text_encoder:
+            with rename_text_encoder(self.text_encoder.name, self.checkpoint):
+                check_same(
+                    "--text-encoder", self.text_encoder.place(device), self.checkpoint.text_encoder[1], self.checkpoint.path
+                )
+        return self.text_encoder
 
     def place_space(self, device):
         """The space with its weights on the device."""
@@ -70,6 +97,45 @@ def released_checkpoint(source):
     return Checkpoint({}, "the released DiT-XL/2", {"model_config": {"input_size": size // 8}})
 
 
+def check_kind(checkpoint, sampler, guidance):
+    """Raises UserError where the model lacks what the sampler or the guidance needs."""
+    config, path = checkpoint.model_config, checkpoint.path
+    if SAMPLERS[sampler.sampler].flow and config["objective"] != "flow":
+        raise UserError(f"--sampler {sampler.sampler}: {path} is no flow model; choose ddpm, ddim or another solver")
+    if guidance.internal_guidance != 1 and not config["aux_block"]:
+        raise UserError(f"--internal-guidance: {path} has no auxiliary output; it is trained with --aux-block")
+
+
+def open_text_encoder(text, checkpoint, prompts):
+    """The TextEncoder of a model of texts, None for other models. Raises UserError."""
+    config, path, name = checkpoint.model_config, checkpoint.path, text.text_encoder or checkpoint.text_encoder[0]
+    if not config["text_width"]:
+        given = {"--prompt": prompts, "--negative-prompt": text.negative_prompt, "--text-encoder": text.text_encoder}
+        for option in filter(given.get, given):
+            raise UserError(f"{option}: {path} was trained on classes, not on texts; use --labels")
+        return None
+    if not name:
+        raise UserError(f"{path}: does not record its text encoder; name it with --text-encoder")
+    with rename_text_encoder(name, checkpoint):
+        encoder = TextEncoder(name, config["text_length"])
+    if encoder.width != config["text_width"]:
+        raise UserError(f"--text-encoder {name}: has tokens of width {encoder.width}, {path} takes {config['text_width']}")
+    return encoder
+
+
+@contextlib.contextmanager
+def rename_text_encoder(name, checkpoint):
+    """Let errors of a text encoder that the checkpoint records tell the way out."""
+    try:
+        yield
+    except UserError as error:
+        reason = str(error)
+        if name == checkpoint.text_encoder[0]:
+            reason = reason.replace(f"--text-encoder {name}:", f"text encoder {name}, recorded in {checkpoint.path}:", 1)
+            reason = reason.split("; pass")[0] + "; name it with --text-encoder if it is elsewhere now"
+        raise UserError(reason) from None
+
+
 def open_guide(guidance, checkpoint):
     """The guiding checkpoint or None, after a check that the model can be guided so."""
     path, config, guide = checkpoint.path, checkpoint.model_config, None
@@ -77,11 +143,11 @@ def open_guide(guidance, checkpoint):
         raise UserError(f"--cfg-channels 3: the model has {config['in_channels']}; leave the option out")
     if guidance.guide_ckpt:
         guide = Checkpoint.open(guidance.guide_ckpt)
-        for name in ("in_channels", "input_size", "num_classes", "learn_sigma"):
+        for name in ("in_channels", "input_size", "num_classes", "learn_sigma", "objective", "predict", "text_width"):
             found = guide.model_config[name]
             if found != config[name]:
                 raise UserError(f"--guide-ckpt {guide.path}: {name} {found}, but {path} has {config[name]}")
-    elif guidance.cfg_scale != 1 and config["class_dropout_prob"] == 0 and config["num_classes"]:
+    elif guidance.cfg_scale != 1 and config["class_dropout_prob"] == 0 and (config["num_classes"] or config["text_width"]):
         raise UserError(f"{path}: cannot be guided, it was trained without null labels; pass --cfg-scale 1")
     return guide
 

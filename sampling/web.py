@@ -28,7 +28,8 @@ PREVIEW_SECONDS = 0.25  # between two pictures of the predicted x_0, at least
 
 # The options of sample.py that the page has, as the page calls them
 TITLES = {
-    "ckpt": "Checkpoint", "labels": "Classes", "samples_per_label": "Number of images", "interpolate": "Interpolate",
+    "ckpt": "Checkpoint", "labels": "Classes", "prompt": "Prompts",
+    "samples_per_label": "Number of images", "interpolate": "Interpolate",
     "cfg_scale": "Guidance", "sampler": "Sampler", "num_sampling_steps": "Steps", "seed": "Seed",
 }  # fmt: skip
 
@@ -52,20 +53,23 @@ def find_checkpoints(first=None):
 
 def page_config(values, compute, vae=None):
     """The SampleConfig of the page's values, a dict with the keys of TITLES; `samples_per_label` counts the images of each
-    class, or those of a row that interpolates. Raises UserError, in the page's words."""
+    class, or those of a row that interpolates. Lines of `prompt` take the place of classes. Raises UserError, in the page's
+    words."""
     try:
-        labels, interpolate = values["labels"], values["interpolate"]
+        prompts = [line.strip() for line in (values.get("prompt") or "").splitlines() if line.strip()]
+        labels, interpolate = prompts or values["labels"], values["interpolate"]
         # it is checked here, because a SampleConfig that interpolates has it in another field
         count = SampleConfig(samples_per_label=values["samples_per_label"]).samples_per_label
         if not labels:
-            raise UserError("Classes: choose one or more")
+            raise UserError("Classes: choose one or more, or write Prompts for a model of texts")
         if interpolate and (len(labels) < 2 or count < 2):
             raise UserError("Interpolate: needs two classes or more, and two images or more")
         rows = len(labels) - 1 if interpolate else len(labels)
         if rows * count > MAX_IMAGES:
             raise UserError(f"Number of images: {rows * count} in all are too many at once; draw {MAX_IMAGES} or fewer")
         return SampleConfig(
-            labels=tuple(labels), seed=values["seed"], samples_per_label=1 if interpolate else count,
+            labels=None if prompts else tuple(labels), prompt=tuple(prompts) or None, seed=values["seed"],
+            samples_per_label=1 if interpolate else count,
             columns=count if interpolate else min(4 // count * count or min(count, 8), len(labels) * count), captions=True,
             editing=EditingConfig(interpolate="classes" if interpolate else None),
             source=SourceConfig(ckpt=values["ckpt"], vae=vae),
@@ -100,7 +104,7 @@ class Artist:
             kept, state = self.pipeline, self.state
         generator = torch.Generator(device)
         generator = generator.set_state(state) if on_cpu else generator.manual_seed(seed)
-        names = {"precision": kept.precision, "class_names": kept.class_names}
+        names = {"precision": kept.precision, "class_names": source.class_names, "text_encoder": kept.text_encoder}
         return Pipeline(kept.model, kept.space, source.sampler, source.guidance, **names), generator
 
     def draw(self, config):
@@ -109,8 +113,11 @@ class Artist:
         sample.py writes the same grid. Raises UserError, in the page's words."""
         try:
             with explain_out_of_memory("draw fewer images at once"):
-                source = Source.open(config.source, config.sampler, config.guidance, config.compute, released_vae="mse")
+                options = (config.source, config.sampler, config.guidance, config.compute, "mse", config.text)
+                source = Source.open(*options, config.prompt or ())
                 labels = choose_labels(config, source)
+                number = (len(labels) - 1) * config.columns if config.editing.interpolate else len(labels)
+                source.check_memory(number, "draw fewer images at once")
                 config = replace(config, enlarge=max(1, 96 // source.settings["image_size"]))
                 pipeline, generator = self.prepare(source, config.seed)
                 z, y, captions, step_noise = draw_noise(pipeline, labels, config.editing, config.columns, generator)
@@ -126,8 +133,11 @@ class Artist:
 
 
 def class_choices(ckpt, vae=None):
-    """([(text, number as text)], default numbers) of the classes of a checkpoint. Raises UserError."""
+    """([(text, number as text)], default numbers) of the classes of a checkpoint; none for a model of texts. Raises
+    UserError."""
     source = Source.open(SourceConfig(ckpt=ckpt, vae=vae), released_vae="mse")
+    if source.text_encoder:
+        return [], []
     number, names = max(source.settings["num_classes"], 1), source.class_names
     texts = [f"{i} {names[i]}" if i < len(names) and names[i] != str(i) else str(i) for i in range(number)]
     return [(text, str(i)) for i, text in enumerate(texts)], default_labels(source.settings["num_classes"])
@@ -186,6 +196,8 @@ def read_settings(path):
     values = {name: value for name, value in config.flat().items() if name in TITLES}
     interpolate = config.editing.interpolate == "classes"
     return values | {
+        "labels": values["labels"] or [],
+        "prompt": "\n".join(values["prompt"] or []),
         "interpolate": interpolate,
         "samples_per_label": config.columns if interpolate else config.samples_per_label,
     }

@@ -33,7 +33,7 @@ from sampling.config import ComputeConfig
 ROOT = Path(__file__).parents[1]
 CPU = ComputeConfig(device="cpu")
 VALUES = {
-    "labels": ["3", "5"], "samples_per_label": 2, "interpolate": False, "cfg_scale": 3.0, "sampler": "ddpm",
+    "labels": ["3", "5"], "prompt": "", "samples_per_label": 2, "interpolate": False, "cfg_scale": 3.0, "sampler": "ddpm",
     "num_sampling_steps": 4, "seed": 0,
 }  # fmt: skip
 
@@ -144,6 +144,12 @@ def test_bad_values_get_a_message_in_the_pages_words(changes, words, ckpt):
         drawn_by_page(web.Artist(), changes.pop("ckpt", ckpt), **changes)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_images_that_the_memory_cannot_hold_get_a_message(ckpt, monkeypatch):
+    monkeypatch.setattr("runtime.devices.host_memory", lambda: 10_000)
+    with pytest.raises(UserError, match="out of memory: .*draw fewer images at once"):
+        drawn_by_page(web.Artist(), ckpt)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", "plain", '{"seed": -1}', "[]", "{", "{}", "3"])

@@ -3,14 +3,16 @@
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers import call
 from PIL import Image
 
 import models
-from benchmarks import digits, sampling, scaling, timing, train_step
+from benchmarks import digits, gpu, sampling, saving, scaling, timing, train_step
 from runtime.errors import RunError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,8 +78,11 @@ def test_numbers_of_a_report_agree(script, capsys):
 
 def test_the_matrix_rate_counts_two_operations_per_multiplication():
     product = timing.MatrixProduct("cpu", "fp32")
-    assert product().__call__().shape == (product.side, product.side)
-    assert product.rate(timing.Timing(seconds=[2.0, 0.5, 1.0])) == 2 * product.side**3
+    assert product().__call__().shape == (2048, 2048)
+    assert product.rate(timing.Timing(seconds=[2.0, 0.5, 1.0])) == 2 * 2048**3
+    product = timing.MatrixProduct("cpu", "bf16", (3, 5, 7))
+    assert (product().__call__().shape, product().__call__().dtype) == ((3, 7), torch.bfloat16)
+    assert product.rate(timing.Timing(seconds=[0.5])) == 2 * 2 * 3 * 5 * 7
 
 
 @pytest.mark.usefixtures("small_model")
@@ -143,6 +148,158 @@ def test_mistakes_get_one_line(script, extra, words, capsys):
     error = capsys.readouterr().err.strip()
     assert words in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+def kernel(name, microseconds, operation=None):
+    """A GPU's kernel as torch.profiler shows it: an event of its own, and one of the kernels of its operation."""
+    if operation:
+        operation.kernels.append(SimpleNamespace(name=name, duration=microseconds))
+    span = SimpleNamespace(elapsed_us=lambda: microseconds)
+    return SimpleNamespace(name=name, device_type=torch.autograd.DeviceType.CUDA, time_range=span)
+
+
+def operation(name, parent=None):
+    return SimpleNamespace(name=name, device_type=torch.autograd.DeviceType.CPU, cpu_parent=parent, kernels=[])
+
+
+def test_kernels_of_a_gpu_are_divided_by_their_operations_and_names():
+    """Of an H100: written down from PyTorch's and NVIDIA's names of kernels, since a GPU cannot be asked for here."""
+    average, adamw = operation("moving average"), operation("Optimizer.step#AdamW.step")
+    parts = [operation("aten::mm"), operation("aten::mul_", average), operation("aten::_fused_adamw_", adamw)]
+    elementwise = "void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<float>>"
+    events = [
+        average, adamw, *parts,
+        kernel("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", 100.0, parts[0]),
+        kernel(elementwise, 10.0, parts[1]),
+        kernel("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>", 20.0, parts[2]),
+        kernel("moving average", 10.0),  # the span of its kernels, which the profiler shows among them
+        kernel(elementwise, 5.0),
+        kernel("triton_per_fused__scaled_dot_product_flash_attention_add_native_layer_norm_3", 7.0),
+        kernel("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", 30.0),
+        kernel("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", 3.0),
+        kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 4.0),
+        kernel("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", 11.0),
+    ]  # fmt: skip
+    profile = SimpleNamespace(events=lambda: events)
+    seconds = train_step.where_time_goes(profile, torch.device("cuda"))
+    found = dict.fromkeys(train_step.COLOURS, 0.0)
+    for (category, _), value in seconds.items():
+        found[category] += value * 1e6
+    assert found == pytest.approx({
+        "matrix products": 111, "attention": 33, "norms, GELU, other elementwise": 12, "optimizer": 20,
+        "moving average": 10, "exchange of gradients": 4, "Python, dispatch, waiting": 0,
+    })  # fmt: skip
+
+
+def test_saving_shows_what_the_loop_loses(tmp_path, capsys):
+    design = "--depth 1 --hidden-size 48 --num-heads 2".split()
+    argv = "--model", "DiT-S/8", *design, "--repeats", 1, "--batch-size", 1, "--folder", tmp_path
+    assert call(saving.main, *argv, "--json", tmp_path / "a.json") == 0
+    numbers = json.loads((tmp_path / "a.json").read_text())
+    assert all(numbers[name] > 0 for name in saving.ROWS if name != "lost by a loop that goes on")
+    assert abs(numbers["lost by a loop that goes on"]) < 10
+    assert all(name in capsys.readouterr().out for name in saving.ROWS[:1])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gpu.py
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """bench(*options) runs gpu.py with a list of three rows: well, lame, which fails, and late, which takes a minute.
+    Returns the exit status and the rows' names and errors."""
+    made = []
+
+    def late(bench):
+        if bench.left() < 60:
+            bench.deadline = 0.0  # the time passes
+            raise gpu.TimeUpError
+        return {"speed": 2.0}
+
+    def lame(bench, what):
+        raise RunError(what)
+
+    rows = {"well": (lambda bench: made.append(1) or {"speed": len(made) + 0.5, "share": 0.25},), "lame": (lame, "broke"),
+        "late": (late,)}  # fmt: skip
+    monkeypatch.setattr(gpu, "make_list", lambda config: rows)
+
+    def run(*options):
+        status = call(gpu.main, "--device", "cpu", "--folder", tmp_path / "gpu", *options)
+        return status, [(row["name"], row.get("error")) for row in gpu.read_rows(tmp_path / "gpu/rows.jsonl")]
+
+    return run
+
+
+def test_the_list_goes_on_where_it_ended(bench, tmp_path, capsys):
+    assert bench("--only", "we") == (0, [("well", None)])
+    assert bench("--minutes", 0.5) == (1, [("well", None), ("lame", "broke")]), "late was cut off: it is no row"
+    out, err = capsys.readouterr()
+    assert "1 rows are left; the same command goes on with late" in out
+    assert "rows that failed: lame; with --retry" in err
+    assert bench("--minutes", 0.5)[1][2] == ("late", "did not end within 0 s"), "it had the whole time, and needs more"
+    assert bench("--retry")[1][3:] == [("lame", "broke"), ("late", None)]
+    report = json.loads((tmp_path / "gpu/gpu.json").read_text())
+    assert [(row["name"], row.get("speed")) for row in report["rows"]] == [("well", 1.5), ("lame", None), ("late", 2.0)]
+    assert report["machine"] == timing.machine("cpu")
+    text = (tmp_path / "gpu/gpu.md").read_text()
+    assert "| name | speed | share | took seconds |" in text
+    assert "| well | 1.5 | 25.0% |" in text
+
+
+def test_rows_of_two_settings_are_not_mixed(bench, tmp_path, capsys):
+    assert bench("--only", "well")[0] == 0
+    assert bench("--small")[0] == 2
+    assert "its rows were measured with small False" in capsys.readouterr().err
+    assert bench("--only", "none")[0] == 2
+    assert "--only none: no row begins so; they are well, lame, late" in capsys.readouterr().err
+    with open(tmp_path / "gpu/rows.jsonl", "a") as file:
+        file.write('{"name": "la')  # cut off by a crash
+    assert bench("--only", "well") == (0, [("well", None)])
+    (tmp_path / "gpu/rows.jsonl").write_text("{")
+    assert bench()[0] == 2
+    assert "rows.jsonl: damaged" in capsys.readouterr().err
+
+
+def test_the_reason_of_a_failure_is_found_in_the_output():
+    assert (
+        gpu.reason_in("bar\ntrain.py: error: --x: wrong\nTraceback\nValueError: later\n") == "train.py: error: --x: wrong"
+    )
+    assert gpu.reason_in("Traceback\n  File\nRuntimeError: cause\n====\ntorch.X.ChildFailedError: \n===") == (
+        "RuntimeError: cause"
+    )
+    assert gpu.reason_in("Killed\n") == "Killed"
+    assert gpu.reason_in("") == ""
+
+
+def test_the_lists_of_one_and_of_eight_gpus():
+    alone, eight = (list(gpu.make_list(gpu.GPUConfig(processes=number))) for number in (1, 8))
+    assert {name.split("-")[0] for name in alone} == {"train", "command", "sample", "saving", "start", "matrix"}
+    assert set(eight) - set(alone) == {"train-XL-256-b128-sharded"}
+    assert {name.split("-")[0] for name in eight} == {"train", "command"}
+
+
+@pytest.mark.slow
+def test_rows_of_each_kind_can_be_measured(tmp_path, capsys):
+    kinds = "train-XL-256-b2-original command-train sample-XL-256-b2-original command-sample-20 start matrix".split()
+    argv = "--small", "--device", "cpu", "--folder", tmp_path
+    status = call(gpu.main, *argv, "--only", *kinds)
+    rows = {row["name"]: row for row in gpu.read_rows(tmp_path / "rows.jsonl")}
+    assert status == 0, {name: row.get("error") for name, row in rows.items()}
+    assert len(rows) == 6
+    row = rows["train-XL-256-b2-original"]
+    assert row["images/s"] == pytest.approx(2 / row["seconds_per_step"])
+    assert sum(row["profile"].values()) == pytest.approx(1)
+    row = rows["sample-XL-256-b2-original"]
+    assert row["images/s, 250 steps"] == pytest.approx(2 / (250 * row["seconds_per_step"] + row["decoding seconds"]))
+    assert rows["command-train"]["images/s"] > 0
+    assert rows["command-sample-20"]["images/s, 20 steps"] > 0
+    assert rows["start-XL"]["eager, seconds"] > 0.5
+    assert rows["matrix"]["square TFLOP/s"] > 0
+    out = capsys.readouterr().out
+    assert "Where the time goes" in out
+    assert all(name in out for name in rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

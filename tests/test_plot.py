@@ -101,7 +101,7 @@ def test_the_command_writes_a_picture(x, make_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
-        ([], [], "none of these runs has rows"),
+        ([], [], "no rows in metrics.jsonl"),
         ([{"step": 1, "other": 2}], [], "none of the columns loss"),
         (ROWS, ["--x", "images"], "options.json has no global_batch_size; choose --x steps"),
         ([{"step": 1, "loss": 2}], ["--x", "hours"], "has no training_seconds; choose --x steps"),

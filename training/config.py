@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from checkpoint.config import BLOCKS, MODELS, DesignOptions, ModelOptions
+from checkpoint.config import BLOCKS, MODELS, OBJECTIVES, PREDICTIONS, DesignOptions, ModelOptions
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
 
@@ -22,6 +22,19 @@ class TrainedDesign(DesignOptions):
 
     block: str | None = option(None, "how timestep and class enter the blocks (default: adaln-zero, or that of "
         "--init-from)", choices=BLOCKS)  # fmt: skip
+    objective: str | None = option(None, "what is learned: the paper's diffusion, or a flow along straight lines between "
+        "noise and data (Liu et al. 2023; Ma et al. 2024) (default: diffusion, or that of --init-from)",
+        choices=OBJECTIVES)  # fmt: skip
+    predict: str | None = option(None, "the model's output: the noise eps, the clean x0, or v, which mixes the two "
+        "(default: eps, v for a flow, or that of --init-from)", choices=PREDICTIONS)  # fmt: skip
+
+    def check(self):
+        if self.objective == "flow" and self.predict not in (None, "v"):
+            raise UserError(f"--predict {self.predict}: a flow predicts v, its velocity; leave the option out")
+
+    def overrides(self):
+        given = super().overrides()
+        return {**given, "predict": "v", "learn_sigma": False} if self.objective == "flow" else given
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,26 @@ class RecipeConfig(Config):
     ema_decay: float = option(0.9999, "decay of the exponential moving average of the weights", low=0, high=1)
     ema_warmup: bool = option(False, "start the moving average with a low decay, for short runs")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
+    loss_weight: str = option("uniform", "weight of the timesteps in the loss: all alike, or min-snr, which limits the "
+        "weight of those with little noise (Hang et al. 2023)", choices=("uniform", "min-snr"))  # fmt: skip
+    timestep_sampling: str = option("uniform", "how often each timestep is trained: all alike, or logit-normal, which "
+        "prefers the middle (Esser et al. 2024)", choices=("uniform", "logit-normal"))  # fmt: skip
+    route: tuple[float, float, float] | None = option(None, "random SHARE of the tokens that skips the blocks from START "
+        "to END, counted from 0, END excluded, in training, which makes updates faster; published: 2, depth - 4, 0.5 "
+        "(Krause et al. 2025) (default: off)", low=0, metavar=("START", "END", "SHARE"))  # fmt: skip
+    route_until: int | None = option(None, "last update with --route; the rest of the run trains all tokens, which guided "
+        "sampling needs (default: the whole run)", low=0, metavar="STEP")  # fmt: skip
     max_bad_steps: int = option(10, "stop after so many non-finite updates in a row; the log lines look for them", low=1,
         changeable=True)  # fmt: skip
+
+    def check(self):
+        if self.route:
+            start, end, share = self.route
+            if start % 1 or end % 1 or not start < end or share >= 1:
+                given = f"--route {start:g} {end:g} {share:g}"
+                raise UserError(f"{given}: give the numbers of two blocks, START < END, and a SHARE below 1")
+        elif self.route_until is not None:
+            raise UserError("--route-until: needs --route, the blocks that tokens skip")
 
     def total_steps(self, num_images):
         """Updates of the whole run on a dataset of `num_images` images."""
@@ -92,8 +123,18 @@ class ComputeConfig(Config):
         "memory; the update is the same", low=1, metavar="K", changeable=True)  # fmt: skip
     grad_checkpoint: int = option(0, "gradient checkpointing of every K-th block: its activations are computed again, not "
         "kept; 1 saves most memory, 0 is off; the update is the same", low=0, metavar="K", changeable=True)  # fmt: skip
+    shard: str | None = option(None, "divide weights, gradients, optimizer state and averaged weights among the processes, "
+        "for models that one device cannot hold: all divides among all processes, node among those of each node, which "
+        "keeps a whole copy; all unless named (default: each process has its own)", choices=("all", "node"), const="all",
+        changeable=True)  # fmt: skip
+    ddp_comm: str = option("fp32", "number format in which processes without --shard exchange their gradients: bf16 halves "
+        "the bytes and rounds the gradients", choices=("fp32", "bf16"))  # fmt: skip
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"),
         changeable=True)  # fmt: skip
+
+    def check(self):
+        if self.shard and self.ddp_comm != "fp32":
+            raise UserError(f"--ddp-comm {self.ddp_comm}: is for runs without --shard; leave one of the two out")
 
 
 @dataclass(frozen=True)
@@ -132,6 +173,8 @@ class MonitorConfig(Config):
         "in the run's folder (default: never)", low=1, metavar="N", changeable=True)  # fmt: skip
     sample_labels: tuple[str, ...] | None = option(None, "classes of the grid's images, by number or name (default: all of "
         "them, or 16 spread over them if there are more)", metavar="CLASS", changeable=True)  # fmt: skip
+    sample_prompts: tuple[str, ...] | None = option(None, "texts of the grid's images, in place of classes (default: those "
+        "of 16 images, spread over the data)", metavar="TEXT", changeable=True, repeatable=True)  # fmt: skip
     sample_cfg_scale: float | None = option(None, "guidance scale of the grid's images; 1 turns guidance off (default: 4, "
         "or 1 for a model without null labels)", low=0, changeable=True)  # fmt: skip
     val_data_path: str | None = option(None, "held-out images whose loss is measured: a folder as --data-path takes it, "
@@ -147,6 +190,6 @@ class MonitorConfig(Config):
     def check(self):
         if (self.val_every is None) != (self.val_data_path is None):
             raise UserError("--val-every and --val-data-path: both are needed, or neither")
-        for name in ("sample_labels", "sample_cfg_scale"):
+        for name in ("sample_labels", "sample_prompts", "sample_cfg_scale"):
             if getattr(self, name) is not None and not self.sample_every:
                 raise UserError(f"{flag(name)}: needs --sample-every, the steps between grids")

@@ -27,7 +27,8 @@ def input_side(image_size, downsampling=8):
 
 def inputs(model, batch_size):
     x = model.pos_embed.new_empty(batch_size, model.in_channels, model.input_size, model.input_size)
-    return x, x.new_empty(batch_size), x.new_empty(batch_size).long()
+    text = (batch_size, model.text_length, model.text_width + 1)
+    return x, x.new_empty(batch_size), x.new_empty(text) if model.text_width else x.new_empty(batch_size).long()
 
 
 def trainable(model):

@@ -6,12 +6,12 @@ import torch
 
 
 class EMA:
-    """`module` holds the average: a copy of the model in eval mode. Only trainable parameters are averaged; the frozen
-    position embedding never changes."""
+    """`module` holds the average: a copy of the model in eval mode, made here unless it is given. Only trainable
+    parameters are averaged; the frozen position embedding never changes."""
 
-    def __init__(self, model, decay=0.9999, warmup=False):
+    def __init__(self, model, decay=0.9999, warmup=False, module=None):
         self.decay, self.warmup = decay, warmup
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module = module or copy.deepcopy(model).eval().requires_grad_(False)
         trained = [p.requires_grad for p in model.parameters()]
         self.averages = [p for p, use in zip(self.module.parameters(), trained, strict=True) if use]
         self.weights = [p for p in model.parameters() if p.requires_grad]

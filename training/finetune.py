@@ -29,6 +29,8 @@ def resolve(config):
 
     With --init-from the sizes and the block design come from there. A run that is resumed takes them from its own
     checkpoint, because the file of --init-from may be gone. Raises UserError."""
+    if config.data.text_encoder:  # which takes the place of the classes
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0))
     name, sizes, source = config.model.model or "DiT-XL/2", {"block": config.design.block or "adaln-zero"}, None
     if config.finetune.init_from:
         checkpoint = resume.peek(config.run)
@@ -69,7 +71,7 @@ class Source:
         if Path(where).is_file() and zipfile.is_zipfile(where):
             files.verify(where)  # a flipped bit would go unnoticed
         checkpoint = Checkpoint.open(where, config.design.num_heads)
-        if not checkpoint.model_config["learn_sigma"]:
+        if not checkpoint.model_config["learn_sigma"] and checkpoint.model_config["objective"] != "flow":
             raise UserError(f"--init-from {where}: a model without learned variance, which train.py cannot train")
         return cls(checkpoint, label_rows(checkpoint, config))
 
@@ -87,7 +89,8 @@ class Source:
         width, grids = old["hidden_size"], [config["input_size"] // config["patch_size"] for config in (old, model.config)]
         num_rows = old["num_classes"] + has_null(old["num_classes"], old["class_dropout_prob"])
         expected |= {TABLE: (num_rows, width), POSITIONS: (1, grids[0] ** 2, width)}
-        for name in [*expected, *found]:
+        added = {name for name in expected.keys() - found.keys() if "text" in name} if not old["text_width"] else set()
+        for name in [*(expected.keys() - added), *found]:
             if found.get(name) != expected.get(name):
                 wrong = f"{name} is {found.get(name, 'missing')}, must be {expected.get(name, 'absent')}"
                 raise UserError(f"--init-from {path}: its weights do not fit ({wrong})")
@@ -99,11 +102,11 @@ class Source:
             if name == TABLE:
                 tensor[list(self.rows)] = weights[name][list(self.rows.values())].to(tensor.dtype)
                 taken, used = len(self.rows) * width, len({*self.rows.values()}) * width
-            elif name == POSITIONS and grids[0] != grids[1]:
+            elif name in added or (name == POSITIONS and grids[0] != grids[1]):
                 taken = used = 0
             else:
                 tensor.copy_(weights[name])
-            row = 1, taken, tensor.numel() - taken, weights[name].numel() - used
+            row = 1, taken, tensor.numel() - taken, (0 if name in added else weights[name].numel()) - used
             part = name.split(".")[0]
             totals[part] = [a + b for a, b in zip(totals.get(part, (0, 0, 0, 0)), row, strict=True)]
 

@@ -4,9 +4,12 @@ them over the steps. All ranks draw a part of each grid."""
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from data.text_encoder import encode_texts
 from runtime.errors import UserError
+from runtime.files import check_regular
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.grid import DURATION, LAST_DURATION, draw_grid, write_picture
 from sampling.labels import parse_labels, readable_names
@@ -23,22 +26,27 @@ TITLE_HEIGHT = 20  # pixels
 class Grids:
     """Draws a grid every --sample-every steps into the run's folder. Every rank makes it and calls it.
 
-    config: TrainConfig. space: of the model's x_0, able to decode. class_names: of the data. torch's random state and the
-    weights stay as they are. Raises UserError for labels that the model does not have."""
+    config: TrainConfig. space: of the model's x_0, able to decode. class_names: of the data. text: what encodes the texts
+    of a model of texts, and dataset: the data, where these come from. torch's random state and the weights stay as they
+    are. Raises UserError for labels that the model does not have."""
 
-    def __init__(self, config, session, space, class_names):
+    def __init__(self, config, session, space, class_names, text=None, dataset=None):
         monitor, num_classes = config.monitor, config.model.num_classes
         self.session, self.space, self.every = session, space, monitor.sample_every
         if not self.every:
             return
-        names = readable_names(class_names, num_classes)
-        self.labels = choose_labels(monitor.sample_labels, names, num_classes)
-        self.captions = (
-            [names[label] if label < len(names) else str(label) for label in self.labels] if num_classes else None
-        )
+        if text:
+            self.labels, self.captions = choose_texts(monitor.sample_prompts, text, dataset, session.context.device)
+        else:
+            names = readable_names(class_names, num_classes)
+            labels = choose_labels(monitor.sample_labels, names, num_classes)
+            self.captions = (
+                [names[label] if label < len(names) else str(label) for label in labels] if num_classes else None
+            )
+            self.labels = torch.tensor(labels)
         scale = monitor.sample_cfg_scale
         if scale is None:  # guidance needs the null class
-            scale = 4.0 if num_classes and config.recipe.label_dropout else 1.0
+            scale = 4.0 if (num_classes or text) and config.recipe.label_dropout else 1.0
         self.guidance, self.precision = GuidanceConfig(cfg_scale=scale), config.compute.precision
         self.enlarge = max(1, MIN_SIDE // config.model.image_size)
         self.batch_size = min(config.recipe.global_batch_size // session.context.world_size, NUM_IMAGES)
@@ -47,11 +55,12 @@ class Grids:
         """Draw a grid and record it, if this step is one of those. Images that are not finite are a line in the log."""
         if not self.session.due(self.every):
             return
+        trainer = self.session.trainer
         with self.session.meter.paused():
             try:
-                images = self.images(self.session.trainer.ema.module)
+                images = self.images(trainer.whole(trainer.ema.module))
             except UserError as error:  # training need not end for it
-                self.session.log(f"No samples at step {self.session.trainer.steps_made}: {error}")
+                self.session.log(f"No samples at step {trainer.steps_made}: {error}")
                 return
             self.session.record_grid(draw_grid(images, num_columns(len(images)), self.enlarge, self.captions))
 
@@ -66,7 +75,7 @@ class Grids:
             return [
                 pixels
                 for batch in batches
-                for pixels in to_uint8(pipeline([self.labels[i] for i in batch], *pipeline.noise(SEED, batch)))
+                for pixels in to_uint8(pipeline(self.labels[list(batch)], *pipeline.noise(SEED, batch)))
             ]
 
         parts = context.all_gather(context.run_on_all_ranks(draw))
@@ -96,6 +105,16 @@ def choose_labels(words, names, num_classes):
     )
 
 
+def choose_texts(prompts, text, dataset, device):
+    """(y, captions) of --sample-prompts; by default of NUM_IMAGES images, spread evenly over the data."""
+    if prompts:
+        return text(prompts), list(prompts)
+    keys = [(i * len(dataset) // NUM_IMAGES, 0) for i in range(NUM_IMAGES)]
+    captions = dataset.captions
+    texts = [captions.texts[captions.choose(dataset.seed, *key)] for key in keys]
+    return encode_texts(text, dataset.texts(keys), device), texts
+
+
 def num_columns(number):
     """Columns of a grid of `number` images: about square, and without gaps in the last row if possible."""
     square = int(np.ceil(number**0.5))
@@ -117,6 +136,7 @@ def write_animation(run_dir, output):
     font, frames = ImageFont.load_default(size=14), []
     for i in np.linspace(len(paths) - 1, 0, min(len(paths), MAX_FRAMES)).round().astype(int):
         try:
+            check_regular(paths[i])
             with Image.open(paths[i]) as file:
                 grid = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files

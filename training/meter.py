@@ -22,6 +22,7 @@ class Meter:
 
     def __init__(self, device, seconds=0.0):
         self.device, self.seconds = device, seconds
+        self.absent = set()  # names of losses that the objective does not have
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._restart()
@@ -35,7 +36,9 @@ class Meter:
 
     def add(self, losses, grad_norm, finite, num_images):
         """Add one update's losses, (N,) each. Skipped updates count in none of the means."""
-        row = [losses[name].mean() for name in ("loss", "mse", "vb")] + [grad_norm, torch.ones_like(grad_norm)]
+        self.absent = {name for name in ("loss", "mse", "vb") if name not in losses}
+        row = [losses[name].mean() if name in losses else torch.zeros_like(grad_norm) for name in ("loss", "mse", "vb")]
+        row += [grad_norm, torch.ones_like(grad_norm)]
         self.sums += torch.where(finite, torch.stack(row).detach(), 0.0)
         self.bad_in_a_row = torch.where(finite, 0, self.bad_in_a_row + 1)
         self.steps += 1
@@ -58,7 +61,9 @@ class Meter:
         seconds = time.perf_counter() - self.start
         self.seconds += seconds
         values = {
-            name: total / counted if counted else float("nan") for name, total in zip(self.NAMES, totals, strict=False)
+            name: total / counted if counted else float("nan")
+            for name, total in zip(self.NAMES, totals, strict=False)
+            if name not in self.absent
         }
         values["skipped_steps"] = self.steps - round(counted / len(gathered))
         values["steps_per_second"] = self.steps / seconds

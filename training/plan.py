@@ -18,8 +18,9 @@ from runtime.devices import precision_warning, set_precision
 from runtime.errors import UserError
 from training import finetune, resume
 from training.cost import forward_macs, trainable, training_memory
+from training.many_gpus import Step
 from training.meter import peak_memory
-from training.setup import build_model
+from training.setup import build_model, open_text
 from training.trainer import Trainer
 
 FEW_IMAGES = 50  # of a class
@@ -41,7 +42,7 @@ def show(config, context, dataset):
         space = StoredSpace(4, 8, 1.0, 0.0)  # that of the released autoencoders
         warnings.append(f"training would not start: {error}")
     with torch.device("meta"):
-        model = build_model(config, space)
+        model = build_model(config, space, open_text(config, dataset))
     finetune.freeze(model, config.finetune.freeze)
     model.gradient_checkpointing = config.compute.grad_checkpoint
     macs = forward_macs(model)
@@ -57,7 +58,13 @@ def show(config, context, dataset):
     rows.append(("whole run", steps + (f"; {done:,} steps are made" if done else "")))
 
     batch_size = math.ceil(recipe.global_batch_size / context.world_size / config.compute.grad_accum)
-    memory, free = memory_parts(model, batch_size, config.compute.precision), free_memory(context)
+    num_shards = 1
+    if config.compute.shard:
+        from training.sharding import make_mesh  # takes most of a second to import
+
+        num_shards = make_mesh(context, config.compute.shard)["shard"].size()
+    memory = memory_parts(model, batch_size, config.compute.precision, num_shards)
+    free = free_memory(context)
     rows += [(f"memory: {name}", gib(value)) for name, value in memory.items()]
     needed = sum(memory.values())
     rows.append(("memory in all", f"{gib(needed)} on each device, of {gib(free)} free" if free else gib(needed)))
@@ -65,8 +72,9 @@ def show(config, context, dataset):
         rows.append(("", "the autoencoder, which encodes the batch beforehand, is not counted"))
     fits = free is None or needed < free
     if not fits:
+        also = "" if config.compute.shard else ", or --shard with several processes"
         warnings.append(f"the device has {gib(free)} free, of {gib(needed)} needed; lower --global-batch-size, or pass "
-            "--grad-accum or --grad-checkpoint")  # fmt: skip
+            f"--grad-accum or --grad-checkpoint{also}")  # fmt: skip
     files, disk = checkpoint_rows(config, model, done, total_steps)
     rows += files
     warnings += disk
@@ -153,11 +161,12 @@ def recipe_warnings(config, total_steps):
 # Memory and disk
 
 
-def memory_parts(model, batch_size, precision):
-    """Bytes by what holds them in a step: `training_memory`, and the gradients of a block's activations, or with gradient
-    checkpointing the block's activations that are computed again."""
-    parts = training_memory(model, batch_size, precision)
-    del parts["total"]
+def memory_parts(model, batch_size, precision, num_shards=1):
+    """Bytes by what holds them in a step, where --shard divides among `num_shards` processes: those of `Step.memory`, and
+    the gradients of a block's activations, or with gradient checkpointing the block's activations that are computed
+    again."""
+    parts = Step(model, batch_size, precision, shard=True).memory(num_shards)
+    parts = {name.split(" ")[0]: nbytes for name, nbytes in parts.items() if name != "total"}
     kept, model.gradient_checkpointing = model.gradient_checkpointing, 0
     whole = training_memory(model, batch_size, precision)["activations"] if kept else parts["activations"]
     model.gradient_checkpointing = kept
@@ -221,10 +230,11 @@ def measure(config, context, dataset, space):
     """(seconds of an update, bytes of memory at most) of a few real updates, data included, after one to warm up. Raises
     UserError for data that cannot be read."""
     recipe, compute = config.recipe, config.compute
-    model, total_steps = build_model(config, space), recipe.total_steps(len(dataset))
+    text, total_steps = open_text(config, dataset, context.device), recipe.total_steps(len(dataset))
+    model = build_model(config, space, text)
     finetune.freeze(model, config.finetune.freeze)
     space = space.place(context.device)
-    trainer = Trainer(recipe, compute, context, model, space, compute.precision, total_steps)
+    trainer = Trainer(recipe, compute, context, model, space, compute.precision, total_steps, text)
     num_images = (1 + STEPS) * recipe.global_batch_size
     order = GlobalOrder(len(dataset), recipe.global_batch_size, recipe.global_seed, context.rank, context.world_size, 0,
         num_images)  # fmt: skip

@@ -5,18 +5,12 @@ from pathlib import Path
 
 from checkpoint import files
 from checkpoint.opened import Checkpoint
+from data.text_encoder import check_same
 from runtime.config import differences
 from runtime.errors import UserError
+from training.config import TrainedDesign
 
-DESIGN = {
-    "model",
-    "block",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "patch_size",
-    "mlp_ratio",
-}  # compared by the model's config
+DESIGN = {"model", *TrainedDesign.defaults()}  # compared by the model's config
 
 
 def find_checkpoint(how, folder, log):
@@ -53,7 +47,8 @@ def restore(trainer, path, state, config, model_config, identity, log):
     state: the file's dict, or None to read it here. config: of the run, whose options are compared with the recorded ones.
     model_config: of the model that was built. identity: of the data. Raises UserError, before anything is changed, where
     the checkpoint is of another model or made with other options. Returns the training seconds so far."""
-    state = files.load(path, mmap=False) if state is None else state
+    # each process needs a part alone of what is sharded: mapped, the file is in the host's memory once
+    state = files.load(path, mmap=bool(config.compute.shard)) if state is None else state
     checkpoint = Checkpoint(state, path)
     checkpoint.check_record()
     if not isinstance(state.get("opt"), dict):
@@ -63,6 +58,8 @@ def restore(trainer, path, state, config, model_config, identity, log):
         if not Path(path).stem.isdecimal():
             raise UserError(f"--resume {path}: records no step; name the file as the release does, such as 0400000.pt")
         step = int(Path(path).stem)
+    if trainer.text:
+        check_same("--text-encoder", trainer.text, state.get("text_encoder_crc32"), path)
     changes = compare(checkpoint, config, model_config, identity)
     if changes and not config.run.allow_changes:
         raise UserError(f"{path}: made with {'; '.join(changes)}; use the same, or pass --allow-changes")

@@ -103,16 +103,18 @@ class Session:
         if self.saved_step == self.trainer.steps_made:
             return
         self.context.run_on_all_ranks(self.saver.wait)
+        state = self.trainer.state_dict()  # on all ranks: those of a sharded model give their parts
         if self.folder:
-            state = {
-                **self.trainer.state_dict(),
+            state |= {
                 "args": self.options,
                 "model_config": self.trainer.model.config,
                 "class_names": self.dataset.classes,
                 "data": self.dataset.identity(),
                 "training_seconds": self.meter.training_seconds(),
             }
-            self.saver.save(self.trainer.steps_made, state)
+            if text := self.trainer.text:
+                state["text_encoder_crc32"] = text.crc32
+            self.saver.save(self.trainer.steps_made, state, is_copy=bool(self.config.compute.shard))
         self.saved_step = self.trainer.steps_made
 
     def _finish_writing(self):

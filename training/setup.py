@@ -28,10 +28,21 @@ def prepare(config, context, source):
     check_installed(config.monitor.report_to)
     dataset = load_data(config, context)
     space = dataset.open_space(config.vae, decode=bool(config.evaluation.eval_every or config.monitor.sample_every))
-    check_size(config, context, space)
-    model = build_model(config, space)
+    text = open_text(config, dataset)
+    check_size(config, context, space, text)
+    model = build_model(config, space, text)
+    check_recipe(config.recipe, model)
     notes = [*dataset.notes, *(source.load_into(model) if source else [])]
+    if text:
+        model.text_embedder.null_text.data.copy_(text.null)
+        notes.append(f"Conditioned on texts of up to {text.length} tokens, encoded by {text.name} (CRC-32 {text.crc32})")
     return dataset, space, model, notes + finetune.freeze(model, config.finetune.freeze)
+
+
+def open_text(config, dataset, device="cpu"):
+    """What encodes the texts of the run, on a device; None for a run with classes. Raises UserError."""
+    text = dataset.open_text(config.data, prompts=bool(config.monitor.sample_prompts))
+    return text and text.place(device)
 
 
 def load_data(config, context):
@@ -70,9 +81,11 @@ def check_dataset(config, dataset):
         )
 
 
-def build_model(config, space):
-    """The DiT of the options, initialised from --global-seed."""
+def build_model(config, space, text=None):
+    """The DiT of the options, initialised from --global-seed. text: of `open_text`."""
     overrides = config.design.overrides()
+    if text:
+        overrides |= {"text_width": text.width, "text_length": text.length}
     constructor = DiT_models[config.model.model]
     check_image_size(config.model.image_size, space.factor, overrides.get("patch_size", constructor.keywords["patch_size"]))
     torch.manual_seed(config.recipe.global_seed)
@@ -88,17 +101,32 @@ def build_model(config, space):
         raise UserError(f"--model {config.model.model} with these overrides: {error}") from None
 
 
-def check_size(config, context, space):
+def check_recipe(recipe, model):
+    """Raises UserError where the recipe does not fit the model."""
+    if model.objective == "flow" and recipe.loss_weight != "uniform":
+        raise UserError(f"--loss-weight {recipe.loss_weight}: is defined for --objective diffusion; leave it out")
+    if recipe.route:
+        start, end, depth = *map(int, recipe.route[:2]), len(model.blocks)
+        if end > depth:
+            raise UserError(f"--route {start} {end}: END is more than the model's {depth} blocks")
+        if model.block == "in-context":
+            raise UserError("--route: in-context blocks have the condition among the tokens; choose another --block")
+        if start < model.aux_block < end:
+            raise UserError(f"--aux-block {model.aux_block}: --route {start} {end} leads tokens around it; choose another")
+
+
+def check_size(config, context, space, text=None):
     """Raises OutOfMemoryError for a model or a batch that this machine cannot hold, by lower bounds of what is needed."""
     with torch.device("meta"):
-        model = build_model(config, space)
+        model = build_model(config, space, text)
     batch_size, on_host = config.recipe.global_batch_size // context.world_size, context.device.type == "cpu"
     weights = 4 * sum(p.numel() for p in model.parameters())
     images = batch_size * config.model.image_size**2  # bytes of a channel, of which there are one or three
     if on_host:  # gradients, EMA and two moments beside the weights; ten activations of each token in a block
         blocks = len(model.blocks) if not config.compute.grad_checkpoint else 1
         part = math.ceil(batch_size / config.compute.grad_accum)
-        weights, images = 5 * weights, 5 * images + 40 * part * model.pos_embed.numel() * blocks
+        copies = max(1, 5 / context.world_size) if config.compute.shard else 5  # each process makes the first weights
+        weights, images = copies * weights, 5 * images + 40 * part * model.pos_embed.numel() * blocks
     options = ("--global-batch-size or --image-size", "--hidden-size, --depth, --mlp-ratio or --num-classes")
     check_memory(weights + images, f"lower {options[weights > images]}")
 
@@ -108,6 +136,9 @@ def introduce(config, trainer, dataset, session, notes):
     parameters = sum(p.numel() for p in trainer.ema.weights)
     precision, where = config.compute.precision, trainer.context.describe()
     session.log(f"{config.model.model} ({config.design.block}), {parameters:,} trainable parameters, {precision}, {where}")
+    if config.compute.shard:
+        number = trainer.mesh["shard"].size()
+        session.log(f"Weights, gradients, optimizer state and EMA are divided among {number} processes (--shard)")
     session.log(
         f"{len(dataset):,} images of {len(dataset.classes)} classes from {config.data.data_path}; run folder "
         f"{session.run_dir}"

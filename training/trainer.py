@@ -1,22 +1,29 @@
 """The training step: encode, noise, loss, backward, optimizer, EMA."""
 
 import contextlib
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from data.autoencoder import encode_batch
+from data.text_encoder import encode_texts
 from diffusion import create_diffusion
+from diffusion.flow import Flow
 from runtime import seeds
 from runtime.devices import set_precision
 from training.ema import EMA
 
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
+
 
 @dataclass
 class StepResult:
-    """What one update leaves on this rank. losses: `loss`, `mse` and `vb`, (N,) each; grad_norm and finite are scalars on
-    the device (an update that is not finite was skipped). batch: the batch's dict."""
+    """What one update leaves on this rank. losses: `loss`, `mse` and, but for a flow, `vb`, (N,) each; grad_norm and finite
+    are scalars on the device (an update that is not finite was skipped). batch: the batch's dict."""
 
     losses: dict
     grad_norm: torch.Tensor
@@ -28,18 +35,39 @@ class Trainer:
     """The weights, their EMA and the optimizer, and the update of all three.
 
     recipe: RecipeConfig. compute: ComputeConfig. precision: "fp32", "tf32" or "bf16". space: the latent space of the
-    batches, on the context's device. total_steps: of the run, which a cosine learning rate needs to know. Parameters of the
-    model that do not require gradients are not trained. steps_made, images_seen: position of the run."""
+    batches, on the context's device. total_steps: of the run, which a cosine learning rate needs to know. text: what
+    encodes the texts of a model of texts, on the device. Parameters of the model that do not require gradients are not
+    trained. steps_made, images_seen: position of the run."""
 
-    def __init__(self, recipe, compute, context, model, space, precision="fp32", total_steps=None):
-        self.recipe, self.compute, self.context, self.space = recipe, compute, context, space
+    def __init__(self, recipe, compute, context, model, space, precision="fp32", total_steps=None, text=None):
+        self.recipe, self.compute, self.context, self.space, self.text = recipe, compute, context, space, text
         self.total_steps = total_steps
         self.device = device = context.device
-        self.model = model.to(device).train()
-        model.y_embedder.eval()  # `step` drops labels itself, for the whole batch
+        self.model = model.train()
+        model.y_embedder.eval()  # `step` drops labels, or texts, itself, for the whole batch
+        self.drop = model.y_embedder.drop
+        if text:
+            model.text_embedder.eval()
+            # a copy, because with --shard the parameter itself is divided
+            self.drop = partial(
+                model.text_embedder.drop, null_text=model.text_embedder.null_text.detach().to(device, copy=True)
+            )
         model.gradient_checkpointing = compute.grad_checkpoint
-        self.ema = EMA(model, recipe.ema_decay, recipe.ema_warmup)
-        self.diffusion = create_diffusion("")
+        average = None
+        if compute.shard:
+            from training import sharding  # which takes most of a second to import
+
+            self.sharding, self.mesh = sharding, sharding.make_mesh(context, compute.shard)
+            sharding.probe(context, self.mesh)
+            sharding.shard(model, self.mesh, precision)
+            average = sharding.sharded_copy(model)
+        self.ema = EMA(model.to(device), recipe.ema_decay, recipe.ema_warmup, average)
+        model.route = recipe.route and tuple(map(int, recipe.route[:2]))
+        if model.objective == "flow":
+            self.diffusion = Flow()
+        else:
+            snr_gamma = MIN_SNR_GAMMA if recipe.loss_weight == "min-snr" else None
+            self.diffusion = create_diffusion("", predict=model.predict, snr_gamma=snr_gamma)
         # all parameters, frozen ones too: their places are part of the layout of the optimizer state in checkpoints
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
@@ -51,13 +79,15 @@ class Trainer:
             for network in (model, self.ema.module):
                 network.compile_blocks(compute.compile)
         self.parallel_model = model
-        if context.world_size > 1:
+        if context.world_size > 1 and not compute.shard:
             self.parallel_model = DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,  # the local device, not the global rank
                 gradient_as_bucket_view=True,
                 static_graph=compute.grad_accum == 1,  # it assumes one backward pass an update
             )
+            if compute.ddp_comm == "bf16":
+                self.parallel_model.register_comm_hook(None, bf16_compress_hook)
         self.steps_made = self.images_seen = 0
 
     def step(self, batch):
@@ -65,32 +95,54 @@ class Trainer:
         # noise, timesteps and null labels depend on (seed, step, rank): there is no random state to save or to lose
         seed = seeds.torch_seed(self.recipe.global_seed, seeds.TRAINING_STEP, self.steps_made, self.context.rank)
         torch.manual_seed(seed)
-        y = batch["label"].to(self.device, non_blocking=True)
-        if self.model.num_classes == 0:
+        y = encode_texts(self.text, batch, self.device) if self.text else batch["label"].to(self.device, non_blocking=True)
+        if self.model.num_classes == 0 and not self.text:
             y = torch.zeros_like(y)
         x_0 = encode_batch(self.space, batch, self.device)  # (N, C, h, w)
-        t = torch.randint(self.diffusion.num_timesteps, (len(x_0),), device=self.device)
+        t = self.diffusion.draw_timesteps(len(x_0), self.device, self.recipe.timestep_sampling)
         noise = torch.randn_like(x_0)
-        losses = self.backward(x_0, t, noise, self.model.y_embedder.drop(y))
+        inputs = {"y": self.drop(y)}
+        if self.recipe.route and self.steps_made < (self.recipe.route_until or math.inf):
+            inputs["kept"] = self.draw_tokens(len(x_0))
+        losses = self.backward(x_0, t, noise, inputs)
         grad_norm, finite = self.optimizer_step()
         self.steps_made += 1
         self.images_seen += self.recipe.global_batch_size
         return StepResult(losses, grad_norm, finite, batch)
 
-    def backward(self, x_0, t, noise, y):
-        """Leave the gradient of the mean loss in the parameters. The batch is computed in --grad-accum parts; all that is
-        random was drawn for the whole batch, so their number changes the result by rounding alone. Returns the losses, (N,)
-        each."""
+    def draw_tokens(self, number):
+        """The tokens of each image that are not routed around blocks, (number, K) int64, ascending: with a share of 0 they
+        are all, in order."""
+        num_tokens = self.model.pos_embed.shape[1]
+        kept = max(1, num_tokens - round(self.recipe.route[2] * num_tokens))
+        order = torch.rand(number, num_tokens, device=self.device).argsort(dim=1)
+        return order[:, :kept].sort(dim=1).values
+
+    def outputs(self, x_t, t, **inputs):
+        """What the losses are made of: the model's output, and for a model with an auxiliary one both, of a batch that
+        holds everything twice."""
+        if not self.model.aux_block:
+            return self.parallel_model(x_t, t, **inputs)
+        half = len(x_t) // 2
+        return torch.cat(self.parallel_model(x_t[:half], t[:half], **inputs, with_aux=True))
+
+    def backward(self, x_0, t, noise, inputs):
+        """Leave the gradient of the mean loss in the parameters; an auxiliary output's loss is added, and not reported. The
+        batch is computed in --grad-accum parts; all that is random was drawn for the whole batch, so their number changes
+        the result by rounding alone. inputs: the model's other inputs, by name. Returns the losses, (N,) each."""
         self.optimizer.zero_grad()
         num_parts, found = self.compute.grad_accum, []
-        parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, y)), strict=True)
-        for i, (x_0_i, t_i, noise_i, y_i) in enumerate(parts, 1):
-            synchronise = self.context.world_size == 1 or i == num_parts  # the ranks exchange the last sum, not the parts
+        parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, *inputs.values())), strict=True)
+        for i, part in enumerate(parts, 1):
+            x_0_i, t_i, noise_i = (torch.cat([values] * (2 if self.model.aux_block else 1)) for values in part[:3])
+            inputs_i = dict(zip(inputs, part[3:], strict=True))
+            # DDP exchanges the last sum, not the parts; with --shard no process has room for the whole of a sum
+            synchronise = self.parallel_model is self.model or i == num_parts
             with contextlib.nullcontext() if synchronise else self.parallel_model.no_sync():
                 with self.autocast:
-                    losses = self.diffusion.training_losses(self.parallel_model, x_0_i, t_i, {"y": y_i}, noise_i)
+                    losses = self.diffusion.training_losses(self.outputs, x_0_i, t_i, inputs_i, noise_i)
                 (losses["loss"].sum() / len(x_0)).backward()
-            found.append({name: values.detach() for name, values in losses.items()})
+            found.append({name: values.detach()[: len(part[0])] for name, values in losses.items()})
         return {name: torch.cat([losses[name] for losses in found]) for name in found[0]}
 
     def optimizer_step(self):
@@ -99,6 +151,8 @@ class Trainer:
         gradient's norm and whether it was finite."""
         weights = self.ema.weights
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
+        if self.compute.shard:
+            grad_norm = grad_norm.full_tensor()
         if self.recipe.clip_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(weights, self.recipe.clip_grad_norm, grad_norm)
         finite = grad_norm.isfinite()
@@ -108,21 +162,35 @@ class Trainer:
         self.ema.update(self.steps_made)
         return grad_norm, finite
 
+    def whole(self, module):
+        """`module`, the model or ema.module, with all of its weights on this device, for an evaluation: with --shard a
+        copy, which every rank has to make, else the module itself."""
+        if not self.compute.shard:
+            return module
+        module = self.sharding.whole_copy(module)
+        if self.compute.compile:
+            module.compile_blocks(self.compute.compile)
+        return module
+
     def state_dict(self):
-        """The part of a checkpoint that the updates change."""
-        return {
+        """The part of a checkpoint that the updates change. With --shard every rank calls it, and rank 0 alone gets the
+        tensors, as copies in the host's memory."""
+        state = {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "opt": self.optimizer.state_dict(),
             "step": self.steps_made,
             "images_seen": self.images_seen,
         }
+        return self.sharding.gather(state, self.context.is_main) if self.compute.shard else state
 
     def load_state_dict(self, state):
         """Restore such a state. The optimizer's hyperparameters stay those of this run's options. Raises ValueError where
         the state does not fit."""
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
+            if self.compute.shard:
+                state = self.sharding.scatter(state, self.model)
             self.model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
             groups = [

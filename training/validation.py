@@ -8,6 +8,7 @@ import torch
 from data.autoencoder import encode_batch
 from data.images import load_dataset
 from data.order import make_loader
+from data.text_encoder import check_same, encode_texts
 from runtime import seeds
 from runtime.errors import UserError
 
@@ -18,25 +19,30 @@ NUM_RANGES = 4  # of t; each image is seen once in each of them
 class Validation:
     """Measures the loss of the trained weights every --val-every steps. Every rank makes it and calls it.
 
-    config: TrainConfig. dataset: of the training images. Making it reads and encodes the held-out images, once; they are
-    kept on the CPU, each rank's part of them. Image, timestep and noise do not depend on --global-seed, so that runs can be
-    compared. Raises UserError for images that cannot be used."""
+    config: TrainConfig. dataset: of the training images. text: what encodes their texts, if they have any. Making it reads
+    and encodes the held-out images, once; they are kept on the CPU, each rank's part of them. Image, timestep and noise do
+    not depend on --global-seed, so that runs can be compared. Raises UserError for images that cannot be used."""
 
-    def __init__(self, config, session, dataset):
+    def __init__(self, config, session, dataset, text=None):
         self.session, self.every = session, config.monitor.val_every
         if not self.every:
             return
         self.context = session.context
         per_process = config.recipe.global_batch_size // self.context.world_size
         self.batch_size = max(1, per_process // config.compute.grad_accum)  # what fits in training fits here
-        self.indices, self.x_0, self.y = self.context.run_on_all_ranks(lambda: self.read(config, dataset))
+        self.indices, self.x_0, self.y = self.context.run_on_all_ranks(lambda: self.read(config, dataset, text))
 
-    def read(self, config, dataset):
-        """This rank's part: the images' numbers, x_0 (N, C, h, w) and labels (N,)."""
+    def read(self, config, dataset, text):
+        """This rank's part: the images' numbers, x_0 (N, C, h, w) and y: labels (N,), or texts (N, L, W + 1)."""
         try:
             data = dataclasses.replace(config.data, data_path=config.monitor.val_data_path, flip=False)
+            data = dataclasses.replace(data, text_length=text.length) if text else data
             held_out = load_dataset(data, config.model.image_size, seed=0, context=self.context)
             space = held_out.open_space(config.vae).place(self.context.device)
+            if text:
+                own = held_out.open_text(data)
+                check_same("--text-encoder", own, text.crc32, "the training data")
+                text = own.place(self.context.device)
         except UserError as error:
             raise UserError(str(error).replace("--data-path", "--val-data-path")) from None
         if held_out.channels != dataset.channels:
@@ -53,8 +59,9 @@ class Validation:
         torch.manual_seed(seeds.torch_seed(0, seeds.VALIDATION, self.context.rank))
         for batch in make_loader(held_out, [[(index, 0) for index in batch] for batch in batches]):
             x_0.append(encode_batch(space, batch, self.context.device).cpu())
-            y += [labels[label] for label in batch["label"].tolist()]
-        return indices, torch.cat(x_0) if x_0 else None, torch.tensor(y)
+            of_classes = torch.tensor([labels[label] for label in batch["label"].tolist()])
+            y.append(encode_texts(text, batch, self.context.device).cpu() if text else of_classes)
+        return indices, *(torch.cat(parts) if parts else None for parts in (x_0, y))
 
     def measure_if_due(self):
         """Measure the loss and record it, if this step is one of those."""
@@ -72,6 +79,7 @@ class Validation:
     def losses(self):
         """The mean loss over all images for each range of t: {"0_249": loss, ...}, on all ranks."""
         trainer, device = self.session.trainer, self.context.device
+        model = trainer.whole(trainer.model)
         width = trainer.diffusion.num_timesteps // NUM_RANGES
         sums = torch.zeros(NUM_RANGES, dtype=torch.float64)
         for part in range(NUM_RANGES):
@@ -85,7 +93,7 @@ class Validation:
                 )
                 x_0, t, noise, y = (values.to(device) for values in (x_0, t, noise, self.y[batch]))
                 with trainer.autocast:
-                    found = trainer.diffusion.training_losses(trainer.model, x_0, t, {"y": y}, noise)
+                    found = trainer.diffusion.training_losses(model, x_0, t, {"y": y}, noise)
                 sums[part] += found["loss"].cpu().double().sum()
         gathered = self.context.all_gather((sums.tolist(), len(self.indices)))
         number = sum(count for _, count in gathered)

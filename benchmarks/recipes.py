@@ -1,0 +1,522 @@
+"""Training recipes, compared fairly: equal time and equal steps, the same data and model, several seeds.
+
+    python -m benchmarks.recipes --data digits --seconds 45 --jobs 2 --output results/recipes-digits
+    python -m benchmarks.recipes --data /path/to/cifar10 --seconds 150 --jobs 2 --output results/recipes-cifar10
+    python -m benchmarks.recipes --data /path/to/cifar10 --device cuda --seconds 600 --steps 5000 \
+        --flags="--hidden-size 384 --depth 12 --num-heads 6 --patch-size 2 --global-batch-size 256 --lr 1e-4"
+
+A recipe is a set of train.py's options. Every run is train.py's own training step on data that is in memory, and the
+averaged weights are judged by `benchmarks.judge`, with 10 steps of dpm-solver++. One run serves both comparisons: it is
+judged at a quarter, half and all of the time, and at a number of steps.
+
+On a CPU time is the processor time of one thread (`time.process_time`), not the clock's, so that two runs side by side on
+two cores, or a machine that does other things too, give the same result; on a GPU it is the clock's. What the judge takes
+is not counted.
+
+The folder --output gets a JSON line for each run (`runs.jsonl`), pictures of samples, and at the end a table and a plot.
+The same command does the runs that are missing. They are in the order of the seeds, so that a benchmark that is stopped has
+every recipe once before it has any of them twice.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import train
+from benchmarks.judge import Judge, RealImages
+from cli.parser import Parser
+from data.autoencoder import Pixels, to_model_range
+from data.order import GlobalOrder, is_mirrored
+from diffusion import create_diffusion
+from evaluation.likelihood import bound
+from runtime import distributed
+from runtime.config import Config, option
+from runtime.devices import has_bf16
+from runtime.errors import UserError
+from runtime.files import check_output, replace_file, write_errors
+from sampling.config import GuidanceConfig, SamplerConfig
+from sampling.grid import draw_grid, write_picture
+from sampling.pipeline import Pipeline, to_uint8
+from training import finetune, setup
+from training.trainer import Trainer
+
+# {end}: the last block but one, {middle}: the block in the middle, {late}: three quarters of the steps
+RECIPES = {
+    "baseline": "",  # the paper's
+    "route": "--route 1 {end} 0.5",
+    "route, then all": "--route 1 {end} 0.5 --route-until {late}",
+    "aux": "--aux-block {middle}",
+    "min-snr": "--loss-weight min-snr",
+    "logit-normal": "--timestep-sampling logit-normal",
+    "x0": "--predict x0",
+    "v": "--predict v",
+    "flow": "--objective flow",
+    "flow, logit-normal": "--objective flow --timestep-sampling logit-normal",
+    "qk-norm": "--qk-norm",
+    "rope": "--rope",
+    # combinations
+    "v, logit-normal, rope": "--predict v --timestep-sampling logit-normal --rope",
+    "flow, logit-normal, rope": "--objective flow --timestep-sampling logit-normal --rope",
+    "flow, logit-normal, rope, route": "--objective flow --timestep-sampling logit-normal --rope "
+    "--route 1 {end} 0.5 --route-until {late}",
+}
+BASELINE = "baseline"
+TIMES = (0.25, 0.5, 1.0)  # when a run is judged, as shares of --seconds; and once at the equal number of steps
+GUIDANCE_SCALES, INTERNAL_SCALES = (1.5, 3.0), (1.25, 1.75)
+SAMPLING_STEPS, SAMPLING_BATCH = 10, 250
+BOUND_IMAGES, BOUND_TIMESTEPS = 32, 100
+GRID = 80  # images in a picture of samples
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on a kind of data. rate: about as many steps a second as the baseline makes on one core, from which
+    the steps of a run follow. flags: options of train.py, of all recipes."""
+
+    image_size: int
+    rate: float
+    flags: str
+
+
+COMMON = "--vae none --ema-warmup"
+SETTINGS = {
+    "digits": Setting(8, 24, "--hidden-size 96 --depth 4 --num-heads 4 --patch-size 2 --global-batch-size 32 --lr 4e-3"),
+    "mnist": Setting(28, 2, "--hidden-size 160 --depth 6 --num-heads 4 --patch-size 4 --global-batch-size 64 --lr 1e-3"),
+    "folder": Setting(32, 9, "--hidden-size 128 --depth 4 --num-heads 4 --patch-size 4 --global-batch-size 16 --lr 4e-3"),
+}
+
+
+@dataclass(frozen=True)
+class RecipesConfig(Config):
+    """Options of recipes.py."""
+
+    data: str = option("digits", 'what to train on: "digits", "mnist", or a folder of images, which may hold train and '
+        "test")  # fmt: skip
+    recipes: tuple[str, ...] | None = option(None, "recipes to run (default: all)", choices=tuple(RECIPES), metavar="NAME")
+    seeds: int = option(3, "number of seeds", low=1, high=1000)
+    seconds: float = option(45.0, "training time of a run", above=0, high=1e6)
+    steps: int | None = option(None, "training steps of the comparison at equal steps (default: about as many as the "
+        "baseline makes in that time on one core)", low=4, high=10_000_000)  # fmt: skip
+    samples: int = option(500, "images to judge; if there are fewer test images, as many as those", low=20, high=100_000)
+    jobs: int = option(1, "runs at a time, each in a process of one thread", low=1, high=1024)
+    flags: str | None = option(None, "further options of train.py for every recipe, such as the sizes of the model, in "
+        "quotes (default: none)", metavar="'--OPTION VALUE ...'")  # fmt: skip
+    image_size: int = option(32, "side of the images of a folder in pixels", low=4, high=512)
+    device: str = option("cpu", "where to train", choices=("cuda", "cpu"))
+    output: str = option("results/recipes", "folder of the results; one folder holds one kind of data")
+
+    @property
+    def setting(self):
+        return SETTINGS.get(self.data, dataclasses.replace(SETTINGS["folder"], image_size=self.image_size))
+
+    def equal_steps(self):
+        return self.steps or max(4, round(self.seconds * self.setting.rate))
+
+    def words(self, recipe):
+        """The options of train.py that make up a recipe."""
+        setting = self.setting
+        given = shlex.split(f"{COMMON} {setting.flags} {self.flags or ''}")
+        depth = int(dict(itertools.pairwise(given))["--depth"])
+        places = {"end": depth - 1, "middle": depth // 2, "late": 3 * self.equal_steps() // 4}
+        fixed = ["--data-path", self.data, "--image-size", str(setting.image_size), "--device", self.device]
+        return [*fixed, *given, *shlex.split(RECIPES[recipe].format(**places))]
+
+    def record(self, recipe, seed):
+        """What a run's numbers depend on: runs with an equal record are not repeated."""
+        words, names = self.words(recipe), ("seconds", "samples")
+        words[1] = Path(self.data).name  # the same data may lie elsewhere
+        return {"recipe": recipe, "seed": seed, "flags": " ".join(words), "equal_steps": self.equal_steps()} | {
+            name: getattr(self, name) for name in names
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+class Run:
+    """The training of one recipe with one seed. `seconds`: the time that the steps have taken so far."""
+
+    def __init__(self, config, images, recipe, seed):
+        words = [*config.words(recipe), "--num-classes", str(len(images.classes)), "--global-seed", str(seed)]
+        options, _ = finetune.resolve(Parser(train.TrainConfig, "").parse(words))
+        context = distributed.setup(config.device)
+        options = setup.resolve_precision(options, context.device)
+        self.images, self.seed, self.batch_size = images, seed, options.recipe.global_batch_size
+        self.space, self.precision = Pixels(images.train.shape[1]), options.compute.precision
+        model = setup.build_model(options, self.space)
+        self.trainer = Trainer(options.recipe, options.compute, context, model, self.space, self.precision)
+        self.on_gpu, self.seconds, self.batches = context.device.type == "cuda", 0.0, self.endless_batches()
+
+    def endless_batches(self):
+        """train.py's batches, in its order and with its flips, without its data workers."""
+        images = self.images
+        for keys in GlobalOrder(len(images.train), self.batch_size, self.seed, 0, 1, 0, 2**62):
+            index = torch.tensor([index for index, _ in keys])
+            batch = images.train[index]
+            if images.mirrored:
+                mirrored = torch.tensor([bool(is_mirrored(self.seed, *key)) for key in keys])
+                batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+            yield {"image": batch, "label": images.train_labels[index], "index": index}
+
+    def clock(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def step(self):
+        start = self.clock()
+        loss = self.trainer.step(next(self.batches)).losses["loss"].mean()
+        self.seconds += self.clock() - start
+        return loss
+
+    @torch.no_grad()
+    def draw(self, count, cfg_scale=1.0, internal_guidance=1.0, sampler=None):
+        """(images (N, C, H, W) uint8, labels (N,)) of the averaged weights; the classes take turns. None for the images
+        where a value is not finite. The noise is that of the run's seed, the same for all recipes."""
+        guidance = GuidanceConfig(cfg_scale=cfg_scale, internal_guidance=internal_guidance)
+        sampler = sampler or SamplerConfig("dpm-solver++", SAMPLING_STEPS)
+        fast = "bf16" if has_bf16(self.trainer.device) else "fp32"  # the same for all recipes, however they were trained
+        pipeline = Pipeline(self.trainer.ema.module, self.space, sampler, guidance, precision=fast)
+        labels, found = torch.arange(count) % len(self.images.classes), []
+        for indices in torch.arange(count).split(SAMPLING_BATCH):
+            try:
+                found.append(to_uint8(pipeline(labels[indices], *pipeline.noise(self.seed, indices.tolist()))))
+            except UserError:
+                return None, labels
+        pixels = torch.from_numpy(np.concatenate(found))[..., : self.space.channels]  # (N, H, W, C)
+        return pixels.permute(0, 3, 1, 2).contiguous(), labels
+
+    @torch.no_grad()
+    def bits_per_dimension(self):
+        """The variational bound of test images by a process of fewer steps, or None where the model has no such bound: a
+        flow, or a diffusion whose output is not finite."""
+        model, images = self.trainer.ema.module, self.images
+        if model.objective == "flow":
+            return None
+        diffusion = create_diffusion(str(BOUND_TIMESTEPS), learn_sigma=model.learn_sigma, predict=model.predict)
+        device = self.trainer.device
+        x_0 = to_model_range(images.test[:BOUND_IMAGES]).to(device)
+        labels = images.test_labels[:BOUND_IMAGES].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            terms = bound(diffusion, lambda x_t, t: model(x_t, t, labels), x_0, 0, range(len(x_0)))
+        return number(terms.sum(dim=1).mean().item())
+
+
+def number(value):
+    """A float, or None where it is not finite, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def measure(judge, images, labels):
+    """What the judge says; None for each number where there are no images, because the training has diverged."""
+    if images is None:
+        return {"frechet_distance": None, "class_accuracy": None}
+    return judge.measure(images, labels)
+
+
+def train_and_judge(config, images, judge, recipe, seed):
+    """Train a recipe with a seed. Returns the dict that is a line of runs.jsonl, and the images of a picture, or None."""
+    run, count, losses = Run(config, images, recipe, seed), min(config.samples, len(images.test)), []
+    marks = [("seconds", share * config.seconds) for share in TIMES] + [("steps", config.equal_steps())]
+    curve, end = [], {}
+    while marks:
+        losses.append(run.step())
+        reached = {"seconds": run.seconds, "steps": run.trainer.steps_made}
+        due = [(unit, mark) for unit, mark in marks if reached[unit] >= mark]
+        if due:
+            sample, labels = run.draw(count)
+            numbers = measure(judge, sample, labels)
+            curve += [{"unit": unit, "mark": mark, **reached, **numbers} for unit, mark in due]
+            marks = [mark for mark in marks if mark not in due]
+            if ("seconds", config.seconds) in due:
+                end = finish(run, judge, sample, count)
+                end["loss"] = number(torch.stack(losses[-50:]).mean().item())
+    picture = end.pop("picture")
+    parameters = sum(p.numel() for p in run.trainer.model.parameters())
+    return {**config.record(recipe, seed), "parameters": parameters, "curve": curve, **end}, picture
+
+
+def finish(run, judge, sample, count):
+    """What is measured at the end of the time, beside the sample without guidance: guidance of several scales, internal
+    guidance where the model has it, bits per dimension, memorised images. `picture`: images at the best scale."""
+    scales = [{"cfg_scale": scale} for scale in GUIDANCE_SCALES]
+    if run.trainer.model.aux_block:
+        scales += [{"internal_guidance": scale} for scale in INTERNAL_SCALES]
+    guided, best, picture = [], math.inf, sample
+    for scale in scales:
+        images, labels = run.draw(count, **scale)
+        guided.append({**scale, **measure(judge, images, labels)})
+        if images is not None and guided[-1]["frechet_distance"] < best:
+            best, picture = guided[-1]["frechet_distance"], images
+    memorised = None if sample is None else judge.memorised(sample)
+    bits = run.bits_per_dimension()
+    return {"guided": guided, "memorised": memorised, "bits_per_dimension": bits, "picture": picture}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All runs
+
+worker = None  # of a process of the pool: (config, images, judge)
+
+
+@functools.lru_cache(maxsize=1)
+def open_data(config):
+    """(RealImages, Judge) of the config; the first time the judge is trained."""
+    torch.set_num_threads(1)
+    images = RealImages.load(config.data, config.setting.image_size)
+    return images, Judge.open(images, os.path.join(config.output, "judge.pt"))
+
+
+def start_worker(config):
+    global worker
+    worker = config, *open_data(config)
+
+
+def do_job(work, job):
+    return *job, *work(*worker, *job)
+
+
+def finished_runs(config):
+    """{(recipe, seed): line} of the lines of runs.jsonl that this command would make again."""
+    path, found = Path(config.output, "runs.jsonl"), {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off, or of recipes that are gone
+            row = json.loads(line)
+            key = row["recipe"], row["seed"]
+            if {**row, **config.record(*key)} == row:
+                found[key] = row
+    return found
+
+
+def run_all(config, jobs, work=None):
+    """Do the (recipe, seed) jobs and append their lines to runs.jsonl as they finish. Yields after each. work: what to do,
+    a function like `train_and_judge`, the default; other benchmarks have their own, with a config that has a `record`."""
+    do = partial(do_job, work or train_and_judge)
+    with contextlib.ExitStack() as stack:
+        if config.jobs == 1:
+            start_worker(config)
+            results = map(do, jobs)
+        else:  # new processes, not forked ones: OpenMP's threads and CUDA do not survive a fork
+            pool = multiprocessing.get_context("spawn").Pool(min(config.jobs, len(jobs)), start_worker, (config,))
+            results = stack.enter_context(pool).imap_unordered(do, jobs)
+        for recipe, seed, row, picture in results:
+            with write_errors(config.output), open(Path(config.output, "runs.jsonl"), "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if picture is not None:
+                grid = draw_grid(picture[:GRID].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy(), 10, 2)
+                write_picture(Path(config.output, f"{recipe.replace(', ', '-').replace(' ', '-')}-{seed}.png"), grid)
+            yield row
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Table and plot
+
+
+def at_time(row, share):
+    """The entry of a run's curve at this share of its time."""
+    return [entry for entry in row["curve"] if entry["unit"] == "seconds"][TIMES.index(share)]
+
+
+def at_equal_steps(row):
+    return next(entry for entry in row["curve"] if entry["unit"] == "steps")
+
+
+def best_guided(row, name):
+    """The entry of the least distance among those of a run's sweep of `name`, or None."""
+    entries = [entry for entry in row["guided"] if name in entry and entry["frechet_distance"] is not None]
+    return min(entries, key=lambda entry: entry["frechet_distance"], default=None)
+
+
+COLUMNS = {  # of the table: how a run's value is found, and its format
+    "steps": (lambda row: at_time(row, 1.0)["steps"], "{:.0f}"),
+    "distance, 1/4 of the time": (lambda row: at_time(row, 0.25)["frechet_distance"], "{:.2f}"),
+    "1/2": (lambda row: at_time(row, 0.5)["frechet_distance"], "{:.2f}"),
+    "equal time": (lambda row: at_time(row, 1.0)["frechet_distance"], "{:.2f}"),
+    "equal steps": (lambda row: at_equal_steps(row)["frechet_distance"], "{:.2f}"),
+    "class accuracy": (lambda row: at_time(row, 1.0)["class_accuracy"], "{:.3f}"),
+    "guided": (lambda row: (best_guided(row, "cfg_scale") or {}).get("frechet_distance"), "{:.2f}"),
+    "guided accuracy": (lambda row: (best_guided(row, "cfg_scale") or {}).get("class_accuracy"), "{:.3f}"),
+    "internal guidance": (lambda row: (best_guided(row, "internal_guidance") or {}).get("frechet_distance"), "{:.2f}"),
+    "bits per dimension": (lambda row: row["bits_per_dimension"], "{:.2f}"),
+    "memorised": (lambda row: row["memorised"], "{:.3f}"),
+}
+JUDGED = ("equal time", "equal steps", "guided")  # the columns whose differences from the baseline are judged
+
+
+@dataclass
+class Column:
+    """Mean and standard deviation over the seeds of a recipe's values, which are missing where a run has diverged or has no
+    such number. values: by seed, None where missing."""
+
+    values: list
+
+    @property
+    def whole(self):
+        return bool(self.values) and None not in self.values
+
+    @property
+    def mean(self):
+        return float(np.mean(self.values)) if self.whole else math.nan
+
+    @property
+    def spread(self):
+        return float(np.std(self.values, ddof=1)) if self.whole and len(self.values) > 1 else math.nan
+
+    def text(self, pattern):
+        if not self.whole:
+            return "-"
+        spread = "" if math.isnan(self.spread) else f" ± {pattern.format(self.spread)}"
+        return pattern.format(self.mean) + spread
+
+
+def summarise(rows):
+    """{recipe: {column: Column}} in the order of `RECIPES`."""
+    summary = {}
+    for recipe in RECIPES:
+        if own := [row for row in rows if row["recipe"] == recipe]:
+            summary[recipe] = {name: Column([value(row) for row in own]) for name, (value, _) in COLUMNS.items()}
+    return summary
+
+
+def noise(summary, name):
+    """The standard deviation between seeds of ln(column), over all recipes together; nan with one seed. Distances spread in
+    proportion to their size, so the recipes have about the same one."""
+    groups = [np.log(columns[name].values) for columns in summary.values() if columns[name].whole]
+    groups = [group for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in groups)
+    return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom) if freedom else math.nan
+
+
+def verdict(summary, recipe, name):
+    """ "better" or "worse" than the baseline, where the difference of the means of ln(column) is more than two standard
+    errors of such a difference, else "same"; "diverged", or "" where nothing can be said."""
+    ours, theirs = summary[recipe][name], summary.get(BASELINE, summary[recipe])[name]
+    if not ours.whole:
+        return "diverged"
+    deviation = noise(summary, name)
+    if recipe == BASELINE or BASELINE not in summary or not theirs.whole or math.isnan(deviation):
+        return ""
+    difference = np.log(ours.values).mean() - np.log(theirs.values).mean()
+    if abs(difference) <= 2 * deviation * math.sqrt(1 / len(ours.values) + 1 / len(theirs.values)):
+        return "same"
+    return "better" if difference < 0 else "worse"
+
+
+def time_to_baseline(summary, recipe):
+    """The share of the time at which the recipe's mean distance is the baseline's final one, interpolated between the
+    judged times in ln(distance) over ln(time), as text: "-" where it is not reached, "<" where it was at the first one."""
+    columns = [summary[recipe][name] for name in ("distance, 1/4 of the time", "1/2", "equal time")]
+    target = summary[BASELINE]["equal time"].mean if BASELINE in summary else math.nan
+    means = [column.mean for column in columns]
+    if means[0] <= target:
+        return f"< {TIMES[0]:g}"
+    for (t0, d0), (t1, d1) in itertools.pairwise(zip(TIMES, means, strict=True)):
+        if d0 > target >= d1:
+            share = math.log(d0 / target) / math.log(d0 / d1)
+            return f"{t0 * (t1 / t0) ** share:.2f}"
+    return "-"
+
+
+def table(summary):
+    """The table as Markdown."""
+    shown = [name for name in COLUMNS if any(columns[name].whole for columns in summary.values())]
+    head = ["recipe", "runs", *shown, "share of the time to the baseline's distance"]
+    head += [f"{name}: verdict" for name in JUDGED]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for recipe, columns in summary.items():
+        cells = [columns[name].text(COLUMNS[name][1]) for name in shown]
+        cells = [recipe, str(len(columns["steps"].values)), *cells, time_to_baseline(summary, recipe)]
+        cells += [verdict(summary, recipe, name) for name in JUDGED]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report(config, judge, rows):
+    """All that is to be said of the runs, as Markdown."""
+    count = min(config.samples, len(judge.images.test))
+    floor, summary = judge.floor(count), summarise(rows)
+    deviations = ", ".join(f"{name} {100 * noise(summary, name):.1f} %" for name in JUDGED)
+    return (
+        f"{Path(config.data).name}: {config.seconds:g} s a run, equal steps are {config.equal_steps()}, {count} samples of "
+        f"{SAMPLING_STEPS} steps. The judge recognises {100 * judge.accuracy:.1f} % of the test images. The floor, the "
+        f"Fréchet distance of {count} of these, is {floor['frechet_distance']:.2f}.\n\n{table(summary)}\n\n"
+        f"Standard deviation between seeds, all recipes together: {deviations} of the distance. A recipe is called better "
+        f"or worse where the difference is more than two standard errors.\n"
+    )
+
+
+def plot(config, judge, rows, path):
+    """Distance over time of all recipes, and the distances at the end with and without guidance."""
+    summary = summarise(rows)
+    figure = Figure(figsize=(11, 1.6 + 0.32 * max(8, len(summary))), layout="constrained")
+    curves, final = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    floor = judge.floor(min(config.samples, len(judge.images.test)))["frechet_distance"]
+    colours = {recipe: "black" if recipe == BASELINE else f"C{i % 10}" for i, recipe in enumerate(summary)}
+    for i, (recipe, columns) in enumerate(summary.items()):
+        of_time = [columns[name] for name in ("distance, 1/4 of the time", "1/2", "equal time")]
+        seconds = [share * config.seconds * 1.01 ** (i - len(summary) / 2) for share in TIMES]  # the bars side by side
+        curves.errorbar(
+            seconds, [c.mean for c in of_time], [c.spread for c in of_time], marker="o", markersize=3, capsize=2,
+            color=colours[recipe], label=recipe, linewidth=2 if recipe == BASELINE else 1, zorder=3 - (i > 0),
+        )  # fmt: skip
+        for name, marker in zip(JUDGED, "os^", strict=True):
+            column, place = columns[name], -i + 0.2 * (1 - JUDGED.index(name))
+            filled = "none" if name == "equal steps" else colours[recipe]
+            final.errorbar(
+                column.mean, place, xerr=column.spread, marker=marker, color=colours[recipe], markerfacecolor=filled,
+                capsize=2, linestyle="", label=name if i == 0 else None,
+            )  # fmt: skip
+    curves.set(xscale="log", yscale="log", xlabel="training time in seconds", ylabel="Fréchet distance")
+    curves.set_xticks([share * config.seconds for share in TIMES], [f"{share * config.seconds:g}" for share in TIMES])
+    curves.minorticks_off()
+    final.set(xscale="log", xlabel="Fréchet distance", yticks=[-i for i in range(len(summary))], yticklabels=[*summary])
+    final.axvline(floor, color="grey", linestyle=":", linewidth=1)
+    final.legend(frameon=False, fontsize="small")
+    curves.legend(frameon=False, fontsize="small", ncols=2)
+    for axes in (curves, final):
+        axes.grid(alpha=0.3, which="both")
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def main(argv=None):
+    parser = Parser(RecipesConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        os.makedirs(config.output, exist_ok=True)
+        check_output(Path(config.output, "runs.jsonl"), "--output")
+        order = [(recipe, seed) for seed in range(config.seeds) for recipe in config.recipes or RECIPES]
+        for recipe in dict.fromkeys(recipe for recipe, _ in order):
+            finetune.resolve(Parser(train.TrainConfig, "").parse(config.words(recipe)))  # refuses what cannot be trained
+        _, judge = open_data(config)
+        done = finished_runs(config)
+        jobs = [job for job in order if job not in done]
+        for row in tqdm(run_all(config, jobs), "Runs", len(jobs), disable=not jobs):
+            end = at_time(row, 1.0)
+            tqdm.write(f"{row['recipe']}, seed {row['seed']}: {end}")
+        rows = [row for job, row in sorted(finished_runs(config).items(), key=lambda item: item[0][1]) if job in order]
+        with write_errors(config.output):
+            text = report(config, judge, rows)
+            replace_file(Path(config.output, "table.md"), lambda file: file.write(text.encode()))
+            plot(config, judge, rows, Path(config.output, "recipes.png"))
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The digits drawn by prompts: make their text encoder, and measure whether a model draws what the words say.
+
+    python -m benchmarks.text_digits --make-encoder demo/text/encoder
+    python -m benchmarks.text_digits --ckpt demo/text/run/checkpoints/0001500.pt
+
+The encoder is a small T5 with random weights, which need no training: each word of a text leaves a token of its own. The
+captions of the data are made from the templates in data/captions.py; UNSEEN has templates that are never trained on. The
+tokenizer knows their words too, as that of a real encoder would; the image model has never seen them.
+Prints, for trained and unseen templates, the share of images that a classifier of real digits assigns to the digit in the
+prompt, and for prompts without a digit the digits that are drawn. The exit status is 1 where a bound is missed.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli.parser import Parser
+from data.config import MAX_SIDE
+from runtime.config import Config, option
+from runtime.errors import UserError
+from runtime.files import check_output, write_json
+from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
+
+UNSEEN = ("please draw me a {}", "this is what a {} looks like", "{} in black ink", "my favourite number is {}")
+UNSEEN_WITHOUT_DIGIT = ("please draw me a number", "a picture in black ink")
+BOUNDS = {"trained templates": ("accuracy", 0.95), "no digit, trained": ("digits", 8)}
+
+
+@dataclass(frozen=True)
+class TextDigitsConfig(Config):
+    """Options of text_digits.py."""
+
+    compute: ComputeConfig
+    make_encoder: str | None = option(None, "folder to make the text encoder in (default: none is made)", metavar="FOLDER")
+    width: int = option(64, "width of the encoder's tokens", low=8, high=MAX_SIDE)
+    ckpt: str | None = option(None, "model to measure (default: none is measured)")
+    images: int = option(480, "images for each kind of prompts", low=20, high=100_000)
+    cfg_scale: float = option(3.0, "guidance scale", low=0)
+    output: str | None = option(None, "also write the numbers to this .json file (default: none)", metavar="FILE")
+
+    def check(self):
+        if bool(self.make_encoder) == bool(self.ckpt):
+            raise UserError("--make-encoder, --ckpt: give one of the two")
+
+
+def make_encoder(folder, width=64, seed=0):
+    """Write a small T5 with random weights, and a tokenizer of the captions' words, to a folder. Returns the folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, logging
+
+    from data.captions import digit_captions
+
+    texts = [*digit_captions(range(10)).texts, *UNSEEN, *UNSEEN_WITHOUT_DIGIT]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    special = ["<pad>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # so that unknown words are spelled out
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=64
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
+        T5EncoderModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def kinds_of_prompts():
+    """{kind: [(prompt, digit, or None where the prompt has none)]}."""
+    from data.captions import TEMPLATES, WITHOUT_DIGIT, WORDS
+
+    def filled(templates):
+        return [(template.format(word), digit) for template in templates for digit, name in enumerate(WORDS)
+                for word in (name, digit)]  # fmt: skip
+
+    return {
+        "trained templates": filled(TEMPLATES),
+        "unseen templates": filled(UNSEEN),
+        "no digit, trained": [(text, None) for text in WITHOUT_DIGIT],
+        "no digit, unseen": [(text, None) for text in UNSEEN_WITHOUT_DIGIT],
+    }
+
+
+def measure(config):
+    """{kind of prompts: {accuracy, or digits (how many kinds are drawn) and most_frequent (its share)}}."""
+    import numpy as np
+    import torch
+
+    from benchmarks.digits import real_digits
+    from sampling.pipeline import Pipeline, to_uint8
+
+    kinds, classifier, report = kinds_of_prompts(), real_digits()[2], {}
+    texts = [text for prompts in kinds.values() for text, _ in prompts]
+    pipeline = Pipeline.load(
+        config.ckpt, SamplerConfig(sampler="ddpm", num_sampling_steps=50), GuidanceConfig(cfg_scale=config.cfg_scale),
+        config.compute, prompts=texts,
+    )  # fmt: skip
+    first = 0
+    for kind, prompts in kinds.items():
+        drawn = []
+        for batch in torch.arange(config.images).split(120):
+            x_T, step_noise = pipeline.noise(0, batch.tolist())
+            drawn.append(to_uint8(pipeline(first + batch % len(prompts), x_T, step_noise)))
+        pixels = np.concatenate(drawn).mean(axis=-1).reshape(config.images, -1) / 127.5 - 1
+        found = classifier.predict(pixels)
+        wanted = np.array([prompts[i % len(prompts)][1] for i in range(config.images)])
+        if wanted[0] is None:
+            shares = np.bincount(found, minlength=10) / config.images
+            report[kind] = {"digits": int((shares > 0.01).sum()), "most_frequent": float(shares.max())}
+        else:
+            report[kind] = {"accuracy": float((found == wanted).mean())}
+        first += len(prompts)
+    return report
+
+
+def main(argv=None):
+    parser = Parser(TextDigitsConfig, __doc__)
+    config = parser.parse(argv)
+    with parser.report_errors():
+        if config.make_encoder:
+            print(f"A T5 with random weights of width {config.width} in {make_encoder(config.make_encoder, config.width)}")
+            return
+        if config.output:
+            check_output(config.output, "--output")
+        report, met = measure(config), True
+        for kind, numbers in report.items():
+            name, bound = BOUNDS.get(kind, (None, 0))
+            good = not name or numbers[name] >= bound
+            met &= good
+            values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
+            print(f"  {kind:20}{values}{f' (bound: {name} {bound})' if name else ''}{'' if good else ', MISSED'}")
+        if config.output:
+            write_json(Path(config.output), report)
+    sys.exit(0 if met else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""The newer ideas that train.py and the samplers offer as switches: each against its equation, exact resume, bad values.
+Data for the closed forms is N(MU, S^2) in every element (benchmarks/gaussian.py)."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from helpers import assert_same_state, call, latest, without_timings
+from reference import SMALL, fill, normal
+
+import convert
+import sample as sample_command
+import train
+from benchmarks.gaussian import ALPHA_BAR, MU, S, alpha_bar_at, denoiser
+from checkpoint.opened import Checkpoint
+from diffusion import create_diffusion, sample, samplers
+from diffusion.flow import Flow, eps_denoiser, flow_steps
+from diffusion.guidance import guided_denoiser
+from models import DiT
+
+X_T = normal("flow", 400, 1, 4, 4)
+ONE_IMAGE = ("--labels", 3, "--num-sampling-steps", 4, "--device", "cpu")
+
+
+def velocity(x_s, t):
+    """The exact velocity of a flow between the data and noise: E[eps - x_0 | x_s] of two Gaussians."""
+    s = t / 1000
+    rest = (x_s - (1 - s) * MU) / ((1 - s) ** 2 * S**2 + s**2)
+    return s * rest - (MU + (1 - s) * S**2 * rest)
+
+
+def flow_error(method, num_steps):
+    """RMS error of x_0: the exact flow keeps (x_s - mean) / std."""
+    x_0 = samplers.last(flow_steps(method, velocity, X_T, num_steps))
+    return (x_0 - (MU + S * X_T)).square().mean().sqrt().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flow
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_solvers_of_flows_have_their_order_on_gaussian_data(method, order):
+    errors = [flow_error(method, num_steps) for num_steps in (20, 40, 80)]
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert errors[-1] < 0.02
+    # Heun's last step is of order 1, but of length 1/N in time and nearly straight: it must not dominate
+    assert (orders > order - 0.25).all(), (errors, orders)
+
+
+def test_flow_sde_draws_the_datas_mean_and_spread():
+    torch.manual_seed(0)
+    x_T = torch.randn(20_000, 1, 1, 1)
+    x_0 = samplers.last(flow_steps("sde", velocity, x_T, 200))
+    assert x_0.mean() == pytest.approx(MU, abs=0.015)
+    assert x_0.std() == pytest.approx(S, abs=0.015)
+    assert abs(torch.corrcoef(torch.stack([x_0.flatten(), x_T.flatten()]))[0, 1]) < 0.9  # the noise of the steps counts
+
+
+def test_flow_losses_are_those_of_the_velocity_and_the_model_is_told_1000_s():
+    x_0, noise, t = normal("x0", 3, 1, 4, 4), normal("noise", 3, 1, 4, 4), torch.tensor([100.0, 500.0, 900.0])
+    seen = []
+
+    def model(x_s, t, y):
+        seen.append((x_s, t))
+        return noise - x_0 + torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1)
+
+    losses = Flow().training_losses(model, x_0, t, {"y": None}, noise)
+    torch.testing.assert_close(losses["loss"], torch.tensor([0.0, 1.0, 4.0]))
+    torch.testing.assert_close(seen[0][0][1], (x_0[1] + noise[1]) / 2)
+    assert torch.equal(seen[0][1], t)
+
+
+def test_image_to_image_with_a_flow_starts_from_the_noised_image():
+    started, init = [], normal("init", 2, 1, 4, 4)
+
+    def recording(x, t):
+        started.append((x, t))
+        return velocity(x, t)
+
+    list(sample("flow-euler", recording, X_T[:2], 10, init=init, strength=0.3))
+    torch.testing.assert_close(started[0][0], 0.7 * init + 0.3 * X_T[:2])
+    assert [t for _, t in started] == pytest.approx([300, 200, 100])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Predictions and their conversion
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_target_and_prediction_are_inverse(predict):
+    process, t = create_diffusion("", predict=predict), torch.tensor([0, 400, 999])
+    x_0, noise = normal("x0", 3, 2, 4, 4).double(), normal("noise", 3, 2, 4, 4).double()
+    target = process.target(x_0, t, noise)
+    torch.testing.assert_close(process.predict_xstart_from_output(process.q_sample(x_0, t, noise), t, target), x_0)
+
+
+@pytest.mark.parametrize(("objective", "predict"), [("diffusion", "x0"), ("diffusion", "v"), ("flow", "v")])
+@pytest.mark.parametrize("t", [0, 10.5, 500, 999])
+def test_every_prediction_is_converted_to_the_same_eps(objective, predict, t):
+    def model(x_t, t):
+        if objective == "flow":
+            return velocity(x_t, t)
+        alpha_bar = alpha_bar_at(t)
+        eps = denoiser(x_t, t)[:, :1]
+        x_0 = (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+        prediction = {"x0": x_0, "v": alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x_0}[predict]
+        return torch.cat([prediction, torch.zeros_like(eps)], dim=1)
+
+    x_t = X_T.double()
+    converted = eps_denoiser(model, objective, predict, ALPHA_BAR)(x_t, t)
+    expected = denoiser(x_t, t)[:, : converted.shape[1]]
+    torch.testing.assert_close(converted, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++", "unipc", "heun", "euler"])
+def test_samplers_of_diffusions_draw_from_a_flow(sampler):
+    """As from a model of eps: the two have the same trajectories where signal and noise have the same ratio."""
+    convert = eps_denoiser(velocity, "flow", "v", ALPHA_BAR)
+    ours = samplers.last(sample(sampler, lambda x, t: torch.cat([convert(x, t), 0 * x], 1), X_T, 20))
+    torch.testing.assert_close(ours, samplers.last(sample(sampler, denoiser, X_T, 20)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_min_snr_weights_are_the_papers(predict):
+    process = create_diffusion("", predict=predict, snr_gamma=5.0)
+    snr = ALPHA_BAR / (1 - ALPHA_BAR)
+    # Hang et al. 2023: min(SNR, gamma) for x_0; divided by SNR for eps (eq. 9), by SNR + 1 for v
+    expected = np.minimum(snr, 5) / {"x0": 1, "eps": snr, "v": snr + 1}[predict]
+    np.testing.assert_allclose(process.mse_weights, expected)
+    t = torch.tensor([0, 300, 999])
+    x_0, noise = normal("x0", 3, 1, 4, 4), normal("noise", 3, 1, 4, 4)
+    losses = process.training_losses(lambda x, t: torch.zeros(3, 2, 4, 4), x_0, t, noise=noise)
+    torch.testing.assert_close(losses["loss"] - losses["vb"], losses["mse"] * torch.tensor(expected[t.numpy()]).float())
+
+
+@pytest.mark.parametrize("process", [create_diffusion(""), Flow()], ids=["diffusion", "flow"])
+def test_logit_normal_timesteps_have_the_quantiles_of_the_sigmoid_of_a_normal(process):
+    torch.manual_seed(0)
+    t = process.draw_timesteps(100_000, "cpu", "logit-normal")
+    found = torch.quantile(t.double() / 1000, torch.tensor([0.1586553, 0.5, 0.8413447], dtype=torch.double))
+    torch.testing.assert_close(found, torch.tensor([-1.0, 0.0, 1.0]).double().sigmoid(), atol=0.01, rtol=0)
+    assert t.min() >= 0
+    assert t.max() < 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model's switches
+
+
+def outputs(model, x=None, **options):
+    x = normal("zdit", 2, 4, 8, 8) if x is None else x
+    return model(x, torch.tensor([10, 700]), torch.tensor([1, 2]), **options)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_all_tokens_routed_through_is_the_plain_model_bit_for_bit(rope):
+    model = fill(DiT(**SMALL, rope=rope))
+    model.route = (0, 1)
+    kept = torch.arange(model.pos_embed.shape[1]).expand(2, -1)
+    assert torch.equal(outputs(model, kept=kept), outputs(model))
+
+
+def test_routed_tokens_skip_the_blocks():
+    """With all blocks in the route, what is predicted for a token that skips them depends on no other token."""
+    model = fill(DiT(**SMALL))
+    model.route = (0, len(model.blocks))
+    x = normal("zdit", 2, 4, 8, 8)
+    changed = x.clone()
+    changed[:, :, 4:] += 1.0  # the lower half
+    kept = torch.arange(8, 16).expand(2, -1)  # tokens of the lower half of 4 x 4
+    before, after = outputs(model, x, kept=kept), outputs(model, changed, kept=kept)
+    assert torch.equal(before[:, :, :4], after[:, :, :4])
+    assert not torch.equal(outputs(model, x)[:, :, :4], outputs(model, changed)[:, :, :4])
+    assert not torch.allclose(before[:, :, 4:], after[:, :, 4:])
+
+
+def test_rotary_positions_make_attention_depend_on_differences_of_positions():
+    from timm.layers import apply_rot_embed_cat
+
+    model = DiT(**SMALL, rope=True)
+    rotations = model.rotations("cpu")  # (16, 2d)
+    size = rotations.shape[1] // 2
+    q, k = normal("q", 1, 1, 1, size).expand(1, 1, 16, size), normal("k", 1, 1, 1, size).expand(1, 1, 16, size)
+    products = (apply_rot_embed_cat(q, rotations) @ apply_rot_embed_cat(k, rotations).transpose(-1, -2))[0, 0]
+    grid = products.view(4, 4, 4, 4)  # row and column of q, row and column of k
+    torch.testing.assert_close(grid[0, 0, 1, 2], grid[2, 1, 3, 3])
+    torch.testing.assert_close(grid[1, 0, 0, 0], grid[3, 2, 2, 2])
+    assert not torch.isclose(grid[0, 0, 1, 2], grid[0, 0, 2, 1])
+
+
+def test_normalised_queries_and_keys_do_not_depend_on_their_scale():
+    model = fill(DiT(**SMALL, qk_norm=True))
+    before = outputs(model)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[: 2 * SMALL["hidden_size"]] *= 100
+            block.attn.qkv.bias[: 2 * SMALL["hidden_size"]] *= 100
+    torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=1e-4)
+
+
+def test_internal_guidance_leads_away_from_the_auxiliary_output():
+    model, y = fill(DiT(**SMALL, aux_block=1)), torch.tensor([1, 2])
+    x = normal("zdit", 2, 4, 8, 8)
+    out, aux = model(x, torch.full((2,), 500), y, with_aux=True)
+    assert torch.equal(out, model(x, torch.full((2,), 500), y))
+    found = guided_denoiser(model, y, 10, internal_scale=3.0)(x, 500)
+    torch.testing.assert_close(found[:, :4], aux[:, :4] + 3 * (out[:, :4] - aux[:, :4]))
+    assert torch.equal(found[:, 4:], out[:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "flow"}, "objective 'flow' with 'eps'"),
+        ({"aux_block": 3}, "before the last"),
+        ({"rope": True, "block": "in-context"}, "in-context"),
+        ({"rope": True, "hidden_size": 24, "num_heads": 4}, "multiple of 4"),
+    ],
+)
+def test_models_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DiT(**{**SMALL, **options})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole commands
+
+SWITCHES = {
+    "x0": ["--predict", "x0", "--loss-weight", "min-snr"],
+    "v": ["--predict", "v", "--qk-norm", "--rope"],
+    "flow": ["--objective", "flow", "--timestep-sampling", "logit-normal"],
+    "route": ["--depth", "3", "--route", "1", "2", "0.5", "--route-until", "5", "--aux-block", "1"],
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_resumed_run_with_switches_is_the_uninterrupted_one_and_can_be_drawn_from(name, tmp_path):
+    base = [*TINY, *SWITCHES[name]]
+    assert call(train.main, *base, "--max-steps", 6, "--run-dir", tmp_path / "whole") == 0
+    assert call(train.main, *base, "--max-steps", 2, "--run-dir", tmp_path / "parts") == 0
+    assert call(train.main, *base, "--max-steps", 6, "--run-dir", tmp_path / "parts") == 0
+    assert_same_state(latest(tmp_path / "whole"), latest(tmp_path / "parts"))
+    assert without_timings(tmp_path / "whole") == without_timings(tmp_path / "parts")
+    checkpoint = tmp_path / "parts/checkpoints/0000006.pt"
+    extra = ["--internal-guidance", 2] if name == "route" else []
+    for sampler in ["ddpm", "dpm-solver++"] + (["flow-heun"] if name == "flow" else []):
+        output = tmp_path / f"{sampler}.png"
+        argv = ("--ckpt", checkpoint, *ONE_IMAGE, *extra, "--sampler", sampler, "--output", output)
+        assert call(sample_command.main, *argv) == 0
+        assert output.exists()
+
+
+def test_without_its_switch_a_resumed_run_is_refused(tmp_path, capsys):
+    assert call(train.main, *TINY, "--predict", "v", "--max-steps", 2, "--run-dir", tmp_path) == 0
+    assert call(train.main, *TINY, "--max-steps", 4, "--run-dir", tmp_path) == 2
+    assert "model predict v, now eps" in capsys.readouterr().err
+    assert (
+        call(train.main, *TINY, "--predict", "v", "--loss-weight", "min-snr", "--max-steps", 4, "--run-dir", tmp_path) == 2
+    )
+    assert "--loss-weight uniform, now min-snr" in capsys.readouterr().err
+
+
+def test_the_batch_in_parts_gives_the_same_update_with_routing_and_an_auxiliary_output(tmp_path):
+    for parts in (1, 3):
+        argv = [*TINY, *SWITCHES["route"], "--max-steps", 3, "--run-dir", tmp_path / str(parts), "--grad-accum", parts]
+        assert call(train.main, *argv) == 0
+    one, three = (latest(tmp_path / name)["model"] for name in ("1", "3"))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, three[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--objective", "flow", "--predict", "eps"], "--predict eps: a flow predicts v"),
+        (["--objective", "flow", "--loss-weight", "min-snr"], "--loss-weight min-snr: is defined for"),
+        (["--route", "1", "1", "0.5"], "--route 1 1 0.5: give the numbers"),
+        (["--route", "0", "1", "1"], "--route 0 1 1: give the numbers"),
+        (["--route", "0.5", "1", "0.5"], "--route 0.5 1 0.5: give the numbers"),
+        (["--route", "0", "9", "0.5"], "--route 0 9: END is more than the model's 1 blocks"),
+        (["--route-until", "5"], "--route-until: needs --route"),
+        (["--route", "0", "1", "0.5", "--block", "in-context"], "--route: in-context"),
+        (["--depth", "4", "--route", "1", "3", "0.5", "--aux-block", "2"], "--aux-block 2: --route 1 3"),
+        (["--aux-block", "1"], "auxiliary output after block 1"),
+        (["--predict", "score"], "--predict: 'score' is not one of"),
+    ],
+)
+def test_bad_values_of_the_switches_get_one_line(argv, message, tmp_path, capsys):
+    assert call(train.main, *TINY, *argv, "--max-steps", 2, "--run-dir", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("error:") == 1
+
+
+def test_samplers_and_guidance_that_do_not_fit_a_checkpoint_get_one_line(tiny_checkpoint, tmp_path, capsys):
+    for argv, message in (
+        (["--sampler", "flow-heun"], "--sampler flow-heun: "),
+        (["--internal-guidance", 2], "--internal-guidance: "),
+    ):
+        output = tmp_path / "out.png"
+        assert call(sample_command.main, "--ckpt", tiny_checkpoint, *ONE_IMAGE, *argv, "--output", output) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_switches_survive_safetensors_and_are_refused_where_they_would_be_lost(tmp_path, capsys):
+    assert call(train.main, *TINY, "--predict", "v", "--max-steps", 2, "--run-dir", tmp_path / "run") == 0
+    checkpoint = tmp_path / "run/checkpoints/0000002.pt"
+    assert call(convert.main, checkpoint, tmp_path / "v.safetensors") == 0
+    assert Checkpoint.open(tmp_path / "v.safetensors").model_config["predict"] == "v"
+    capsys.readouterr()
+    for target in ("v.pt", "v"):
+        assert call(convert.main, checkpoint, tmp_path / target) == 2
+        assert "--predict v" in capsys.readouterr().err
+        assert not (tmp_path / target).exists()

@@ -1,0 +1,736 @@
+"""Conditioning on text: the encoder, the model's branch, and all commands on the digits and on a small image folder."""
+
+import json
+import re
+import shlex
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from helpers import assert_same_state, call, latest, metrics, without_timings
+from PIL import Image
+from reference import fill, normal
+
+import complexity
+import convert
+import extract_latents
+import sample
+import sample_ddp
+import train
+from benchmarks.text_digits import make_encoder
+from checkpoint import files
+from checkpoint.opened import Checkpoint
+from data.stored_latents import StoredLatents, is_complete
+from data.text_encoder import TextEncoder, pad
+from diffusion.guidance import guided_denoiser
+from models import BLOCKS, DiT
+from runtime.config import Config
+from runtime.errors import UserError
+from sampling import web
+from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig, TextConfig
+from sampling.pipeline import Pipeline
+from training.cost import build, forward_macs
+
+LENGTH, WIDTH = 16, 16
+SMALL = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
+TEXTS = ["a handwritten seven", "the number three, drawn by hand", "a 0", ""]
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("encoder"), WIDTH)
+
+
+@pytest.fixture(scope="module")
+def other_encoder(tmp_path_factory):
+    """Of the same sizes, with other weights."""
+    return make_encoder(tmp_path_factory.mktemp("other"), WIDTH, seed=1)
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder):
+    return TextEncoder(str(encoder_folder), LENGTH).place("cpu")
+
+
+@pytest.fixture
+def argv(encoder_folder):
+    """Of a short training run on the digits."""
+    without_classes = TINY[: TINY.index("--num-classes")] + TINY[TINY.index("--num-classes") + 2 :]
+    return [*without_classes, "--text-encoder", encoder_folder, "--text-length", LENGTH]
+
+
+@pytest.fixture(scope="module")
+def text_checkpoint(encoder_folder, tmp_path_factory):
+    """A model whose weights are far from zero, so that the words count."""
+    folder = tmp_path_factory.mktemp("text")
+    options = ["--text-encoder", encoder_folder, "--text-length", LENGTH, "--num-classes", 0]
+    assert call(train.main, *TINY, *options, "--max-steps", 1, "--run-dir", folder / "run") == 0
+    path = folder / "run/checkpoints/0000001.pt"
+    state = files.load(path)
+    weights = fill(DiT(**state["model_config"])).state_dict()
+    weights = {name: (3 if "text" in name else 0.5) * value for name, value in weights.items()}
+    weights["text_embedder.null_text"] = state["ema"]["text_embedder.null_text"]
+    files.save(path, {**state, "ema": weights})
+    return path
+
+
+def lively(null_text=None, **changes):
+    """A model with random weights everywhere, in eval mode."""
+    model = fill(DiT(**{**SMALL, "text_width": WIDTH, "text_length": LENGTH, **changes}))
+    model.text_embedder.null_text.data.zero_()
+    model.text_embedder.null_text.data[0, -1] = 1
+    if null_text is not None:
+        model.text_embedder.null_text.data.copy_(null_text)
+    return model
+
+
+def batch(number=4):
+    return normal("x", number, 2, 4, 4), torch.tensor([3, 400, 990, 50])[:number]
+
+
+def refused(capfd, command, *argv):
+    """The one line with which a command ends."""
+    assert call(command, *argv) == 2
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().split("\r")[-1].split("\n")[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The encoder
+
+
+def test_a_text_alone_among_others_and_with_more_padding_has_the_same_tokens(encoder, encoder_folder):
+    together = encoder(TEXTS)
+    assert together.shape == (4, LENGTH, WIDTH + 1)
+    assert together[..., -1].sum(1).tolist() == [4, 8, 3, 1], "words, a comma, and the end of the text"
+    assert (together[together[..., -1] == 0] == 0).all(), "nothing may be left in the padding"
+    wider = TextEncoder(str(encoder_folder), 40).place("cpu")
+    for text, row in zip(TEXTS, together, strict=True):
+        torch.testing.assert_close(encoder([text])[0], row, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(wider([text])[0, :LENGTH], row, rtol=1e-5, atol=1e-5)
+    assert torch.equal(encoder([TEXTS[2], TEXTS[0], TEXTS[2]]), encoder([TEXTS[2], TEXTS[0]])[[0, 1, 0]])
+    torch.testing.assert_close(encoder.null, together[3], rtol=1e-5, atol=1e-5)
+    assert encoder(["three one"]).sub(encoder(["one three"])).abs().max() > 0.01, "the order of words counts"
+
+
+def test_tokens_are_padded_in_their_order():
+    tokens = torch.arange(1.0, 7).view(6, 1)
+    y = pad(tokens, torch.tensor([2, 1, 3]), 4)
+    assert y[..., 0].tolist() == [[1, 2, 0, 0], [3, 0, 0, 0], [4, 5, 6, 0]]
+    assert y[..., 1].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]
+
+
+def test_long_texts_are_cut_at_the_length(encoder_folder):
+    short = TextEncoder(str(encoder_folder), 3).place("cpu")
+    assert short([TEXTS[1]])[0, :, -1].tolist() == [1, 1, 1]
+
+
+def test_the_checksum_knows_the_weights_and_the_vocabulary(encoder, encoder_folder, other_encoder, tmp_path):
+    assert TextEncoder(str(encoder_folder)).place("cpu").crc32 == encoder.crc32
+    assert TextEncoder(str(other_encoder)).place("cpu").crc32 != encoder.crc32
+    shutil.copytree(encoder_folder, tmp_path / "copy")
+    text = (tmp_path / "copy/tokenizer.json").read_text()
+    (tmp_path / "copy/tokenizer.json").write_text(text.replace('"</s>"', '"<end>"'))
+    config = (tmp_path / "copy/tokenizer_config.json").read_text()
+    (tmp_path / "copy/tokenizer_config.json").write_text(config.replace('"</s>"', '"<end>"'))
+    assert TextEncoder(str(tmp_path / "copy")).place("cpu").crc32 != encoder.crc32
+
+
+def test_clip_is_an_encoder_too(encoder_folder, tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    shutil.copytree(encoder_folder, tmp_path / "clip")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=1000, max_position_embeddings=12, eos_token_id=1, bos_token_id=0, **sizes)
+    torch.manual_seed(0)
+    CLIPTextModel(config).save_pretrained(tmp_path / "clip")
+    clip = TextEncoder(str(tmp_path / "clip")).place("cpu")
+    assert (clip.width, clip.length) == (8, 12)
+    y = clip(TEXTS)
+    assert y[..., -1].sum(1).tolist() == [4, 8, 3, 1]
+    torch.testing.assert_close(clip([TEXTS[0]])[0], y[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="--text-length 13: --text-encoder .* takes up to 12 tokens"):
+        TextEncoder(str(tmp_path / "clip"), 13)
+
+
+def damaged(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    if change == "kind":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    elif change == "weights":
+        (folder / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
+    else:
+        (folder / change).unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("kind", "its kind is bert, not t5 or clip"), ("weights", "the weights .* are missing"), ("config.json", "no usable"),
+     ("tokenizer.json", "no usable"), ("model.safetensors", "no usable")],
+)  # fmt: skip
+def test_what_is_no_encoder_is_told_in_one_line(encoder_folder, tmp_path, change, words):
+    shutil.copytree(encoder_folder, tmp_path / "bad")
+    with pytest.raises(UserError, match=f"--text-encoder .*{words}.*pass a folder with a T5 or CLIP") as caught:
+        TextEncoder(damaged(tmp_path / "bad", change)).place("cpu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="nowhere: no usable text encoder there, and no local folder"):
+        TextEncoder("nowhere")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_words_count_and_padding_does_not(block, encoder):
+    model, (x, t), y = lively(block=block), batch(), encoder(TEXTS)
+    out = model(x, t, y)
+    changed = y.clone()
+    changed[..., :-1] += 100 * (1 - y[..., -1:])  # what stands in the padding
+    torch.testing.assert_close(model(x, t, changed), out, rtol=0, atol=0)
+    longer = torch.cat([y, torch.zeros(4, 9, WIDTH + 1)], dim=1)
+    torch.testing.assert_close(model(x, t, longer), out, rtol=1e-5, atol=1e-5)
+    everything = y.clone()
+    everything[..., -1] = 1
+    shuffled_mask = y.clone()
+    shuffled_mask[..., -1] = y[..., -1].roll(1, dims=0)
+    for other in (everything, shuffled_mask, y.roll(1, dims=0)):
+        difference = (model(x, t, other) - out).abs().amax(dim=(1, 2, 3))
+        assert (difference > 1e-3).all(), "the mask and the order of texts must count"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_new_branch_adds_nothing_at_first(block):
+    plain = DiT(**SMALL, block=block, class_dropout_prob=0.1)
+    torch.nn.init.normal_(plain.final_layer.linear.weight)
+    model = DiT(**SMALL, block=block, class_dropout_prob=0.1, text_width=WIDTH, text_length=LENGTH)
+    missing = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    assert all("text" in name for name in missing.missing_keys)
+    (x, t), y = batch(), normal("y", 4, LENGTH, WIDTH + 1)
+    assert torch.equal(model.eval()(x, t, y), plain.eval()(x, t, torch.zeros(4, dtype=torch.int64)))
+    model.train()(x, t, y)[:, :2].square().sum().backward()
+    assert all(part.text_attn.proj.weight.grad.abs().sum() > 0 for part in model.blocks), "but it learns"
+
+
+def test_no_class_is_the_empty_text(encoder):
+    model, (x, t) = lively(encoder.null), batch()
+    assert torch.equal(model(x, t, torch.zeros(4, dtype=torch.int64)), model(x, t, encoder.null.expand(4, -1, -1)))
+
+
+def test_dropout_replaces_whole_texts_in_training_alone(encoder):
+    model = lively(encoder.null, class_dropout_prob=0.3)
+    y = encoder(TEXTS[:1]).expand(4000, -1, -1)
+    torch.manual_seed(0)
+    dropped = model.text_embedder.drop(y, encoder.null)
+    null = (dropped == encoder.null).all(2).all(1)
+    assert null.double().mean() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(dropped[~null], y[~null])
+    embedded = model.text_embedder.train()(y)[1].sum((1, 2, 3))
+    assert (embedded == 1).double().mean() == pytest.approx(0.3, abs=0.03)
+    assert (model.text_embedder.eval()(y)[1].sum((1, 2, 3)) == 4).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "rope": True}])
+def test_checkpointing_routing_and_the_auxiliary_output_work_as_for_classes(encoder, options):
+    model, (x, t), y = lively(aux_block=2, hidden_size=16, num_heads=2, **options), batch(), encoder(TEXTS)
+    kept = torch.tensor([[0, 2], [1, 3], [0, 1], [2, 3]])
+    model.route = (1, 2)
+
+    def gradients(every):
+        model.gradient_checkpointing = every
+        model.zero_grad()
+        out, aux = model(x, t, y, kept=kept, with_aux=True)
+        (out.square().mean() + aux.square().mean()).backward()
+        return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    for a, b in zip(gradients(0), gradients(1), strict=True):
+        torch.testing.assert_close(a, b)
+    routed = model(x, t, y, kept=kept)
+    assert not torch.allclose(routed, model(x, t, y))
+    assert not torch.allclose(routed, model(x, t, y.roll(1, dims=0), kept=kept))
+
+
+def test_guidance_leads_away_from_the_empty_text(encoder):
+    model, (x, _), y = lively(encoder.null), batch(), encoder(TEXTS)
+    t = torch.full((4,), 300)
+    cond, null = model(x, t, y), model(x, t, encoder.null.expand(4, -1, -1))
+    expected = torch.cat([(null + 3 * (cond - null))[:, :2], cond[:, 2:]], dim=1)
+    guided = guided_denoiser(model, y, encoder.null, cfg_scale=3.0)(x, 300)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="a model of texts has no classes, these are 10"):
+        DiT(**{**SMALL, "num_classes": 10}, text_width=8)
+
+
+def test_weights_alone_tell_that_the_model_is_one_of_texts():
+    config = {**SMALL, "text_width": WIDTH, "text_length": LENGTH}
+    found = Checkpoint({"ema": DiT(**config).state_dict(), "args": {"num_heads": 2}}).model_config
+    assert (found["text_width"], found["text_length"], found["num_classes"]) == (WIDTH, LENGTH, 0)
+
+
+def test_complexity_counts_the_branch(capsys):
+    """By hand, of each block's products with the text: q and the output of T tokens, k and v of L, and twice T * L; and of
+    the two layers that embed the L tokens."""
+    plain = build("DiT-S/2", num_classes=0)
+    model = build("DiT-S/2", num_classes=0, text_width=64, text_length=20)
+    tokens, width, depth, length = 256, 384, 12, 20
+    each = 2 * tokens * width**2 + 2 * length * width**2 + 2 * tokens * length * width
+    assert forward_macs(model) - forward_macs(plain) == depth * each + length * (64 * width + width**2)
+    argv = ["--model", "DiT-S/2", "--text-width", 64, "--text-length", 20, "--json"]
+    assert call(complexity.main, *argv) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["forward_macs_per_image"], report["num_classes"]) == (forward_macs(model), 0)
+    assert call(complexity.main, *argv[:-1]) == 0
+    assert "256 tokens, texts of 20 tokens of width 64" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_a_resumed_run_is_the_undisturbed_one(argv, tmp_path):
+    assert call(train.main, *argv, "--max-steps", 4, "--run-dir", tmp_path / "whole") == 0
+    for steps in (2, 4):
+        assert call(train.main, *argv, "--max-steps", steps, "--run-dir", tmp_path / "parts") == 0
+    assert_same_state(latest(tmp_path / "whole"), latest(tmp_path / "parts"))
+    assert without_timings(tmp_path / "whole") == without_timings(tmp_path / "parts")
+    state = latest(tmp_path / "whole")
+    encoder = TextEncoder(str(argv[argv.index("--text-encoder") + 1]), LENGTH).place("cpu")
+    assert state["text_encoder_crc32"] == encoder.crc32
+    assert torch.equal(state["ema"]["text_embedder.null_text"], encoder.null), "it is not averaged with anything"
+    assert (state["args"]["num_classes"], state["model_config"]["text_width"]) == (0, WIDTH)
+    other = [*argv, "--label-dropout", 0.5, "--max-steps", 4, "--run-dir", tmp_path / "other"]
+    assert call(train.main, *other) == 0
+    assert latest(tmp_path / "other")["ema"]["blocks.0.norm_text.weight"].ne(1).any(), "the branch is trained"
+    assert metrics(tmp_path / "other")[1]["loss"] != metrics(tmp_path / "whole")[1]["loss"], "the empty text counts"
+
+
+def test_parts_and_processes_make_the_same_update(argv, tmp_path, ranks):
+    assert call(train.main, *argv, "--max-steps", 3, "--run-dir", tmp_path / "one") == 0
+    assert call(train.main, *argv, "--max-steps", 3, "--run-dir", tmp_path / "parts", "--grad-accum", 3) == 0
+    run = ranks(train.main, [*argv, "--max-steps", 3, "--run-dir", tmp_path / "two"], 2)
+    assert run.wait() == [0, 0], run.text() + run.text(1)
+    compiled = [*argv, "--max-steps", 3, "--run-dir", tmp_path / "compiled", "--compile", "aot_eager"]
+    assert call(train.main, *compiled) == 0
+    sharded = ranks(train.main, [*argv, "--max-steps", 3, "--run-dir", tmp_path / "sharded", "--shard"], 2)
+    assert sharded.wait() == [0, 0], sharded.text() + sharded.text(1)
+    names = ("one", "parts", "compiled", "two", "sharded")
+    one, parts, compiled, two, sharded = (latest(tmp_path / name)["model"] for name in names)
+    for name in one:
+        torch.testing.assert_close(compiled[name], one[name], rtol=1e-4, atol=2e-5, msg=name)
+        torch.testing.assert_close(parts[name], one[name], rtol=1e-4, atol=2e-5, msg=name)
+        torch.testing.assert_close(sharded[name], two[name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_grids_validation_and_fid_are_made_of_texts(argv, tmp_path, inception_file, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Pipeline, "denoiser", lambda self, y, denoiser=Pipeline.denoiser: seen.append(y) or denoiser(self, y)
+    )
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "reference.npz", arr_0=random.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
+    watch = ["--sample-every", 2, "--val-every", 2, "--val-data-path", "digits", "--eval-every", 2, "--eval-samples", 3]
+    watch += ["--eval-reference", tmp_path / "reference.npz", "--inception-weights", inception_file]
+    watch += ["--eval-sampling-steps", 2, "--eval-cfg-scale", 2]
+    for name, extra in {"data": [], "prompts": ["--sample-prompts", "a seven", "--sample-prompts", "a two"]}.items():
+        seen.clear()
+        assert call(train.main, *argv, *watch, *extra, "--max-steps", 2, "--run-dir", tmp_path / name) == 0
+        grid, fid = (sum(len(y) for y in part) for part in (seen[:-1], seen[-1:]))
+        assert (grid, fid) == (16 if name == "data" else 2, 3)
+        assert all(y.shape[1:] == (LENGTH, WIDTH + 1) for y in seen)
+        assert not torch.equal(seen[0][0], seen[0][1])
+    values = metrics(tmp_path / "data")
+    assert {"fid", "val_loss"} <= {name for row in values for name in row}
+    assert (tmp_path / "prompts/samples/0000002.png").is_file()
+    assert "Conditioned on texts of up to 16 tokens" in (tmp_path / "data/log.txt").read_text()
+
+
+def test_a_class_model_may_be_continued_with_texts(argv, tiny_checkpoint, tmp_path, capsys):
+    sizes = {"--hidden-size", "--depth", "--num-heads", "--patch-size"}
+    start = [word for i, word in enumerate(argv) if word not in sizes and argv[i - 1] not in sizes]
+    run = [*start, "--init-from", tiny_checkpoint, "--max-steps", 1, "--run-dir", tmp_path, "--lr", "1e-12"]
+    assert call(train.main, *run) == 0
+    old, new = Checkpoint.open(tiny_checkpoint).weights, latest(tmp_path)["ema"]
+    for name in old:
+        expected = old[name][-1:] if name.startswith("y_embedder") else old[name]
+        torch.testing.assert_close(new[name], expected, rtol=0, atol=1e-8)
+    log = (tmp_path / "log.txt").read_text()
+    added = sum(value.numel() for name, value in new.items() if name.startswith("text_embedder"))
+    assert re.search(rf"text_embedder +5 +0 +{added:,} +0\n", log), "the report counts what is new"
+
+
+def test_the_plan_of_a_run_with_texts(argv, tmp_path, capsys):
+    assert call(train.main, *argv, "--max-steps", 4, "--run-dir", tmp_path / "run", "--dry-run") == 0
+    trained = call(train.main, *argv, "--max-steps", 1, "--run-dir", tmp_path / "run")
+    assert trained == 0
+    counted = re.search(r"([\d,]+) trainable parameters", (tmp_path / "run/log.txt").read_text())[1]
+    assert f"{counted} trainable" in capsys.readouterr().out
+
+
+def test_mistakes_in_training_get_one_line(argv, other_encoder, text_checkpoint, image_folder, tmp_path, capfd):
+    def bad(*extra):
+        return refused(capfd, train.main, *argv, "--run-dir", tmp_path / "run", "--max-steps", 2, *extra)
+
+    assert "has no metadata.jsonl" in bad("--data-path", image_folder, "--image-size", 16)
+    assert "--num-classes 7: --text-encoder takes the place of classes" in bad("--num-classes", 7)
+    assert "--sample-labels: --text-encoder takes the place" in bad("--sample-labels", 1, "--sample-every", 1)
+    assert "no usable text encoder" in bad("--text-encoder", tmp_path)
+    resumed = ["--resume", text_checkpoint, "--run-dir", tmp_path / "resumed", "--allow-changes"]
+    assert "is not the encoder that" in bad(*resumed, "--text-encoder", other_encoder)
+    tiny = [*TINY, "--run-dir", tmp_path / "run"]
+    assert "--sample-prompts: needs --text-encoder" in refused(
+        capfd, train.main, *tiny, "--sample-every", 1, "--sample-prompts", "a"
+    )
+    assert "--text-length: needs --text-encoder" in refused(capfd, train.main, *tiny, "--text-length", 9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stored texts
+
+
+@pytest.fixture(scope="module")
+def captioned(image_folder, tmp_path_factory):
+    """The image folder with two texts for each image, of different lengths."""
+    folder = tmp_path_factory.mktemp("captioned") / "images"
+    shutil.copytree(image_folder, folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.png"))
+    lines = [{"file_name": name, "text": [f"a {i}", f"the number {i}, drawn by hand"]} for i, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def extraction(captioned, small_vae, encoder, out, *extra):
+    options = ["--image-size", 16, "--shard-size", 5, "--batch-size", 4, "--device", "cpu", "--num-workers", 0]
+    text = ["--text-encoder", encoder, "--text-length", LENGTH]
+    return ["--data-path", captioned, "--vae", small_vae, "--out", out, *options, *text, "--dtype", "float32", *extra]
+
+
+@pytest.fixture(scope="module")
+def stored(captioned, small_vae, encoder_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stored") / "latents"
+    assert call(extract_latents.main, *extraction(captioned, small_vae, encoder_folder, out)) == 0
+    return out
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_what_is_stored_is_what_the_encoder_gives(stored, captioned, encoder, encoder_folder):
+    dataset = StoredLatents(stored, seed=5)
+    config = type("Data", (Config,), {"text_encoder": str(encoder_folder), "text_length": None})()
+    text = dataset.open_text(config)
+    assert (text.width, text.length, text.crc32) == (WIDTH, LENGTH, encoder.crc32)
+    torch.testing.assert_close(text.null, encoder.null, rtol=1e-5, atol=1e-5)
+    names = sorted(path.relative_to(captioned).as_posix() for path in captioned.glob("*/*.png"))
+    drawn = set()
+    for epoch in range(14):
+        keys = [(index, epoch) for index in (11, 0, 7, 4, 5)]
+        found = dataset.__getitems__(keys)
+        y = pad(found["text_tokens"], found["text_lengths"], LENGTH)
+        for row, (index, _) in zip(y, keys, strict=True):
+            number = dataset.captions.choose(5, index, epoch)
+            caption = dataset.captions.texts[number]
+            assert caption in (f"a {index}", f"the number {index}, drawn by hand")
+            torch.testing.assert_close(row, encoder([caption])[0], rtol=1e-5, atol=1e-5)
+            drawn.add(caption)
+    assert len(drawn) == 10, "each text of each image"
+    assert names[0] == "ant/0.png"
+
+
+def test_stored_and_fresh_texts_train_alike(stored, captioned, small_vae, encoder_folder, tmp_path):
+    options = "--image-size 16 --hidden-size 16 --depth 1 --num-heads 2 --patch-size 1 --global-batch-size 6 --lr 1e-3"
+    options = [
+        *options.split(),
+        "--device",
+        "cpu",
+        "--log-every",
+        1,
+        "--num-workers",
+        0,
+        "--max-steps",
+        6,
+        "--vae",
+        small_vae,
+    ]
+    options += ["--text-encoder", encoder_folder]
+    fresh = [*options, "--data-path", captioned, "--text-length", LENGTH, "--run-dir", tmp_path / "fresh"]
+    assert call(train.main, *fresh) == 0
+    assert call(train.main, *options, "--data-path", stored, "--run-dir", tmp_path / "stored") == 0
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("fresh", "stored")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+    for name, value in latest(tmp_path / "fresh")["model"].items():
+        torch.testing.assert_close(latest(tmp_path / "stored")["model"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_training_from_stored_texts_needs_no_encoder(stored, small_vae, encoder_folder, tmp_path, monkeypatch, capfd):
+    gone = tmp_path / "gone"
+    shutil.copytree(stored, gone / "latents")
+    for name in ("index.json", "options.json"):
+        content = (gone / "latents" / name).read_text()
+        (gone / "latents" / name).write_text(content.replace(str(encoder_folder), "somewhere/encoder"))
+    options = [
+        "--image-size",
+        16,
+        "--hidden-size",
+        16,
+        "--depth",
+        1,
+        "--num-heads",
+        2,
+        "--vae",
+        small_vae,
+        "--device",
+        "cpu",
+    ]
+    options += ["--max-steps", 2, "--global-batch-size", 4, "--patch-size", 1, "--data-path", gone / "latents"]
+    named = [*options, "--text-encoder", "somewhere/encoder"]
+    assert call(train.main, *named, "--run-dir", tmp_path / "a") == 0
+    prompts = ["--sample-every", 1, "--sample-prompts", "a one"]
+    assert "no usable text encoder" in refused(capfd, train.main, *named, *prompts, "--run-dir", tmp_path / "b")
+    renamed = [*options, "--text-encoder", encoder_folder, "--run-dir", tmp_path / "c"]
+    assert call(train.main, *renamed, *prompts) == 0, "the same encoder at another place"
+
+
+@pytest.mark.parametrize("damage", ["missing", "texts missing", "a byte", "cut", "record"])
+def test_a_damaged_shard_is_made_again_byte_for_byte(stored, captioned, small_vae, encoder_folder, tmp_path, damage):
+    out = tmp_path / "latents"
+    shutil.copytree(stored, out)
+    texts, record = out / "texts-00001.npy", out / "shard-00001.json"
+    content = texts.read_bytes()
+    if "missing" in damage:
+        (texts if "texts" in damage else out / "shard-00001.npy").unlink()
+    elif damage == "record":
+        values = json.loads(record.read_text())
+        record.write_text(json.dumps({**values, "text_lengths": [1, *values["text_lengths"][1:]]}))
+    else:
+        texts.write_bytes(content[:-5] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    settings = StoredLatents(stored).settings
+    assert [is_complete(out, number, settings) for number in range(3)] == [True, False, True]
+    assert call(extract_latents.main, *extraction(captioned, small_vae, encoder_folder, out)) == 0
+    assert contents(out) == contents(stored)
+
+
+def test_the_number_of_processes_does_not_change_a_byte(stored, captioned, small_vae, encoder_folder, tmp_path, ranks):
+    run = ranks(extract_latents.main, extraction(captioned, small_vae, encoder_folder, tmp_path / "out"), 2)
+    assert run.wait() == [0, 0], run.text() + run.text(1)
+    assert contents(tmp_path / "out") == contents(stored)
+
+
+def test_a_bad_images_text_is_not_stored(captioned, small_vae, encoder, encoder_folder, tmp_path):
+    shutil.copytree(captioned, tmp_path / "images")
+    (tmp_path / "images/bee/1.png").write_bytes(b"no image")
+    options = extraction(tmp_path / "images", small_vae, encoder_folder, tmp_path / "out", "--skip-bad-images")
+    assert call(extract_latents.main, *options) == 0
+    dataset = StoredLatents(tmp_path / "out")
+    assert [dataset.captions.of(i)[0] for i in (4, 5, 6)] == ["a 4", "a 6", "a 6"]
+
+
+def test_mistakes_with_stored_texts_get_one_line(
+    stored, captioned, image_folder, small_vae, encoder_folder, other_encoder, tmp_path, capfd
+):
+    def extract(images, encoder, *extra):
+        shutil.copytree(stored, tmp_path / "out", dirs_exist_ok=True)
+        return refused(capfd, extract_latents.main, *extraction(images, small_vae, encoder, tmp_path / "out", *extra))
+
+    assert "has no metadata.jsonl" in extract(image_folder, encoder_folder)
+    assert "not the encoder" in extract(captioned, other_encoder)
+    assert "--text-length 16, now 9" in extract(captioned, encoder_folder, "--text-length", 9)
+    shutil.copytree(captioned, tmp_path / "images")
+    lines = (tmp_path / "images/metadata.jsonl").read_text().splitlines()
+    (tmp_path / "images/metadata.jsonl").write_text("\n".join(lines[:-1]))
+    assert "has no text of the image cat/3.png" in extract(tmp_path / "images", encoder_folder)
+    (tmp_path / "images/metadata.jsonl").write_text("\n".join([*lines, lines[0].replace("ant/0", "ant/99")]))
+    assert "names ant/99.png, which is no image" in extract(tmp_path / "images", encoder_folder)
+    (tmp_path / "images/metadata.jsonl").write_text("\n".join(lines).replace("drawn by hand", "printed"))
+    assert "with other names or texts" in extract(tmp_path / "images", encoder_folder)
+
+    options = ["--image-size", 16, "--vae", small_vae, "--device", "cpu", "--max-steps", 1, "--run-dir", tmp_path / "run"]
+    options += ["--hidden-size", 16, "--depth", 1, "--num-heads", 2, "--patch-size", 1, "--global-batch-size", 4]
+
+    def train_on(folder, encoder, *extra):
+        return refused(capfd, train.main, *options, "--data-path", folder, "--text-encoder", encoder, *extra)
+
+    assert "holds texts encoded by" in train_on(stored, other_encoder)
+    assert "--text-length 9: " in train_on(stored, encoder_folder, "--text-length", 9)
+    without = tmp_path / "without"
+    command = extraction(captioned, small_vae, encoder_folder, without)
+    assert (
+        call(extract_latents.main, *[word for i, word in enumerate(command) if "--text" not in f"{word}{command[i - 1]}"])
+        == 0
+    )
+    assert "text" not in (without / "index.json").read_text() + (without / "shard-00000.json").read_text()
+    assert "holds no texts; extract the latents again" in train_on(without, encoder_folder)
+    content = json.loads((stored / "images.json").read_text())
+    index = json.loads((stored / "index.json").read_text())
+    for change in (
+        {"texts": content["texts"][1:]},
+        {"texts": [["x"]] * 12},
+        {"text_lengths": [[1]] * 3},
+        {"texts": [[""]] * 12},
+    ):
+        damaged_folder = tmp_path / f"damaged{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(stored, damaged_folder)
+        (damaged_folder / "images.json").write_text(json.dumps({**content, **change}))
+        crc32 = f"{zlib.crc32((damaged_folder / 'images.json').read_bytes()):08x}"
+        (damaged_folder / "index.json").write_text(json.dumps({**index, "images_json_crc32": crc32}))
+        assert "images.json: missing or damaged" in train_on(damaged_folder, encoder_folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def drawing(checkpoint, output, *prompts):
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    return ["--ckpt", checkpoint, *words, "--num-sampling-steps", 3, "--output", output, "--device", "cpu", "--enlarge", 8]
+
+
+def test_prompts_are_drawn_in_their_order(text_checkpoint, tmp_path, monkeypatch):
+    seen, encode = [], TextEncoder.__call__
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: seen.append(list(texts)) or encode(self, texts))
+    command = drawing(text_checkpoint, tmp_path / "a.png", "a seven", "a two")
+    assert call(sample.main, *command, "--samples-per-label", 2, "--captions", "--negative-prompt", "a one") == 0
+    assert seen == [["a one"], ["a seven", "a seven", "a two", "a two"]]
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (2 + 4 * 66, 2 + 66 + 20), "with a line for captions"
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_prompts_and_negative_prompts_count(text_checkpoint, tmp_path):
+    pictures, state = [], files.load(text_checkpoint)
+    weaker = {name: value * (0.5 if "null" not in name else 1) for name, value in state["ema"].items()}
+    files.save(text_checkpoint.with_name("guide.pt"), {**state, "ema": weaker})
+    for prompts, extra in (
+        (["a seven"], []), (["a two"], []), (["a seven"], ["--negative-prompt", "a one"]),
+        (["a seven"], ["--cfg-scale", 1]), (["a seven"], ["--guide-ckpt", text_checkpoint.with_name("guide.pt")]),
+        (["a seven"], []),
+    ):  # fmt: skip
+        assert call(sample.main, *drawing(text_checkpoint, tmp_path / "a.png", *prompts), *extra) == 0
+        pictures.append(pixels(tmp_path / "a.png").tobytes())
+    assert len(set(pictures)) == 5
+    assert pictures[0] == pictures[-1]
+
+
+def test_the_pipeline_takes_prompts_from_python(text_checkpoint):
+    sampler, compute = SamplerConfig(num_sampling_steps=2), ComputeConfig(device="cpu")
+    pipeline = Pipeline.load(text_checkpoint, sampler, GuidanceConfig(cfg_scale=2.0), compute, prompts=["a seven", "a two"])
+    noise = pipeline.noise(0, range(2))
+    images = pipeline([1, 0], *noise)
+    y = pipeline.text_encoder(["a two", "a seven"])
+    assert torch.equal(images, pipeline(y, *noise))
+    text = TextConfig(negative_prompt="a one")
+    prompts = ["a seven", "a two"]
+    negative = Pipeline.load(text_checkpoint, sampler, GuidanceConfig(cfg_scale=2.0), compute, text=text, prompts=prompts)
+    assert (negative([1, 0], *noise) - images).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_set_takes_its_prompts_in_turn(text_checkpoint, tmp_path, capfd, suffix):
+    prompts = ["a seven", "a two", "a zero"]
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text("\n".join(prompts if suffix == ".txt" else (json.dumps({"text": text}) for text in prompts)))
+    command = ["--ckpt", text_checkpoint, "--num-fid-samples", 5, "--per-proc-batch-size", 2, "--device", "cpu"]
+    command += ["--num-sampling-steps", 2, "--sample-dir", tmp_path, "--folder", "set", "--prompts", path]
+    assert call(sample_ddp.main, *command) == 0
+    with np.load(tmp_path / "set.npz") as found:
+        assert found["arr_1"].tolist() == [0, 1, 2, 0, 1]
+        images = found["arr_0"]
+    pipeline = Pipeline.load(
+        text_checkpoint,
+        SamplerConfig(num_sampling_steps=2),
+        GuidanceConfig(),
+        ComputeConfig(device="cpu"),
+        prompts=["a two"],
+    )
+    alone = pipeline.to_pixels(pipeline([0], *pipeline.noise(0, [4])))[0]
+    assert np.abs(alone.astype(int) - images[4]).max() <= 1, "image 4 has the second prompt"
+    assert call(sample_ddp.main, *command) == 0, "the same command again has nothing left to do"
+    path.write_text(path.read_text().replace("two", "six"))
+    capfd.readouterr()
+    assert "its images were made with --prompts" in refused(capfd, sample_ddp.main, *command)
+
+
+def test_the_page_draws_what_sample_draws(text_checkpoint, tmp_path):
+    assert web.class_choices(str(text_checkpoint)) == ([], [])
+    values = {
+        "ckpt": str(text_checkpoint), "labels": [], "prompt": "a seven\n\n a two ", "samples_per_label": 2,
+        "interpolate": False, "cfg_scale": 3.0, "sampler": "ddpm", "num_sampling_steps": 3, "seed": 4,
+    }  # fmt: skip
+    artist = web.Artist()
+    for changes in ({}, {"prompt": "a nine"}):
+        config = web.page_config({**values, **changes}, ComputeConfig(device="cpu"))
+        *_, (config, _, images, captions) = artist.draw(config)
+        assert captions == (["a nine"] * 2 if changes else ["a seven", "a seven", "a two", "a two"])
+        _, _, *words = shlex.split(web.command(config))
+        assert call(sample.main, *words, "--output", tmp_path / "a.png") == 0
+        assert np.array_equal(np.asarray(web.draw_grid(config, images, captions)), pixels(tmp_path / "a.png"))
+    path, _, _ = web.write_pictures(tmp_path, config, images, captions)
+    assert web.read_settings(path) == {**values, "prompt": "a nine"}
+    with pytest.raises(UserError, match="write Prompts for a model of texts"):
+        web.page_config({**values, "prompt": " \n"}, ComputeConfig(device="cpu"))
+
+
+def test_weights_alone_know_their_encoder(text_checkpoint, tmp_path, capfd):
+    assert call(convert.main, text_checkpoint, tmp_path / "a.safetensors") == 0
+    for ckpt, name in ((text_checkpoint, "a.png"), (tmp_path / "a.safetensors", "b.png")):
+        assert call(sample.main, *drawing(ckpt, tmp_path / name, "a seven")) == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    capfd.readouterr()
+    assert "it has --text-width 16" in refused(capfd, convert.main, text_checkpoint, tmp_path / "folder")
+
+
+def test_mistakes_in_sampling_get_one_line(
+    text_checkpoint, tiny_checkpoint, encoder_folder, other_encoder, tmp_path, capfd
+):
+    def bad(*extra, ckpt=text_checkpoint, prompts=("a seven",)):
+        return refused(capfd, sample.main, *drawing(ckpt, tmp_path / "a.png", *prompts), *extra)
+
+    assert "--prompt: " in bad(prompts=())
+    assert "--labels: " in bad("--labels", 3)
+    assert "--interpolate classes: " in bad("--interpolate", "classes")
+    assert "was trained on classes, not on texts; use --labels" in bad(ckpt=tiny_checkpoint)
+    assert "--negative-prompt: " in bad("--negative-prompt", "a", ckpt=tiny_checkpoint, prompts=())
+    assert "is not the encoder that" in bad("--text-encoder", other_encoder)
+    wide = make_encoder(tmp_path / "wide", 24)
+    assert "has tokens of width 24" in bad("--text-encoder", wide)
+    state = files.load(text_checkpoint)
+    files.save(tmp_path / "moved.pt", {**state, "args": {**state["args"], "text_encoder": "gone/encoder"}})
+    message = bad(ckpt=tmp_path / "moved.pt")
+    assert "text encoder gone/encoder, recorded in" in message
+    assert "name it with --text-encoder" in message
+    moved = drawing(tmp_path / "moved.pt", tmp_path / "a.png", "a seven")
+    assert call(sample.main, *moved, "--text-encoder", encoder_folder) == 0
+
+    (tmp_path / "empty.txt").write_text("\n")
+    command = [
+        "--sample-dir",
+        tmp_path,
+        "--folder",
+        "set",
+        "--num-fid-samples",
+        2,
+        "--device",
+        "cpu",
+        "--ckpt",
+        text_checkpoint,
+    ]
+    assert "holds no prompts" in refused(capfd, sample_ddp.main, *command, "--prompts", tmp_path / "empty.txt")
+    assert "--prompts: " in refused(capfd, sample_ddp.main, *command)
+    (tmp_path / "one.txt").write_text("a seven")
+    prompts = ["--prompts", tmp_path / "one.txt"]
+    assert "does not go with --labels" in refused(capfd, sample_ddp.main, *command, *prompts, "--balanced-labels")
+    command[-1] = tiny_checkpoint
+    assert "was trained on classes" in refused(capfd, sample_ddp.main, *command, *prompts)
