@@ -17,6 +17,7 @@ from evaluation.config import EvalConfig
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
 from training.config import (
+    PRESETS,
     ComputeConfig,
     FinetuneConfig,
     MonitorConfig,
@@ -68,7 +69,7 @@ class TrainConfig(Config):
 
 
 def main(argv=None):
-    parser = Parser(TrainConfig, __doc__)
+    parser = Parser(TrainConfig, __doc__, presets={"recipe": PRESETS})
     config = parser.parse(argv)
     signals = StopSignals()  # before the slow imports: a signal that comes during them is not lost
     with parser.report_errors():

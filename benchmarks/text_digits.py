@@ -104,13 +104,13 @@ def measure(config):
     )  # fmt: skip
     first = 0
     for kind, prompts in kinds.items():
-        drawn = []
+        drawn, numbers = [], torch.arange(config.images) * len(prompts) // config.images  # all prompts equally often
         for batch in torch.arange(config.images).split(120):
             x_T, step_noise = pipeline.noise(0, batch.tolist())
-            drawn.append(to_uint8(pipeline(first + batch % len(prompts), x_T, step_noise)))
+            drawn.append(to_uint8(pipeline(first + numbers[batch], x_T, step_noise)))
         pixels = np.concatenate(drawn).mean(axis=-1).reshape(config.images, -1) / 127.5 - 1
         found = classifier.predict(pixels)
-        wanted = np.array([prompts[i % len(prompts)][1] for i in range(config.images)])
+        wanted = np.array([prompts[number][1] for number in numbers.tolist()])
         if wanted[0] is None:
             shares = np.bincount(found, minlength=10) / config.images
             report[kind] = {"digits": int((shares > 0.01).sum()), "most_frequent": float(shares.max())}

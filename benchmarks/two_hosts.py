@@ -265,6 +265,8 @@ def wait_for_step(job, run, step):
 
 def measure(config):
     with ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that SIGTERM, too, removes the namespaces
+        stack.callback(signal.signal, signal.SIGTERM, before)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         hosts = stack.enter_context(two_hosts())
         commands = try_commands(config, hosts, folder)

@@ -21,12 +21,14 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 class Parser(argparse.ArgumentParser):
     """The parser of a command whose options are the fields of `config_class`; a nested config is a group of options.
 
-    description: the command's docstring. defaults: {field name: default} where a command's differs from the config's."""
+    description: the command's docstring. defaults: {field name: default} where a command's differs from the config's.
+    presets: {field name: {value of that field: other defaults}}, for options that stand for several."""
 
-    def __init__(self, config_class, description, defaults=None):
+    def __init__(self, config_class, description, defaults=None, presets=None):
         # abbreviations would change their meaning with every new option
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
         self.config_class, self.defaults = config_class, {**config_class.defaults(), **(defaults or {})}
+        self.presets = presets or {}
         self._add_options(config_class, self)
 
     def _add_options(self, config_class, group):
@@ -75,6 +77,9 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv=None):
         """The config of a command line. Mistakes end the process with one line and exit status 2."""
         values = vars(self.parse_args(argv))
+        for name, choices in self.presets.items():
+            self.set_defaults(**choices[values[name]])  # what the command line gives wins over them
+            values = vars(self.parse_args(argv))
         with self.report_errors():
             return self.config_class.from_flat(values)
 

@@ -17,6 +17,7 @@ from diffusion import create_diffusion, sample, samplers
 from diffusion.flow import Flow, eps_denoiser, flow_steps
 from diffusion.guidance import guided_denoiser
 from models import DiT
+from training.config import PRESETS
 
 X_T = normal("flow", 400, 1, 4, 4)
 ONE_IMAGE = ("--labels", 3, "--num-sampling-steps", 4, "--device", "cpu")
@@ -249,6 +250,20 @@ def test_a_resumed_run_with_switches_is_the_uninterrupted_one_and_can_be_drawn_f
         argv = ("--ckpt", checkpoint, *ONE_IMAGE, *extra, "--sampler", sampler, "--output", output)
         assert call(sample_command.main, *argv) == 0
         assert output.exists()
+
+
+def test_a_recipe_is_recorded_in_full_and_what_is_given_wins(tmp_path):
+    assert call(train.main, *TINY, "--recipe", "fast", "--max-steps", 1, "--run-dir", tmp_path / "fast") == 0
+    state = latest(tmp_path / "fast")
+    assert all(state["args"][name] == value for name, value in PRESETS["fast"].items())
+    assert state["model_config"]["objective"] == "flow"
+    assert "--recipe fast is --objective flow --timestep-sampling logit-normal" in (tmp_path / "fast/log.txt").read_text()
+    argv = [*TINY, "--recipe", "fast", "--objective", "diffusion", "--max-steps", 1]
+    assert call(train.main, *argv, "--run-dir", tmp_path / "mixed") == 0
+    state = latest(tmp_path / "mixed")
+    assert state["model_config"]["objective"] == "diffusion"
+    assert state["args"]["timestep_sampling"] == "logit-normal"
+    assert call(train.main, *TINY, "--max-steps", 2, "--run-dir", tmp_path / "fast") == 2  # the paper's recipe now
 
 
 def test_without_its_switch_a_resumed_run_is_refused(tmp_path, capsys):

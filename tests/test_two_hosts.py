@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_a_result_that_differs_is_a_failure(monkeypatch, capsys):
     output = capsys.readouterr()
     assert "| hail | no |" in output.out
     assert "the results differ" in output.err
+
+
+def test_sigterm_removes_the_hosts(monkeypatch):
+    if reason := two_hosts.why_not():
+        pytest.skip(reason)
+
+    def terminate(config, hosts, folder):
+        assert all(Path("/run/netns", host.name).exists() and host.settings.exists() for host in hosts)
+        made.extend(hosts)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+    made, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(two_hosts, "try_commands", terminate)
+    assert call(two_hosts.main) == 143
+    assert len(made) == 2
+    assert not any(Path("/run/netns", host.name).exists() or host.settings.exists() for host in made)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 ASK = "import socket; print(socket.gethostname(), socket.create_connection(('{}', 2950), 2).recv(9).decode())"

@@ -8,9 +8,11 @@ import torch
 from data.autoencoder import check_image_size
 from data.images import load_dataset
 from models import DiT_models
+from runtime.config import flag
 from runtime.devices import check_compile, check_memory, has_bf16, precision_warning
 from runtime.errors import UserError
 from training import finetune
+from training.config import PRESETS
 from training.trackers import check_installed
 
 
@@ -145,6 +147,9 @@ def introduce(config, trainer, dataset, session, notes):
     )
     for note in notes:
         session.log(note)
+    preset, now = PRESETS[config.recipe.recipe], config.flat()
+    if preset:
+        session.log(f"--recipe {config.recipe.recipe} is {' '.join(f'{flag(name)} {now[name]}' for name in preset)}")
     given, found = config.model.num_classes, len(dataset.classes)
     if found < given:
         session.log(f"--num-classes {given}: the data has {found} classes, so labels from {found} on are never trained")
