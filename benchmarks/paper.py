@@ -167,9 +167,10 @@ def gmacs(name):
 
 
 def below(ours, theirs):
-    """Whether a Column is lower than another by more than two standard errors of the difference."""
-    error = math.sqrt((ours.spread**2 + theirs.spread**2) / len(ours.values))
-    return theirs.mean - ours.mean > 2 * error  # False for nan, with one seed
+    """Whether a Column is lower than another by more than two standard errors of the difference; with one seed, whose noise
+    is not known, whether it is lower at all."""
+    spreads = (0, 0) if len(ours.values) == 1 else (ours.spread, theirs.spread)
+    return theirs.mean - ours.mean > 2 * math.hypot(*spreads) / math.sqrt(len(ours.values))
 
 
 def verdict(holds, of):
@@ -182,8 +183,8 @@ def compare(results, pairs):
     columns = [(results.at_end(larger), results.at_end(smaller)) for larger, smaller in pairs]
     better = sum(below(*pair) for pair in columns)
     worse = sum(below(*reversed(pair)) for pair in columns)
-    text = f"in {better} of {len(pairs)} pairs of neighbours the distance is lower by more than the noise"
-    return verdict(better, len(pairs)), f"{text}, in {worse} it is higher by more than that"
+    text = f"in {better} of {len(pairs)} pairs of neighbours the distance is lower, in {worse} it is higher"
+    return verdict(better, len(pairs)), text
 
 
 def finding_size(results):
@@ -243,7 +244,7 @@ def finding_designs(results):
     order = sorted(BLOCKS, key=lambda block: distances[block].mean)
     papers = ", ".join(row.block for row in sorted(DESIGNS, key=lambda row: row.fid))
     shown = ", ".join(f"{block} {distances[block].text('{:.2f}')}" for block in order)
-    text = f"adaln-zero is better than {better} of the 3 other designs by more than the noise: {shown}"
+    text = f"adaln-zero is better than {better} of the 3 other designs: {shown}"
     return verdict(better, 3), f"{text} (the paper's order: {papers})"
 
 
@@ -298,9 +299,12 @@ def report(results, judge, found):
     minutes = sum(row["seconds"] for row in results.rows) / 60
     text = (
         f"{len(results.rows)} runs took {minutes:.0f} minutes of processor time; on two idle cores that is half as many. "
-        f"Each model has {config.seeds} seeds; {config.samples} samples are judged, and the distance of as many real test "
-        f"images is {floor:.2f}. Noise is two standard errors.\n\n"
+        f"{config.samples} samples are judged, and the distance of as many real test images is {floor:.2f}. "
     )
+    if config.seeds > 1:
+        text += f"Each model has {config.seeds} seeds, and lower means lower by more than two standard errors.\n\n"
+    else:
+        text += "There is one seed only: its noise is not known, and what is said rests on the bare numbers.\n\n"
     text += "".join(f"- **{entry['finding']}: {entry['verdict']}.** {entry['text']}.\n" for entry in found)
     text += (
         "\n| model | width, depth | MMACs | steps | distance | paper's model | Gflops | FID-50K |\n" + "|---" * 8 + "|\n"

@@ -100,9 +100,13 @@ def explain(what, advice):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        text = re.sub(r"\[/\S*\] *", "", str(error))  # without the line of gloo's source
-        text = re.split(r"\. |\n", text)[0][:200]
-        raise LostProcessError(f"process {launched()[0]} {what} ({text}); {advice}") from None
+        raise LostProcessError(f"process {launched()[0]} {what} ({first_sentence(error)}); {advice}") from None
+
+
+def first_sentence(error):
+    """What an error of PyTorch says, in one line."""
+    text = re.sub(r"\[/\S*\] *", "", str(error) or type(error).__name__)  # without the line of gloo's source
+    return re.split(r"\. |\n", text)[0][:200]
 
 
 @contextlib.contextmanager

@@ -80,9 +80,8 @@ def test_findings_of_data_that_is_as_the_paper_says():
         return worse * 10 * gmacs**-0.3 / math.log(steps)
 
     said, found = verdicts(distance)
-    # GMACs alone decide, so the size that has made most steps is the best at every compute: the largest
-    assert said == ["holds"] * 4 + [said[4]] + ["holds"] * 3
-    assert "in 9 of 9 pairs" not in found[1]["text"]
+    assert said[:4] + said[5:] == ["holds"] * 7  # the fifth has a test of its own
+    assert "in 9 of 9 pairs of neighbours the distance is lower, in 0 it is higher" in found[0]["text"]
     assert "in 8 of 8 pairs" in found[1]["text"]
     assert "adaln-zero is better than 3 of the 3" in found[5]["text"]
     assert "at scale 2 and is" in found[7]["text"]
@@ -93,15 +92,15 @@ def test_findings_of_data_that_is_not_as_the_paper_says():
     no = "does not hold at this scale"
     assert said[:3] == [no] * 3
     assert said[5:7] == [no] * 2
-    said, found = verdicts(lambda name, steps, gmacs: 10 + gmacs)
-    assert said[:2] == [no] * 2
-    assert "in 0 of 9 pairs" in found[0]["text"]
-    assert "in 0 it is higher" in found[0]["text"]
 
 
-def test_one_seed_supports_no_finding_about_noise():
-    said, _ = verdicts(lambda name, steps, gmacs: 10 * gmacs**-0.3, seeds=1)
-    assert said[0] == said[1] == said[5] == "does not hold at this scale"
+def test_noise_counts_where_it_is_known():
+    """Differences of half a percent are within the noise of three seeds; of one seed nobody knows."""
+    said, found = verdicts(lambda name, steps, gmacs: 10 - 0.005 * math.log(gmacs))
+    assert (said[0], said[1]) == ("does not hold at this scale",) * 2
+    assert "in 0 of 9 pairs of neighbours the distance is lower, in 0 it is higher" in found[0]["text"]
+    said, _ = verdicts(lambda name, steps, gmacs: 10 - 0.005 * math.log(gmacs), seeds=1)
+    assert said[:2] == ["holds"] * 2
 
 
 def test_sizes_are_compared_at_equal_training_compute():

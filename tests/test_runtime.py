@@ -102,6 +102,12 @@ def test_a_restart_meets_no_keys_of_the_start_before():
         distributed.agree_on_attempt(server, 1, 2, patience=1)
 
 
+def test_an_error_of_pytorch_is_told_in_one_line():
+    error = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:545] Connection closed by peer [10.0.0.2]:345. This may\nbe")
+    assert distributed.first_sentence(error) == "Connection closed by peer [10.0.0.2]:345"
+    assert distributed.first_sentence(ValueError()) == "ValueError"
+
+
 def test_a_lost_process_is_one_line(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     closed = "[/src/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.2]:345. Check the logs.\nGLHF"

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from checkpoint import files as checkpoint_files
 from checkpoint.saver import BackgroundSaver
 from data.order import GlobalOrder, make_loader, next_batch
+from runtime.distributed import first_sentence
 from runtime.errors import RunError, UserError
 from training import resume
 from training.meter import Meter
@@ -57,7 +58,8 @@ class Session:
             if error is not None:
                 self.outcome = "failed"
                 if self.trainer:
-                    self.log(f"Stopped at step {step}: {str(error) or error_class.__name__}")
+                    text = str(error) if isinstance(error, UserError) else first_sentence(error)
+                    self.log(f"Stopped at step {step}: {text}")
             elif self.outcome == "finished":
                 self.log(f"Done: {step} steps, run folder {self.run_dir}")
             elif self.outcome != "failed":
