@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from tqdm import tqdm
 
@@ -296,11 +297,12 @@ def table(summary):
 
 def lower(ours, theirs):
     """Whether `ours` is lower than `theirs` by more than two standard errors of the difference; both are Columns over the
-    same noise, seed by seed. Without several seeds nothing is."""
-    if not (ours.whole and theirs.whole) or len(ours.values) < 2:
+    same noise, seed by seed. With one seed, whose noise is not known, whether it is lower at all."""
+    if not (ours.whole and theirs.whole):
         return False
     difference = Column([a - b for a, b in zip(ours.values, theirs.values, strict=True)])
-    return difference.mean < -2 * difference.spread / len(ours.values) ** 0.5
+    count = len(difference.values)
+    return difference.mean < (-2 * difference.spread / count**0.5 if count > 1 else 0)
 
 
 def best(summary, evaluations, quantity, cached):
@@ -315,7 +317,7 @@ def best(summary, evaluations, quantity, cached):
 
 def compare_caches(summary):
     """For each number of full evaluations the best cache beside the best solver, as a list of dicts; `winner` is "cache" or
-    "solver" where one is lower by more than the noise, else "neither"."""
+    "solver" where one is `lower`, else "neither"."""
     found = []
     for evaluations in sorted(set().union(*summary.values())):
         for quantity in ("frechet_distance", "error"):
@@ -328,8 +330,8 @@ def compare_caches(summary):
 
 
 def cheapest(summary):
-    """{method: (evaluations, its columns)}: of each method without a cache the fewest evaluations whose distance is not
-    higher, by more than the noise, than that of the most evaluations of the paper's sampler."""
+    """{method: (evaluations, its columns)}: of each method without a cache the fewest evaluations than whose distance that
+    of the most evaluations of the paper's sampler is not `lower`."""
     if DEFAULT not in summary:
         return {}
     target, found = summary[DEFAULT][max(summary[DEFAULT])]["frechet_distance"], {}
@@ -345,25 +347,26 @@ def report(config, judge, rows):
     """All that is to be said, as Markdown."""
     summary, count = summarise(rows), min(config.samples, len(judge.images.test))
     floor = judge.floor(count)["frechet_distance"]
+    noise = "Better means by more than two standard errors" if config.seeds > 1 else "With one seed the noise is not known"
     text = (
         f"{Path(config.data).name}: {count} images for each of {config.seeds} seeds, guidance scale {config.cfg_scale:g}. "
         f"The floor, the Fréchet distance of as many real test images, is {floor:.3f}. The "
-        f"judge recognises {100 * judge.accuracy:.1f} % of them. Seconds are of one thread for all images.\n\n"
-        f"{table(summary)}\n\nThe best cache and the best solver at equal full evaluations:\n\n"
+        f"judge recognises {100 * judge.accuracy:.1f} % of them. Seconds are of one thread for all images. "
+        f"{noise}.\n\n{table(summary)}\n\nThe best cache and the best solver at equal full evaluations:\n\n"
     )
     for row in compare_caches(summary):
         what = {"frechet_distance": "Fréchet distance", "error": "error"}[row["quantity"]]
         said = {
             "cache": "the cache is better",
             "solver": "the solver is better",
-            "neither": "no difference beyond the noise",
+            "neither": "no difference",
         }
         text += f"- {row['evaluations']} full evaluations, {what}: {row['cache']} {row['with']:.3f}, {row['solver']} "
         text += f"{row['without']:.3f}: {said[row['winner']]}.\n"
     if found := cheapest(summary):
         most = max(summary[DEFAULT])
         slowest = summary[DEFAULT][most]["seconds"].mean
-        text += f"\nFewest evaluations that are not worse, beyond the noise, than {most} of {DEFAULT}, in distance:\n\n"
+        text += f"\nFewest evaluations whose distance is not worse than that of {most} of {DEFAULT}:\n\n"
         for name, (evaluations, columns) in found.items():
             share, accuracy = slowest / columns["seconds"].mean, columns["class_accuracy"].mean
             text += f"- {name}: {evaluations}, distance {columns['frechet_distance'].mean:.3f}, class accuracy "
@@ -387,6 +390,7 @@ def plot(config, judge, rows, path):
     floor = judge.floor(min(config.samples, len(judge.images.test)))["frechet_distance"]
     for axes, label in zip(panels, ("full evaluations", "full evaluations", "processor time in seconds"), strict=True):
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="error" if axes is panels[1] else "Fréchet distance")
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
         axes.grid(alpha=0.3, which="both")
         if axes is not panels[1]:
             axes.axhline(floor, color="grey", linestyle=":", linewidth=1)

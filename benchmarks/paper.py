@@ -280,7 +280,7 @@ FINDINGS = {
     "Smaller patches, and so more tokens, are better at every size (Figure 6, bottom)": finding_tokens,
     "GMACs decide about quality (Figure 8)": finding_gmacs,
     "Models of about equal GMACs are about equally good, however they spend them (section 5)": finding_equal_gmacs,
-    "Larger models use a larger training compute better (Figure 9)": finding_training_compute,
+    "The best size grows with the training compute (Figure 9)": finding_training_compute,
     "adaLN-Zero is the best of the four block designs (Figure 5)": finding_designs,
     "More sampling steps do not make up for a smaller model (Figure 10)": finding_sampling_compute,
     "Guidance trades recall for precision, and a moderate scale has the lowest distance (Tables 2 and 3)": finding_guidance,
@@ -329,17 +329,19 @@ def line(axes, points, **style):
     axes.errorbar([*points], means, spreads, capsize=2, markersize=4, linewidth=1.3, **style)
 
 
-def finish(axes, title, xlabel, ylabel="", legend=True, log="xy"):
+def finish(axes, title, xlabel, ylabel="", legend="best", log="xy"):
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     for name in log:
         axes.set(**{f"{name}scale": "log"})
         axis = getattr(axes, f"{name}axis")
-        axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+        low, high = axis.get_view_interval()
+        subs = (1, 2, 5) if high < 300 * low else (1,)
+        axis.set(major_locator=LogLocator(subs=subs), major_formatter="{x:g}", minor_formatter=NullFormatter())
     axes.grid(color="#e6e6e6", linewidth=0.7, which="both")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc=legend)
 
 
 def draw_training(results, floor):
@@ -373,13 +375,13 @@ def draw_compute(results, floor):
             label = f"{size}/{patch if axes is ours else 2 * patch}"
             axes.errorbar(x, y, spread, color=COLORS[size], marker=PATCHES[patch], capsize=2, label=label, linestyle="")
         title = f"{title}: correlation {correlation(points[axes]):.2f}"
-        finish(axes, title, "GMACs of a forward pass", "Fréchet distance" if axes is ours else "FID-50K", False)
+        finish(axes, title, "GMACs of a forward pass", "Fréchet distance" if axes is ours else "FID-50K", None)
         axes.legend(frameon=False, fontsize=7, ncols=3)
     for size, patch in order[ours]:
         name = f"{size}/{patch}"
         curve = {results.compute(name, steps): column for steps, column in results.curves[name].items()}
         line(training, curve, color=COLORS[size], marker=PATCHES[patch], alpha=0.8)
-    finish(training, "training compute", "GMACs of all training steps, an image at a time", "Fréchet distance", False)
+    finish(training, "training compute", "GMACs of all training steps, an image at a time", "Fréchet distance", None)
     for axes in (ours, training):
         axes.axhline(floor, color="grey", linestyle=":", linewidth=1)
     return figure
@@ -412,7 +414,8 @@ def draw_findings(results, floor):
         line(others, results.guidance[quantity], marker="o", color=f"C{i}", label=quantity.replace("_", " "))
         if i:
             others.plot(scales, papers[i], "--", marker="x", color=f"C{i}", label=f"the paper's {quantity}")
-    finish(others, "guidance", "guidance scale", log="")
+    others.set(ylim=(0, 1.02))
+    finish(others, "guidance", "guidance scale", legend="lower left", log="")
     for axes in (designs, sampling, distance):
         axes.axhline(floor, color="grey", linestyle=":", linewidth=1)
     return figure

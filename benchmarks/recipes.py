@@ -37,6 +37,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 import train
@@ -397,26 +398,34 @@ def summarise(rows):
     return summary
 
 
+def groups_of_seeds(summary, name):
+    """ln(column) of each recipe that has more than one seed. Distances spread in proportion to their size, so the logarithm
+    has about the same noise for all recipes."""
+    return [np.log(c[name].values) for c in summary.values() if c[name].whole and len(c[name].values) > 1]
+
+
 def noise(summary, name):
-    """The standard deviation between seeds of ln(column), over all recipes together; nan with one seed. Distances spread in
-    proportion to their size, so the recipes have about the same one."""
-    groups = [np.log(columns[name].values) for columns in summary.values() if columns[name].whole]
-    groups = [group for group in groups if len(group) > 1]
+    """(standard deviation between seeds of ln(column), over all recipes together, its degrees of freedom); (nan, 0) with
+    one seed."""
+    groups = groups_of_seeds(summary, name)
     freedom = sum(len(group) - 1 for group in groups)
-    return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom) if freedom else math.nan
+    squares = sum(((group - group.mean()) ** 2).sum() for group in groups)
+    return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
 
 
 def verdict(summary, recipe, name):
-    """ "better" or "worse" than the baseline, where the difference of the means of ln(column) is more than two standard
-    errors of such a difference, else "same"; "diverged", or "" where nothing can be said."""
+    """The recipe is "better" or "worse" than the baseline where the difference of the means of ln(column) is outside of the
+    95 % interval of the noise (Student's t, which is wide where few runs tell the noise), else "same"; "diverged", or ""
+    where nothing can be said."""
     ours, theirs = summary[recipe][name], summary.get(BASELINE, summary[recipe])[name]
     if not ours.whole:
         return "diverged"
-    deviation = noise(summary, name)
-    if recipe == BASELINE or BASELINE not in summary or not theirs.whole or math.isnan(deviation):
+    deviation, freedom = noise(summary, name)
+    if recipe == BASELINE or BASELINE not in summary or not theirs.whole or not freedom:
         return ""
     difference = np.log(ours.values).mean() - np.log(theirs.values).mean()
-    if abs(difference) <= 2 * deviation * math.sqrt(1 / len(ours.values) + 1 / len(theirs.values)):
+    error = deviation * math.sqrt(1 / len(ours.values) + 1 / len(theirs.values))
+    if abs(difference) <= stdtrit(freedom, 0.975) * error:
         return "same"
     return "better" if difference < 0 else "worse"
 
@@ -454,13 +463,13 @@ def report(config, judge, rows):
     """All that is to be said of the runs, as Markdown."""
     count = min(config.samples, len(judge.images.test))
     floor, summary = judge.floor(count), summarise(rows)
-    deviations = ", ".join(f"{name} {100 * noise(summary, name):.1f} %" for name in JUDGED)
+    deviations = ", ".join(f"{name} {100 * noise(summary, name)[0]:.1f} %" for name in JUDGED)
     return (
         f"{Path(config.data).name}: {config.seconds:g} s a run, equal steps are {config.equal_steps()}, {count} samples of "
         f"{SAMPLING_STEPS} steps. The judge recognises {100 * judge.accuracy:.1f} % of the test images. The floor, the "
         f"Fréchet distance of {count} of these, is {floor['frechet_distance']:.2f}.\n\n{table(summary)}\n\n"
         f"Standard deviation between seeds, all recipes together: {deviations} of the distance. A recipe is called better "
-        f"or worse where the difference is more than two standard errors.\n"
+        f"or worse where the difference is outside of the 95 % interval of this noise.\n"
     )
 
 

@@ -320,7 +320,7 @@ def test_mistakes_get_one_line(undisturbed, image_folder, small_vae, tmp_path, c
         assert call(extract_latents.main, *command(images, vae, out, *extra)) == 2
         assert message in one_line(capfd)
 
-    bad("--data-path digits: they are 8x8 pixels", images="digits")
+    bad("--data-path digits: images of few pixels", images="digits")
     bad("--vae none: pixels need no encoding", vae="none")
     bad("--vae", vae=tmp_path / "nowhere")
     bad("no such folder", images=tmp_path / "nowhere")

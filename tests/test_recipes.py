@@ -262,7 +262,7 @@ def test_only_differences_beyond_the_noise_are_called_better():
     assert said == {"baseline": "", "x0": "same", "flow": "better", "rope": "worse"}
     assert recipes.verdict(summary, "flow", "equal steps") == "same"
     deviation = np.std(np.log([10, 11, 9]), ddof=1)
-    assert recipes.noise(summary, "equal time") == pytest.approx(deviation, rel=0.05)
+    assert recipes.noise(summary, "equal time") == (pytest.approx(deviation, rel=0.05), 8)
     assert summary["baseline"]["guided"].mean == pytest.approx(10 / 3), "the better scale of the two"
     text = recipes.table(summary)
     assert "| flow | 3 | 9 ± 0 | 20.00 ± 2.00 | 10.00 ± 1.00 | 5.00 ± 0.50 | 10.00 ± 1.00 |" in text
@@ -271,8 +271,10 @@ def test_only_differences_beyond_the_noise_are_called_better():
 
 def test_one_seed_has_no_noise_and_no_verdict():
     summary = recipes.summarise(make_rows([10], "baseline") + make_rows([1], "flow"))
-    assert math.isnan(recipes.noise(summary, "equal time"))
+    assert math.isnan(recipes.noise(summary, "equal time")[0])
     assert recipes.verdict(summary, "flow", "equal time") == ""
+    few = recipes.summarise(make_rows([10, 11], "baseline") + make_rows([6], "flow"))
+    assert recipes.verdict(few, "flow", "equal time") == "same", "two runs tell too little of the noise: t is 12.7"
     assert Column([1.5]).text("{:.1f}") == "1.5"
 
 
@@ -281,7 +283,7 @@ def test_a_diverged_run_spoils_its_recipe_alone():
     rows[-1]["curve"][2]["frechet_distance"] = None
     summary = recipes.summarise(rows)
     assert recipes.verdict(summary, "v", "equal time") == "diverged"
-    assert recipes.noise(summary, "equal time") == pytest.approx(np.std(np.log([10, 11]), ddof=1))
+    assert recipes.noise(summary, "equal time") == (pytest.approx(np.std(np.log([10, 11]), ddof=1)), 1)
 
 
 def test_the_time_to_the_baselines_distance_is_interpolated():

@@ -20,9 +20,11 @@ import extract_latents
 import sample
 import sample_ddp
 import train
+from benchmarks import text_cost, text_digits
 from benchmarks.text_digits import make_encoder
 from checkpoint import files
 from checkpoint.opened import Checkpoint
+from data.captions import digit_captions
 from data.stored_latents import StoredLatents, is_complete
 from data.text_encoder import TextEncoder, pad
 from diffusion.guidance import guided_denoiser
@@ -734,3 +736,33 @@ def test_mistakes_in_sampling_get_one_line(
     assert "does not go with --labels" in refused(capfd, sample_ddp.main, *command, *prompts, "--balanced-labels")
     command[-1] = tiny_checkpoint
     assert "was trained on classes" in refused(capfd, sample_ddp.main, *command, *prompts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+def test_a_model_that_draws_no_digits_misses_the_bounds(text_checkpoint, tmp_path, capfd):
+    argv = ["--ckpt", text_checkpoint, "--images", 20, "--device", "cpu", "--output", tmp_path / "a.json"]
+    assert call(text_digits.main, *argv) == 1
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report.keys() == text_digits.kinds_of_prompts().keys()
+    assert report["trained templates"]["accuracy"] < 0.5
+    assert "(bound: accuracy 0.95), MISSED" in capfd.readouterr().out
+    assert "give one of the two" in refused(capfd, text_digits.main)
+
+
+def test_unseen_templates_are_not_trained_on():
+    kinds = {kind: {prompt for prompt, _ in prompts} for kind, prompts in text_digits.kinds_of_prompts().items()}
+    trained = set(digit_captions(range(10)).texts)
+    assert kinds["trained templates"] | kinds["no digit, trained"] == trained
+    assert not (kinds["unseen templates"] | kinds["no digit, unseen"]) & trained
+    assert len(kinds["unseen templates"]) == 10 * 2 * len(text_digits.UNSEEN)
+
+
+def test_the_cost_of_texts_is_measured(capfd):
+    sizes = "--model DiT-S/2 --image-size 32 --hidden-size 16 --depth 1 --num-heads 2 --batch-size 2 --text-width 8"
+    assert call(text_cost.main, *sizes.split(), "--text-length", 6, "--repeats", 1, "--device", "cpu") == 0
+    rows = re.findall(r"(classes|texts) +([\d.]+) s a step +[\d.]+ GMACs +([\d.]+) M parameters", capfd.readouterr().out)
+    assert [name for name, *_ in rows] == ["classes", "texts"]
+    assert all(float(seconds) > 0 for _, seconds, _ in rows)
