@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import tempfile
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from cli.parser import Parser
 from diffusion.registry import SAMPLERS
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.files import reason
 from sampling.config import ComputeConfig
 
 # Small images are enlarged without smoothing; the gallery has as many columns as fit; long lines end before icons, or wrap
@@ -63,6 +65,7 @@ def serve(config):
     first = find_checkpoints(config.ckpt)[0]
     Source.open(SourceConfig(ckpt=first, vae=config.vae), compute=config.compute)  # mistakes end the command here
 
+    check_address(config)
     with tempfile.TemporaryDirectory(prefix="dit-app-") as folder:
         tempfile.tempdir = folder  # where Gradio copies pictures to, and nothing is left in the end
         import gradio as gr
@@ -77,10 +80,25 @@ def serve(config):
                 theme=theme, css=CSS, footer_links=[], max_file_size="20mb", ssr_mode=False, run_history=False,
             )  # fmt: skip
         except OSError as error:
-            port = f"--port {config.port}" if config.port else "--port"
-            raise UserError(f"--host {config.host} {port}: cannot be listened on ({str(error).split(':')[0]})") from None
+            raise cannot_listen(config, str(error).split(":")[0]) from None
         print(f"The page is at {url} (Ctrl-C stops it)", flush=True)
         page.block_thread()
+
+
+def check_address(config):
+    """Raises UserError where --host and --port cannot be listened on: Gradio would try a hundred ports first."""
+    try:
+        family, *_, address = socket.getaddrinfo(config.host, config.port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise cannot_listen(config, reason(error)) from None
+
+
+def cannot_listen(config, why):
+    port = f"--port {config.port}" if config.port else "--port"
+    return UserError(f"--host {config.host} {port}: cannot be listened on ({why})")
 
 
 def build_page(config):

@@ -209,6 +209,11 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys
         assert error.count("\n") == 1
 
 
+def test_an_address_of_another_machine_is_one_line(ckpt, capsys):
+    assert call(app.main, "--ckpt", ckpt, "--device", "cpu", "--host", "192.0.2.1") == 2  # reserved for examples
+    assert "--host 192.0.2.1 --port: cannot be listened on" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # In a browser
 
