@@ -21,7 +21,8 @@ from diffusion.registry import SAMPLERS, SPACINGS
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SOLVERS = [name for name, sampler in SAMPLERS.items() if sampler.scheduler]
-DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if sampler.is_deterministic()]
+DIFFUSIONS = [name for name, sampler in SAMPLERS.items() if not sampler.flow]  # test_recipe_options.py has those of flows
+DETERMINISTIC = [name for name in DIFFUSIONS if SAMPLERS[name].is_deterministic()]
 X_T = normal("x_T", 3, 4, 8, 8)
 STRIDES = [n for n in range(1, 1001) if 1000 % n == 0]
 
@@ -29,6 +30,11 @@ STRIDES = [n for n in range(1, 1001) if 1000 % n == 0]
 def smooth(x, t):
     """A denoiser that is neither linear nor exact, of a model that sees timesteps of the full process."""
     return stub(learn_sigma=True)(x, torch.full((len(x),), t))
+
+
+def predictor(sampler):
+    """`smooth`, or for a sampler of flows a velocity that is as smooth."""
+    return (lambda x, t: smooth(x, t)[:, :4]) if SAMPLERS[sampler].flow else smooth
 
 
 def of_images(x, t):
@@ -47,11 +53,12 @@ def recorded(denoiser, seen):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_yields_each_step_and_asks_the_denoiser_as_often_as_documented(sampler):
     seen = []
-    outs = list(sample(sampler, recorded(smooth, seen), X_T, 10))
+    outs = list(sample(sampler, recorded(predictor(sampler), seen), X_T, 10))
     assert [out["step"] for out in outs] == list(range(9, -1, -1))
     assert len(seen) == SAMPLERS[sampler].evaluations(10)
     assert seen == sorted(seen, reverse=True)
-    assert all(type(t) in (int, float) and 0 <= t <= 999 for t in seen), "t is a number, for denoisers that decide by it"
+    last = 1000 if SAMPLERS[sampler].flow else 999
+    assert all(type(t) in (int, float) and 0 <= t <= last for t in seen), "t is a number, for denoisers that decide by it"
     for out in outs:
         assert out["sample"].shape == out["pred_xstart"].shape == X_T.shape
         assert out["sample"].dtype == X_T.dtype
@@ -109,7 +116,7 @@ def test_solvers_take_a_number_of_steps_or_refuse_it(sampler, spacing, num_steps
     assert scheduler.timesteps.max() <= 999
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", DIFFUSIONS)
 def test_without_learned_variances_the_solvers_are_the_same(sampler):
     """And DDPM is as with a learned variance that says beta, the upper end of the interpolation."""
 
@@ -129,7 +136,7 @@ def test_the_registry_says_which_samplers_are_deterministic(sampler, eta):
     outs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        outs.append(samplers.last(sample(sampler, smooth, X_T, 5, eta=eta)))
+        outs.append(samplers.last(sample(sampler, predictor(sampler), X_T, 5, eta=eta)))
     assert torch.equal(*outs) == SAMPLERS[sampler].is_deterministic(eta)
 
 
@@ -285,7 +292,7 @@ def test_the_floor_is_what_the_last_step_from_the_lowest_noise_leaves():
 # Starting from an image
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", DIFFUSIONS)
 def test_strength_makes_the_last_steps_only_from_the_image_at_their_noise_level(sampler):
     image, all_seen, seen, first = 0.5 * normal("x_0", *X_T.shape), [], [], []
     list(sample(sampler, recorded(smooth, all_seen), X_T, 10))
@@ -319,7 +326,7 @@ def test_ddim_inversion_follows_the_exact_trajectory_with_order_one():
     assert errors[1] < 0.03
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", DIFFUSIONS)
 def test_inpainting_keeps_the_known_part_and_leaves_the_rest_to_the_model(sampler):
     image, mask = 0.5 * normal("x_0", *X_T.shape), torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
