@@ -54,7 +54,7 @@ demo-text: setup
 	@echo "Look at demo/text.png"
 
 test: setup
-	$(VENV)/python -m pytest -n 2
+	$(VENV)/python -m pytest -n 3
 
 lint: setup
 	$(VENV)/ruff check .
