@@ -30,7 +30,18 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.recipes import BASELINE, Column, RecipesConfig, Run, finished_runs, measure, number, open_data, run_all
+from benchmarks.recipes import (
+    BASELINE,
+    Column,
+    RecipesConfig,
+    Run,
+    finished_runs,
+    measure,
+    number,
+    open_data,
+    run_all,
+    write_results,
+)
 from checkpoint import files
 from cli.parser import Parser
 from data.autoencoder import Pixels, to_model_range
@@ -39,7 +50,7 @@ from diffusion.registry import SAMPLERS, Sampler
 from models import DiT
 from runtime.config import Config, option
 from runtime.errors import UserError
-from runtime.files import check_output, replace_file, write_errors
+from runtime.files import check_output, replace_file
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, to_uint8
 
@@ -411,12 +422,7 @@ def main(argv=None):
         jobs = [job for job in order if job not in done]
         for row in tqdm(run_all(config, jobs, measure_method), "Methods", len(jobs), disable=not jobs):
             tqdm.write(f"{row['recipe']}, seed {row['seed']}: {row['points'][-1]}")
-        rows = [row for job, row in sorted(finished_runs(config).items(), key=lambda item: item[0][1]) if job in order]
-        with write_errors(config.output):
-            text = report(config, judge, rows)
-            replace_file(Path(config.output, "table.md"), lambda file: file.write(text.encode()))
-            plot(config, judge, rows, Path(config.output, "caching.png"))
-        print(text)
+        write_results(config, judge, order, report, plot, "caching.png")
 
 
 if __name__ == "__main__":

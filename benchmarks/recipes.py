@@ -511,6 +511,17 @@ def plot(config, judge, rows, path):
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
+def write_results(config, judge, order, report, plot, picture):
+    """Print and write the table and the picture of the runs that are in `order`, by their seeds. report and plot: a
+    benchmark's own. Raises UserError where they cannot be written."""
+    rows = [row for job, row in sorted(finished_runs(config).items(), key=lambda item: item[0][1]) if job in order]
+    with write_errors(config.output):
+        text = report(config, judge, rows)
+        replace_file(Path(config.output, "table.md"), lambda file: file.write(text.encode()))
+        plot(config, judge, rows, Path(config.output, picture))
+    print(text)
+
+
 def main(argv=None):
     parser = Parser(RecipesConfig, __doc__)
     config = parser.parse(argv)
@@ -526,12 +537,7 @@ def main(argv=None):
         for row in tqdm(run_all(config, jobs), "Runs", len(jobs), disable=not jobs):
             end = at_time(row, 1.0)
             tqdm.write(f"{row['recipe']}, seed {row['seed']}: {end}")
-        rows = [row for job, row in sorted(finished_runs(config).items(), key=lambda item: item[0][1]) if job in order]
-        with write_errors(config.output):
-            text = report(config, judge, rows)
-            replace_file(Path(config.output, "table.md"), lambda file: file.write(text.encode()))
-            plot(config, judge, rows, Path(config.output, "recipes.png"))
-        print(text)
+        write_results(config, judge, order, report, plot, "recipes.png")
 
 
 if __name__ == "__main__":

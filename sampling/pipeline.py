@@ -113,7 +113,7 @@ class Pipeline:
             guide=self.guide, internal_scale=options.internal_guidance,
         )  # fmt: skip
         denoise = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")(denoise)
-        if SAMPLERS[self.sampler.sampler].flow:
+        if self.model.predict == "eps" or SAMPLERS[self.sampler.sampler].flow:
             return denoise
         return eps_denoiser(denoise, self.model.objective, self.model.predict, create_diffusion("").alphas_cumprod)
 

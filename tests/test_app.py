@@ -249,7 +249,7 @@ def url(ckpt, tmp_path_factory):
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+    if chromium is None:  # a package of the system, which `make setup` cannot install; .ci/run installs it
         pytest.skip("Chromium is not installed: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

@@ -44,6 +44,7 @@ def test_the_plan_of_a_tiny_run(dry_run):
     assert warnings == []
 
 
+# other systems give the peak of a process's whole life, which its start has raised before the steps
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux's /proc")
 REAL_STEPS = """
 import sys, torch

@@ -23,6 +23,7 @@ from training.config import ComputeConfig, RecipeConfig
 from training.meter import Meter
 from training.trainer import Trainer
 
+# each of these tests but the compiled one runs on the CPU too, so that its own code is tried everywhere
 MISSING = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA GPU here")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, MISSING])
 on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -15,7 +15,7 @@ from benchmarks import two_hosts
 
 @pytest.fixture
 def hosts():
-    if reason := two_hosts.why_not():
+    if reason := two_hosts.why_not():  # network namespaces are Linux's and need root: nothing stands in for them
         pytest.skip(reason)
     with two_hosts.two_hosts() as hosts:
         yield hosts
@@ -55,7 +55,7 @@ def test_a_result_that_differs_is_a_failure(monkeypatch, capsys):
 
 
 def test_sigterm_removes_the_hosts(monkeypatch):
-    if reason := two_hosts.why_not():
+    if reason := two_hosts.why_not():  # as for `hosts`
         pytest.skip(reason)
 
     def terminate(config, hosts, folder):

@@ -134,7 +134,10 @@ class Trainer:
         num_parts, found = self.compute.grad_accum, []
         parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, *inputs.values())), strict=True)
         for i, part in enumerate(parts, 1):
-            x_0_i, t_i, noise_i = (torch.cat([values] * (2 if self.model.aux_block else 1)) for values in part[:3])
+            targets = part[:3]
+            if self.model.aux_block:  # see `outputs`
+                targets = (torch.cat([values, values]) for values in targets)
+            x_0_i, t_i, noise_i = targets
             inputs_i = dict(zip(inputs, part[3:], strict=True))
             # DDP exchanges the last sum, not the parts; with --shard no process has room for the whole of a sum
             synchronise = self.parallel_model is self.model or i == num_parts
