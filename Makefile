@@ -1,13 +1,14 @@
 # make setup   prepare .venv (needs python3 with venv, and the network once)
 # make demo    train a small DiT on handwritten digits and draw samples: demo/samples.png
 # make demo-text    the same with captions in place of classes: demo/text.png
+# make paper    the paper's findings on a laptop, and what fewer evaluations cost: docs/paper.md; an hour on two cores
 # make test    run the tests
 PYTHON ?= python3
 VENV := .venv/bin
 # bytecode makes every start after the first several times faster
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo demo-text test lint clean
+.PHONY: setup demo demo-text paper test lint clean
 
 setup: .venv/.complete
 
@@ -52,6 +53,11 @@ demo-text: setup
 	    --samples-per-label 5 --columns 5 --enlarge 24 --captions --output demo/text.png
 	$(VENV)/python -m benchmarks.text_digits --ckpt $(TEXT)/run/checkpoints/0001500.pt
 	@echo "Look at demo/text.png"
+
+# Two runs at a time, each on one core. The same command resumes what was stopped.
+paper: setup
+	OMP_NUM_THREADS=1 $(VENV)/python -m benchmarks.paper --jobs 2
+	OMP_NUM_THREADS=1 $(VENV)/python -m benchmarks.caching --jobs 2
 
 test: setup
 	$(VENV)/python -m pytest -n 3

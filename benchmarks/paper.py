@@ -62,7 +62,7 @@ class PaperConfig(Config):
     """Options of paper.py."""
 
     seeds: int = option(3, "number of seeds", low=1, high=1000)
-    steps: int = option(640, "training steps of each run; S and B make four times and twice as many", low=4, high=10**7)
+    steps: int = option(1280, "training steps of each run; S and B make four times and twice as many", low=4, high=10**7)
     batch_size: int = option(16, "images in a training step", low=1, high=1000)
     samples: int = option(300, "images to judge, up to the 449 test images", low=20, high=449)
     jobs: int = option(2, "runs at a time, each in a process of one thread", low=1, high=1024)
