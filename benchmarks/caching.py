@@ -1,9 +1,9 @@
 """Solvers, and caches of features between steps, at equal numbers of full evaluations of the model.
 
     python -m benchmarks.caching --jobs 2
-    python -m benchmarks.caching --data /path/to/cifar10 --seconds 300 --seeds 1 --output results/caching-cifar10
+    python -m benchmarks.caching --data /path/to/cifar10 --output results/caching-cifar10
 
-Trains the baseline of benchmarks/recipes.py for --seconds, and draws with every method from the same noise. Measured are
+Trains the baseline of benchmarks/recipes.py for --steps, and draws with every method from the same noise. Measured are
 the Fréchet distance and the class accuracy of `benchmarks.judge`, and the processor time of one thread. For the methods
 that add no noise there is also the error: the root mean square difference of their pixels, in [-1, 1], from the exact
 images of the same noise, for which 150 steps of dpm-solver++ stand.
@@ -28,7 +28,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from benchmarks.recipes import (
     BASELINE,
@@ -160,7 +160,7 @@ class CachingConfig(Config):
         "test")  # fmt: skip
     methods: tuple[str, ...] | None = option(None, "methods to measure (default: all)", choices=tuple(METHODS),
         metavar="NAME")  # fmt: skip
-    seconds: float = option(90.0, "training time of the model", above=0, high=1e6)
+    steps: int = option(2000, "training steps of the model", low=4, high=10_000_000)
     flags: str | None = option(None, "further options of train.py for the model, in quotes (default: none)",
         metavar="'--OPTION VALUE ...'")  # fmt: skip
     image_size: int = option(32, "side of the images of a folder in pixels", low=4, high=512)
@@ -173,7 +173,7 @@ class CachingConfig(Config):
     @property
     def recipe(self):
         """The config of the model's training."""
-        names = ("data", "seconds", "flags", "image_size", "output")
+        names = ("data", "steps", "flags", "image_size", "output")
         return RecipesConfig(**{name: getattr(self, name) for name in names})
 
     @property
@@ -183,7 +183,7 @@ class CachingConfig(Config):
     def record(self, name, seed):
         """What the numbers of a method depend on: those with an equal record are not measured again."""
         method = METHODS[name]
-        model = {"model": self.recipe.record(BASELINE, 0)["flags"], "seconds_of_training": self.seconds}
+        model = {"model": self.recipe.text(BASELINE), "steps_of_training": self.steps}
         method = {"cache": method.cache and [*method.cache], "evaluations": [*method.evaluations]}
         return {"recipe": name, "seed": seed, **model, **method, "samples": self.samples, "cfg_scale": self.cfg_scale}
 
@@ -191,15 +191,13 @@ class CachingConfig(Config):
 def open_model(config, images):
     """The model, in eval mode: trained where the folder has none. Raises UserError where it has another one."""
     path, record = os.path.join(config.output, "model.pt"), config.record(DEFAULT, 0)
-    record = {name: record[name] for name in ("model", "seconds_of_training")}
+    record = {name: record[name] for name in ("model", "steps_of_training")}
     if not os.path.exists(path):
         run = Run(config.recipe, images, BASELINE, seed=0)
-        with tqdm(total=round(config.seconds), desc="Training", unit="s") as bar:
-            while run.seconds < config.seconds:
-                run.step()
-                bar.update(round(run.seconds) - bar.n)
+        for _ in trange(config.steps, desc="Training", unit="step"):
+            run.step()
         model = run.trainer.ema.module
-        files.save(path, {"config": model.config, "weights": model.state_dict(), "steps": run.trainer.steps_made, **record})
+        files.save(path, {"config": model.config, "weights": model.state_dict(), **record})
     state = files.load(path, mmap=False)
     if {**state, **record} != state:
         raise UserError(f"{path}: was trained in another way; remove the file, or name another --output")

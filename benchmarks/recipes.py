@@ -1,17 +1,16 @@
 """Training recipes, compared fairly: equal time and equal steps, the same data and model, several seeds.
 
-    python -m benchmarks.recipes --data digits --seconds 45 --jobs 2 --output results/recipes-digits
-    python -m benchmarks.recipes --data /path/to/cifar10 --seconds 150 --jobs 2 --output results/recipes-cifar10
-    python -m benchmarks.recipes --data /path/to/cifar10 --device cuda --seconds 600 --steps 5000 \
+    python -m benchmarks.recipes --data digits --jobs 2 --output results/recipes-digits
+    python -m benchmarks.recipes --data /path/to/cifar10 --jobs 2 --output results/recipes-cifar10
+    python -m benchmarks.recipes --data /path/to/cifar10 --device cuda --steps 5000 \
         --flags="--hidden-size 384 --depth 12 --num-heads 6 --patch-size 2 --global-batch-size 256 --lr 1e-4"
 
 A recipe is a set of train.py's options. Every run is train.py's own training step on data that is in memory, and the
 averaged weights are judged by `benchmarks.judge`, with 10 steps of dpm-solver++. One run serves both comparisons: it is
-judged at a quarter, half and all of the time, and at a number of steps.
+judged after --steps steps, and when it has taken a quarter, half and all of the time that the baseline takes for --steps.
 
-On a CPU time is the processor time of one thread (`time.process_time`), not the clock's, so that two runs side by side on
-two cores, or a machine that does other things too, give the same result; on a GPU it is the clock's. What the judge takes
-is not counted.
+How long a recipe's step takes, relative to the baseline's, is measured first, with all recipes in turns (`costs.json`). Its
+share of the time is then a number of steps, so that a machine that does other things too gives the same results.
 
 The folder --output gets a JSON line for each run (`runs.jsonl`), pictures of samples, and at the end a table and a plot.
 The same command does the runs that are missing. They are in the order of the seeds, so that a benchmark that is stopped has
@@ -27,6 +26,7 @@ import math
 import multiprocessing
 import os
 import shlex
+import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from scipy.special import stdtrit
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 import train
 from benchmarks.judge import Judge, RealImages
@@ -51,14 +51,14 @@ from runtime import distributed
 from runtime.config import Config, option
 from runtime.devices import has_bf16
 from runtime.errors import UserError
-from runtime.files import check_output, replace_file, write_errors
+from runtime.files import check_output, replace_file, write_errors, write_json
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.grid import draw_grid, write_picture
 from sampling.pipeline import Pipeline, to_uint8
 from training import finetune, setup
 from training.trainer import Trainer
 
-# {end}: the last block but one, {middle}: the block in the middle, {late}: three quarters of the steps
+# {end}: the last block but one, {middle}: the block in the middle, {late}: three quarters of --steps
 RECIPES = {
     "baseline": "",  # the paper's
     "route": "--route 1 {end} 0.5",
@@ -73,13 +73,14 @@ RECIPES = {
     "qk-norm": "--qk-norm",
     "rope": "--rope",
     # combinations
-    "v, logit-normal, rope": "--predict v --timestep-sampling logit-normal --rope",
+    "logit-normal, rope": "--timestep-sampling logit-normal --rope",
     "flow, logit-normal, rope": "--objective flow --timestep-sampling logit-normal --rope",
     "flow, logit-normal, rope, route": "--objective flow --timestep-sampling logit-normal --rope "
     "--route 1 {end} 0.5 --route-until {late}",
 }
 BASELINE = "baseline"
-TIMES = (0.25, 0.5, 1.0)  # when a run is judged, as shares of --seconds; and once at the equal number of steps
+TIMES = (0.25, 0.5, 1.0)  # when a run is judged, as shares of the baseline's time; and once after --steps steps
+ROUNDS, ROUND_STEPS = 9, 3  # in which the steps of the recipes are timed in turns
 GUIDANCE_SCALES, INTERNAL_SCALES = (1.5, 3.0), (1.25, 1.75)
 SAMPLING_STEPS, SAMPLING_BATCH = 10, 250
 BOUND_IMAGES, BOUND_TIMESTEPS = 32, 100
@@ -88,19 +89,18 @@ GRID = 80  # images in a picture of samples
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on a kind of data. rate: about as many steps a second as the baseline makes on one core, from which
-    the steps of a run follow. flags: options of train.py, of all recipes."""
+    """What is trained on a kind of data. steps: of the baseline. flags: options of train.py, of all recipes."""
 
     image_size: int
-    rate: float
+    steps: int
     flags: str
 
 
 COMMON = "--vae none --ema-warmup"
 SETTINGS = {
-    "digits": Setting(8, 24, "--hidden-size 96 --depth 4 --num-heads 4 --patch-size 2 --global-batch-size 32 --lr 4e-3"),
-    "mnist": Setting(28, 2, "--hidden-size 160 --depth 6 --num-heads 4 --patch-size 4 --global-batch-size 64 --lr 1e-3"),
-    "folder": Setting(32, 9, "--hidden-size 128 --depth 4 --num-heads 4 --patch-size 4 --global-batch-size 16 --lr 4e-3"),
+    "digits": Setting(8, 720, "--hidden-size 96 --depth 4 --num-heads 4 --patch-size 2 --global-batch-size 32 --lr 4e-3"),
+    "mnist": Setting(28, 1200, "--hidden-size 160 --depth 6 --num-heads 4 --patch-size 7 --global-batch-size 64 --lr 2e-3"),
+    "folder": Setting(32, 800, "--hidden-size 256 --depth 4 --num-heads 4 --patch-size 4 --global-batch-size 32 --lr 2e-3"),
 }
 
 
@@ -112,9 +112,8 @@ class RecipesConfig(Config):
         "test")  # fmt: skip
     recipes: tuple[str, ...] | None = option(None, "recipes to run (default: all)", choices=tuple(RECIPES), metavar="NAME")
     seeds: int = option(3, "number of seeds", low=1, high=1000)
-    seconds: float = option(45.0, "training time of a run", above=0, high=1e6)
-    steps: int | None = option(None, "training steps of the comparison at equal steps (default: about as many as the "
-        "baseline makes in that time on one core)", low=4, high=10_000_000)  # fmt: skip
+    steps: int | None = option(None, "training steps of the baseline, whose time is that of all recipes (default: by the "
+        "data)", low=4, high=10_000_000)  # fmt: skip
     samples: int = option(500, "images to judge; if there are fewer test images, as many as those", low=20, high=100_000)
     jobs: int = option(1, "runs at a time, each in a process of one thread", low=1, high=1024)
     flags: str | None = option(None, "further options of train.py for every recipe, such as the sizes of the model, in "
@@ -127,25 +126,85 @@ class RecipesConfig(Config):
     def setting(self):
         return SETTINGS.get(self.data, dataclasses.replace(SETTINGS["folder"], image_size=self.image_size))
 
+    @property
     def equal_steps(self):
-        return self.steps or max(4, round(self.seconds * self.setting.rate))
+        return self.steps or self.setting.steps
 
-    def words(self, recipe):
+    @property
+    def late(self):
+        return 3 * self.equal_steps // 4
+
+    def words(self, recipe, late=None):
         """The options of train.py that make up a recipe."""
         setting = self.setting
         given = shlex.split(f"{COMMON} {setting.flags} {self.flags or ''}")
         depth = int(dict(itertools.pairwise(given))["--depth"])
-        places = {"end": depth - 1, "middle": depth // 2, "late": 3 * self.equal_steps() // 4}
+        places = {"end": depth - 1, "middle": depth // 2, "late": late or self.late}
         fixed = ["--data-path", self.data, "--image-size", str(setting.image_size), "--device", self.device]
         return [*fixed, *given, *shlex.split(RECIPES[recipe].format(**places))]
 
+    def text(self, recipe):
+        """The options of a recipe as text, in which the folder of the data has its name alone: it may lie elsewhere."""
+        words = self.words(recipe)
+        return " ".join([words[0], Path(self.data).name, *words[2:]])
+
+    def judged_at(self, recipe):
+        """[(unit, mark, steps)]: after how many steps a recipe is judged: at shares of the time, and at --steps."""
+        costs = read_costs(self.output)[recipe]
+        times = [("time", share, steps_in(share * self.equal_steps, *costs, self.late)) for share in TIMES]
+        return [*times, ("steps", self.equal_steps, self.equal_steps)]
+
     def record(self, recipe, seed):
         """What a run's numbers depend on: runs with an equal record are not repeated."""
-        words, names = self.words(recipe), ("seconds", "samples")
-        words[1] = Path(self.data).name  # the same data may lie elsewhere
-        return {"recipe": recipe, "seed": seed, "flags": " ".join(words), "equal_steps": self.equal_steps()} | {
-            name: getattr(self, name) for name in names
-        }
+        judged_at = [list(mark) for mark in self.judged_at(recipe)]
+        return {"recipe": recipe, "seed": seed, "flags": self.text(recipe), "judged_at": judged_at, "samples": self.samples}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The time of a step
+
+
+def steps_in(time, cost, cost_after, late):
+    """How many steps a recipe makes in the time that the baseline takes for `time` steps. cost, cost_after: of its steps
+    before and after step `late`, relative to the baseline's."""
+    steps = time / cost if time <= late * cost else late + (time - late * cost) / cost_after
+    return max(1, round(steps))
+
+
+def read_costs(folder):
+    """{recipe: (cost, cost_after)} of costs.json, as of `steps_in`; empty where there is no such file."""
+    path = Path(folder, "costs.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def measure_costs(config, images, recipes):
+    """Time the steps of the recipes in turns, and add them to costs.json: medians over the rounds of the ratios to the
+    baseline's step in the same round. On a CPU the time is the processor time of one thread, on a GPU the clock's."""
+    lates = {(recipe, late): late for recipe in recipes for late in ((10**6, 1) if has_late(recipe) else (None,))}
+    runs = {key: Run(config, images, key[0], 0, late) for key, late in lates.items()}
+    reference, found = Run(config, images, BASELINE, 0), {key: [] for key in runs}
+    for i in trange(ROUNDS + 1, desc="Timing the steps", unit="round"):
+        first = time_steps(reference)
+        seconds = {key: time_steps(run) for key, run in runs.items()}
+        mean = (first + time_steps(reference)) / 2
+        for key in runs if i else ():  # the first round warms up
+            found[key].append(seconds[key] / mean)
+    costs = read_costs(config.output)
+    for recipe in recipes:
+        parts = [statistics.median(found[key]) for key in runs if key[0] == recipe]
+        costs[recipe] = [1.0, 1.0] if recipe == BASELINE else [parts[0], parts[-1]]
+    write_json(Path(config.output, "costs.json"), costs)
+
+
+def has_late(recipe):
+    return "{late}" in RECIPES[recipe]
+
+
+def time_steps(run):
+    start = run.clock()
+    for _ in range(ROUND_STEPS):
+        run.step()
+    return run.clock() - start
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,10 +212,10 @@ class RecipesConfig(Config):
 
 
 class Run:
-    """The training of one recipe with one seed. `seconds`: the time that the steps have taken so far."""
+    """The training of one recipe with one seed. late: of the config unless given."""
 
-    def __init__(self, config, images, recipe, seed):
-        words = [*config.words(recipe), "--num-classes", str(len(images.classes)), "--global-seed", str(seed)]
+    def __init__(self, config, images, recipe, seed, late=None):
+        words = [*config.words(recipe, late), "--num-classes", str(len(images.classes)), "--global-seed", str(seed)]
         options, _ = finetune.resolve(Parser(train.TrainConfig, "").parse(words))
         context = distributed.setup(config.device)
         options = setup.resolve_precision(options, context.device)
@@ -164,7 +223,7 @@ class Run:
         self.space, self.precision = Pixels(images.train.shape[1]), options.compute.precision
         model = setup.build_model(options, self.space)
         self.trainer = Trainer(options.recipe, options.compute, context, model, self.space, self.precision)
-        self.on_gpu, self.seconds, self.batches = context.device.type == "cuda", 0.0, self.endless_batches()
+        self.on_gpu, self.batches = context.device.type == "cuda", self.endless_batches()
 
     def endless_batches(self):
         """train.py's batches, in its order and with its flips, without its data workers."""
@@ -184,10 +243,7 @@ class Run:
         return time.process_time()
 
     def step(self):
-        start = self.clock()
-        loss = self.trainer.step(next(self.batches)).losses["loss"].mean()
-        self.seconds += self.clock() - start
-        return loss
+        return self.trainer.step(next(self.batches)).losses["loss"].mean()
 
     @torch.no_grad()
     def draw(self, count, cfg_scale=1.0, internal_guidance=1.0, sampler=None):
@@ -236,41 +292,38 @@ def measure(judge, images, labels):
 
 def train_and_judge(config, images, judge, recipe, seed):
     """Train a recipe with a seed. Returns the dict that is a line of runs.jsonl, and the images of a picture, or None."""
-    run, count, losses = Run(config, images, recipe, seed), min(config.samples, len(images.test)), []
-    marks = [("seconds", share * config.seconds) for share in TIMES] + [("steps", config.equal_steps())]
-    curve, end = [], {}
-    while marks:
-        losses.append(run.step())
-        reached = {"seconds": run.seconds, "steps": run.trainer.steps_made}
-        due = [(unit, mark) for unit, mark in marks if reached[unit] >= mark]
-        if due:
+    run, count, losses, curve = Run(config, images, recipe, seed), min(config.samples, len(images.test)), [], []
+    marks = sorted(config.judged_at(recipe), key=lambda mark: mark[2])
+    end, numbers, sample = {}, None, None
+    for unit, mark, steps in marks:
+        if run.trainer.steps_made < steps or numbers is None:
+            while run.trainer.steps_made < steps:
+                losses.append(run.step())
             sample, labels = run.draw(count)
-            numbers = measure(judge, sample, labels)
-            curve += [{"unit": unit, "mark": mark, **reached, **numbers} for unit, mark in due]
-            marks = [mark for mark in marks if mark not in due]
-            if ("seconds", config.seconds) in due:
-                end = finish(run, judge, sample, count)
-                end["loss"] = number(torch.stack(losses[-50:]).mean().item())
-    picture = end.pop("picture")
+            numbers = {"steps": steps, **measure(judge, sample, labels), "guided": guided(run, judge, count)}
+        curve.append({"unit": unit, "mark": mark, **numbers})
+        if (unit, mark) == ("time", 1.0):
+            memorised = None if sample is None else judge.memorised(sample)
+            end = {"memorised": memorised, "bits_per_dimension": run.bits_per_dimension()}
+            end["loss"] = number(torch.stack(losses[-50:]).mean().item())
+            scale = best_scale(numbers["guided"], "cfg_scale")
+            picture = sample if scale is None else run.draw(count, cfg_scale=scale["cfg_scale"])[0]
     parameters = sum(p.numel() for p in run.trainer.model.parameters())
     return {**config.record(recipe, seed), "parameters": parameters, "curve": curve, **end}, picture
 
 
-def finish(run, judge, sample, count):
-    """What is measured at the end of the time, beside the sample without guidance: guidance of several scales, internal
-    guidance where the model has it, bits per dimension, memorised images. `picture`: images at the best scale."""
+def guided(run, judge, count):
+    """What the judge says with guidance of several scales, and with internal guidance where the model has it: a list."""
     scales = [{"cfg_scale": scale} for scale in GUIDANCE_SCALES]
     if run.trainer.model.aux_block:
         scales += [{"internal_guidance": scale} for scale in INTERNAL_SCALES]
-    guided, best, picture = [], math.inf, sample
-    for scale in scales:
-        images, labels = run.draw(count, **scale)
-        guided.append({**scale, **measure(judge, images, labels)})
-        if images is not None and guided[-1]["frechet_distance"] < best:
-            best, picture = guided[-1]["frechet_distance"], images
-    memorised = None if sample is None else judge.memorised(sample)
-    bits = run.bits_per_dimension()
-    return {"guided": guided, "memorised": memorised, "bits_per_dimension": bits, "picture": picture}
+    return [{**scale, **measure(judge, *run.draw(count, **scale))} for scale in scales]
+
+
+def best_scale(entries, name):
+    """The entry of the least distance among those of a sweep of `name`, or None."""
+    entries = [entry for entry in entries if name in entry and entry["frechet_distance"] is not None]
+    return min(entries, key=lambda entry: entry["frechet_distance"], default=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,18 +386,17 @@ def run_all(config, jobs, work=None):
 
 
 def at_time(row, share):
-    """The entry of a run's curve at this share of its time."""
-    return [entry for entry in row["curve"] if entry["unit"] == "seconds"][TIMES.index(share)]
+    """The entry of a run's curve at this share of the time."""
+    return next(entry for entry in row["curve"] if entry["unit"] == "time" and entry["mark"] == share)
 
 
 def at_equal_steps(row):
     return next(entry for entry in row["curve"] if entry["unit"] == "steps")
 
 
-def best_guided(row, name):
-    """The entry of the least distance among those of a run's sweep of `name`, or None."""
-    entries = [entry for entry in row["guided"] if name in entry and entry["frechet_distance"] is not None]
-    return min(entries, key=lambda entry: entry["frechet_distance"], default=None)
+def best(entry, name, quantity="frechet_distance"):
+    """A quantity of an entry of a curve at the best scale of `name`, or None."""
+    return (best_scale(entry["guided"], name) or {}).get(quantity)
 
 
 COLUMNS = {  # of the table: how a run's value is found, and its format
@@ -354,13 +406,19 @@ COLUMNS = {  # of the table: how a run's value is found, and its format
     "equal time": (lambda row: at_time(row, 1.0)["frechet_distance"], "{:.2f}"),
     "equal steps": (lambda row: at_equal_steps(row)["frechet_distance"], "{:.2f}"),
     "class accuracy": (lambda row: at_time(row, 1.0)["class_accuracy"], "{:.3f}"),
-    "guided": (lambda row: (best_guided(row, "cfg_scale") or {}).get("frechet_distance"), "{:.2f}"),
-    "guided accuracy": (lambda row: (best_guided(row, "cfg_scale") or {}).get("class_accuracy"), "{:.3f}"),
-    "internal guidance": (lambda row: (best_guided(row, "internal_guidance") or {}).get("frechet_distance"), "{:.2f}"),
+    "guided, 1/4 of the time": (lambda row: best(at_time(row, 0.25), "cfg_scale"), "{:.2f}"),
+    "guided, 1/2": (lambda row: best(at_time(row, 0.5), "cfg_scale"), "{:.2f}"),
+    "guided": (lambda row: best(at_time(row, 1.0), "cfg_scale"), "{:.2f}"),
+    "guided accuracy": (lambda row: best(at_time(row, 1.0), "cfg_scale", "class_accuracy"), "{:.3f}"),
+    "internal guidance": (lambda row: best(at_time(row, 1.0), "internal_guidance"), "{:.2f}"),
     "bits per dimension": (lambda row: row["bits_per_dimension"], "{:.2f}"),
     "memorised": (lambda row: row["memorised"], "{:.3f}"),
 }
 JUDGED = ("equal time", "equal steps", "guided")  # the columns whose differences from the baseline are judged
+CURVES = {  # the columns of a quarter, half and all of the time
+    "equal time": ("distance, 1/4 of the time", "1/2", "equal time"),
+    "guided": ("guided, 1/4 of the time", "guided, 1/2", "guided"),
+}
 
 
 @dataclass
@@ -430,11 +488,12 @@ def verdict(summary, recipe, name):
     return "better" if difference < 0 else "worse"
 
 
-def time_to_baseline(summary, recipe):
+def time_to_baseline(summary, recipe, name):
     """The share of the time at which the recipe's mean distance is the baseline's final one, interpolated between the
-    judged times in ln(distance) over ln(time), as text: "-" where it is not reached, "<" where it was at the first one."""
-    columns = [summary[recipe][name] for name in ("distance, 1/4 of the time", "1/2", "equal time")]
-    target = summary[BASELINE]["equal time"].mean if BASELINE in summary else math.nan
+    judged times in ln(distance) over ln(time), as text: "-" where it is not reached, "<" where it was at the first one.
+    name: of `CURVES`."""
+    columns = [summary[recipe][column] for column in CURVES[name]]
+    target = summary[BASELINE][name].mean if BASELINE in summary else math.nan
     means = [column.mean for column in columns]
     if means[0] <= target:
         return f"< {TIMES[0]:g}"
@@ -445,15 +504,17 @@ def time_to_baseline(summary, recipe):
     return "-"
 
 
-def table(summary):
-    """The table as Markdown."""
+def table(summary, costs):
+    """The table as Markdown. costs: as of `read_costs`."""
     shown = [name for name in COLUMNS if any(columns[name].whole for columns in summary.values())]
-    head = ["recipe", "runs", *shown, "share of the time to the baseline's distance"]
+    head = ["recipe", "runs", "time of a step", *shown]
+    head += [f"{name}: share of the time to the baseline's" for name in CURVES]
     head += [f"{name}: verdict" for name in JUDGED]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for recipe, columns in summary.items():
         cells = [columns[name].text(COLUMNS[name][1]) for name in shown]
-        cells = [recipe, str(len(columns["steps"].values)), *cells, time_to_baseline(summary, recipe)]
+        cells = [recipe, str(len(columns["steps"].values)), f"{costs[recipe][0]:.2f}", *cells]
+        cells += [time_to_baseline(summary, recipe, name) for name in CURVES]
         cells += [verdict(summary, recipe, name) for name in JUDGED]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -465,9 +526,10 @@ def report(config, judge, rows):
     floor, summary = judge.floor(count), summarise(rows)
     deviations = ", ".join(f"{name} {100 * noise(summary, name)[0]:.1f} %" for name in JUDGED)
     return (
-        f"{Path(config.data).name}: {config.seconds:g} s a run, equal steps are {config.equal_steps()}, {count} samples of "
-        f"{SAMPLING_STEPS} steps. The judge recognises {100 * judge.accuracy:.1f} % of the test images. The floor, the "
-        f"Fréchet distance of {count} of these, is {floor['frechet_distance']:.2f}.\n\n{table(summary)}\n\n"
+        f"{Path(config.data).name}: {config.equal_steps} steps of the baseline, {count} samples of {SAMPLING_STEPS} steps. "
+        f"The judge recognises {100 * judge.accuracy:.1f} % of the test images. The floor, the "
+        f"Fréchet distance of {count} of these, is {floor['frechet_distance']:.2f}.\n\n"
+        f"{table(summary, read_costs(config.output))}\n\n"
         f"Standard deviation between seeds, all recipes together: {deviations} of the distance. A recipe is called better "
         f"or worse where the difference is outside of the 95 % interval of this noise.\n"
     )
@@ -481,10 +543,10 @@ def plot(config, judge, rows, path):
     floor = judge.floor(min(config.samples, len(judge.images.test)))["frechet_distance"]
     colours = {recipe: "black" if recipe == BASELINE else colormaps["tab20"](i % 20) for i, recipe in enumerate(summary)}
     for i, (recipe, columns) in enumerate(summary.items()):
-        of_time = [columns[name] for name in ("distance, 1/4 of the time", "1/2", "equal time")]
-        seconds = [share * config.seconds * 1.01 ** (i - len(summary) / 2) for share in TIMES]  # the bars side by side
+        of_time = [columns[name] for name in CURVES["equal time"]]
+        times = [share * 1.01 ** (i - len(summary) / 2) for share in TIMES]  # the bars side by side
         curves.errorbar(
-            seconds, [c.mean for c in of_time], [c.spread for c in of_time], marker="o", markersize=3, capsize=2,
+            times, [c.mean for c in of_time], [c.spread for c in of_time], marker="o", markersize=3, capsize=2,
             color=colours[recipe], label=recipe, linewidth=2 if recipe == BASELINE else 1, zorder=3 - (i > 0),
         )  # fmt: skip
         for name, marker in zip(JUDGED, "os^", strict=True):
@@ -494,8 +556,8 @@ def plot(config, judge, rows, path):
                 column.mean, place, xerr=column.spread, marker=marker, color=colours[recipe], markerfacecolor=filled,
                 capsize=2, linestyle="", label=name if i == 0 else None,
             )  # fmt: skip
-    curves.set(xscale="log", yscale="log", xlabel="training time in seconds", ylabel="Fréchet distance")
-    curves.set_xticks([share * config.seconds for share in TIMES], [f"{share * config.seconds:g}" for share in TIMES])
+    curves.set(xscale="log", yscale="log", xlabel="share of the baseline's training time", ylabel="Fréchet distance")
+    curves.set_xticks(TIMES, map(str, TIMES))
     final.set(xscale="log", xlabel="Fréchet distance", yticks=[-i for i in range(len(summary))], yticklabels=[*summary])
     means = [columns[name].mean for columns in summary.values() for name in JUDGED if columns[name].whole]
     if means and floor > min(means) / 3:  # further away it would take most of the room
@@ -531,7 +593,9 @@ def main(argv=None):
         order = [(recipe, seed) for seed in range(config.seeds) for recipe in config.recipes or RECIPES]
         for recipe in dict.fromkeys(recipe for recipe, _ in order):
             finetune.resolve(Parser(train.TrainConfig, "").parse(config.words(recipe)))  # refuses what cannot be trained
-        _, judge = open_data(config)
+        images, judge = open_data(config)
+        if unknown := [recipe for recipe, seed in order if seed == 0 and recipe not in read_costs(config.output)]:
+            measure_costs(config, images, unknown)
         done = finished_runs(config)
         jobs = [job for job in order if job not in done]
         for row in tqdm(run_all(config, jobs), "Runs", len(jobs), disable=not jobs):

@@ -200,7 +200,7 @@ def test_a_spacing_that_does_not_exist_leaves_its_point_empty():
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
-SMALL = ["--flags=--hidden-size 8 --depth 2 --num-heads 1 --patch-size 4 --global-batch-size 4", "--seconds", 0.1]
+SMALL = ["--flags=--hidden-size 8 --depth 2 --num-heads 1 --patch-size 4 --global-batch-size 4", "--steps", 4]
 SMALL += ["--samples", 20, "--methods", "ddim", "dpm-solver++", "ddim, cache 3, order 1"]
 
 
@@ -222,5 +222,5 @@ def test_the_command_measures_what_is_missing(tmp_path, monkeypatch, capsys):
         assert picture.format == "PNG"
     assert call(caching.main, *SMALL, "--seeds", 2, "--output", tmp_path) == 0
     assert (tmp_path / "runs.jsonl").read_text() == before, "nothing is left to do"
-    assert call(caching.main, *SMALL, "--seconds", 0.2, "--output", tmp_path) == 2
+    assert call(caching.main, *SMALL, "--steps", 5, "--output", tmp_path) == 2
     assert "model.pt: was trained in another way; remove the file" in capsys.readouterr().err

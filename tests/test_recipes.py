@@ -126,7 +126,6 @@ def test_every_recipe_trains_and_draws(recipe, images, folder):
     run = Run(config, images, recipe, seed=0)
     losses = torch.stack([run.step() for _ in range(4)])
     assert losses.isfinite().all()
-    assert run.seconds > 0
     drawn, labels = run.draw(6, cfg_scale=2.0)
     assert (drawn.shape, drawn.dtype, labels.tolist()) == ((6, 3, 8, 8), torch.uint8, [0, 1, 2, 0, 1, 2])
     bits = run.bits_per_dimension()
@@ -154,8 +153,8 @@ def test_the_batches_are_those_of_train_py(images, folder):
 
 
 def run_small(folder, output, *words):
-    argv = ["--data", folder, "--image-size", SIDE, SMALL, "--output", output, "--samples", 20, "--seconds", 0.2]
-    return call(recipes.main, *argv, "--steps", 6, *words)
+    argv = ["--data", folder, "--image-size", SIDE, SMALL, "--output", output, "--samples", 20, "--steps", 8]
+    return call(recipes.main, *argv, *words)
 
 
 def lines(output):
@@ -168,14 +167,16 @@ def test_runs_are_recorded_and_not_repeated(folder, tmp_path, capsys):
     rows = lines(tmp_path)
     assert [(row["recipe"], row["seed"]) for row in rows] == [("baseline", 0), ("aux", 0), ("baseline", 1), ("aux", 1)]
     for row in rows:
-        marks = [(entry["unit"], entry["mark"]) for entry in row["curve"]]
-        assert sorted(marks) == [("seconds", 0.05), ("seconds", 0.1), ("seconds", 0.2), ("steps", 6)]
-        assert all(entry[entry["unit"]] >= entry["mark"] for entry in row["curve"])
-        assert recipes.at_equal_steps(row)["steps"] == 6
-        assert all(0 < entry["frechet_distance"] < math.inf for entry in row["curve"] + row["guided"])
+        marks = [[entry["unit"], entry["mark"], entry["steps"]] for entry in row["curve"]]
+        assert sorted(marks) == sorted(row["judged_at"])
+        assert recipes.at_equal_steps(row)["steps"] == 8
+        if row["recipe"] == "baseline":
+            assert [recipes.at_time(row, share)["steps"] for share in recipes.TIMES] == [2, 4, 8]
+        guided = [entry for at in row["curve"] for entry in at["guided"]]
+        assert all(0 < entry["frechet_distance"] < math.inf for entry in row["curve"] + guided)
         assert 0 <= row["memorised"] <= 1
         assert row["bits_per_dimension"] > 0
-        scales = [entry for entry in row["guided"] if "internal_guidance" in entry]
+        scales = [entry for entry in row["curve"][-1]["guided"] if "internal_guidance" in entry]
         assert len(scales) == (len(recipes.INTERNAL_SCALES) if row["recipe"] == "aux" else 0)
     text = (tmp_path / "table.md").read_text()
     assert "| aux | 2 |" in text
@@ -186,18 +187,40 @@ def test_runs_are_recorded_and_not_repeated(folder, tmp_path, capsys):
 
     with open(tmp_path / "runs.jsonl", "a") as file:
         file.write('{"recipe": "aux", "se')  # a line that was cut off
-    before = (tmp_path / "runs.jsonl").read_text()
+    before = [(tmp_path / name).read_text() for name in ("runs.jsonl", "costs.json")]
     assert run_small(folder, tmp_path, *words) == 0
-    assert (tmp_path / "runs.jsonl").read_text() == before, "nothing is left to do"
+    after = [(tmp_path / name).read_text() for name in ("runs.jsonl", "costs.json")]
+    assert after == before, "nothing is left to do, and the costs are measured once"
+
+
+def test_the_time_of_a_step_decides_how_many_steps_a_recipe_makes(folder, tmp_path, images):
+    assert recipes.steps_in(100, 1.0, 1.0, 75) == 100
+    assert recipes.steps_in(100, 1.25, 1.25, 75) == 80
+    assert recipes.steps_in(30, 0.5, 1.0, 75) == 60, "before its last phase it makes two steps for one of the baseline"
+    assert recipes.steps_in(100, 0.5, 1.0, 75) == 75 + 63, "the last phase begins at step 75, after a time of 37.5"
+    config = make_config(folder, tmp_path, steps=100)
+    (tmp_path / "costs.json").write_text(json.dumps({"x0": [1.0, 1.0]}))
+    recipes.measure_costs(config, images, ["baseline", "route, then all"])
+    costs = recipes.read_costs(tmp_path)
+    assert [*costs] == ["x0", "baseline", "route, then all"]
+    assert costs["baseline"] == [1, 1]
+    assert all(0.1 < cost < 10 for cost in costs["route, then all"])
+    costs["route, then all"] = [0.5, 1.0]
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    steps = [("time", 0.25, 50), ("time", 0.5, 75 + 13), ("time", 1.0, 75 + 63), ("steps", 100, 100)]
+    assert config.judged_at("route, then all") == steps
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(folder, tmp_path):
-    config = make_config(folder, tmp_path, seconds=2.0)
+    config = make_config(folder, tmp_path, steps=40)
+    (tmp_path / "costs.json").write_text(json.dumps({"x0": [1.0, 1.0]}))
     row = {**config.record("x0", 1), "curve": []}
     (tmp_path / "runs.jsonl").write_text(f"[3]\n{json.dumps(row)}\n")
     assert recipes.finished_runs(config) == {("x0", 1): row}
-    for other in ({"seconds": 3.0}, {"flags": config.flags + " --lr 1e-3"}, {"steps": 50}, {"samples": 100}):
-        assert not recipes.finished_runs(make_config(folder, tmp_path, **{"seconds": 2.0, **other}))
+    for other in ({"flags": config.flags + " --lr 1e-3"}, {"steps": 50}, {"samples": 100}):
+        assert not recipes.finished_runs(make_config(folder, tmp_path, **{"steps": 40, **other}))
+    (tmp_path / "costs.json").write_text(json.dumps({"x0": [1.5, 1.5]}))
+    assert not recipes.finished_runs(config), "of other costs"
 
 
 @pytest.mark.slow  # each process imports PyTorch
@@ -210,12 +233,13 @@ def test_two_processes_do_the_same_runs(folder, tmp_path):
 
 
 def test_a_run_that_diverges_is_recorded_as_such(images, judge, folder, tmp_path):
-    config = make_config(folder, tmp_path, seconds=0.2, steps=4, flags=f"{SMALL.split('=')[1]} --lr 1e30")
+    config = make_config(folder, tmp_path, steps=4, flags=f"{SMALL.split('=')[1]} --lr 1e30")
+    (tmp_path / "costs.json").write_text(json.dumps({"baseline": [1.0, 1.0]}))
     row, picture = recipes.train_and_judge(config, images, judge, "baseline", 0)
     assert picture is None
     assert recipes.at_time(row, 1.0)["frechet_distance"] is None
     json.dumps(row, allow_nan=False)
-    assert "diverged" in recipes.table(recipes.summarise([row]))
+    assert "diverged" in recipes.table(recipes.summarise([row]), recipes.read_costs(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +249,7 @@ def test_a_run_that_diverges_is_recorded_as_such(images, judge, folder, tmp_path
         (["--data", "nowhere"], "--data-path nowhere: "),
         (["--flags", "--lr quick"], "argument --lr: 'quick' is not a number"),
         (["--flags", "--num-heads 5"], "heads 5"),
-        (["--seconds", "0"], "argument --seconds: 0.0 is not a number, "),
+        (["--steps", "3"], "argument --steps: 3 is not a whole number, 4 or more"),
     ],
 )
 def test_mistakes_get_one_line(words, message, tmp_path, capsys):
@@ -243,13 +267,13 @@ def make_rows(distances, recipe, steps_distances=None):
     """Lines of runs whose distance at 1/4, 1/2 and all of the time is 4, 2 and 1 times that of `distances`, by seed."""
     found = []
     for seed, distance in enumerate(distances):
-        curve = [
-            {"unit": "seconds", "steps": 9, "frechet_distance": factor * distance, "class_accuracy": 0.5}
-            for factor in (4, 2, 1)
-        ]
+        curve = []
+        for mark in recipes.TIMES:
+            entry = {"unit": "time", "mark": mark, "steps": 9, "frechet_distance": distance / mark, "class_accuracy": 0.5}
+            scales = [{"cfg_scale": s, "frechet_distance": distance / mark / s, "class_accuracy": 0.9} for s in (1.5, 3)]
+            curve.append({**entry, "guided": scales})
         curve.append({"unit": "steps", "steps": 9, "frechet_distance": (steps_distances or distances)[seed]})
-        guided = [{"cfg_scale": scale, "frechet_distance": distance / scale, "class_accuracy": 0.9} for scale in (1.5, 3)]
-        row = {"recipe": recipe, "seed": seed, "curve": curve, "guided": guided}
+        row = {"recipe": recipe, "seed": seed, "curve": curve}
         found.append({**row, "memorised": 0.0, "bits_per_dimension": None if recipe == "flow" else 5.0})
     return found
 
@@ -264,8 +288,8 @@ def test_only_differences_beyond_the_noise_are_called_better():
     deviation = np.std(np.log([10, 11, 9]), ddof=1)
     assert recipes.noise(summary, "equal time") == (pytest.approx(deviation, rel=0.05), 8)
     assert summary["baseline"]["guided"].mean == pytest.approx(10 / 3), "the better scale of the two"
-    text = recipes.table(summary)
-    assert "| flow | 3 | 9 ± 0 | 20.00 ± 2.00 | 10.00 ± 1.00 | 5.00 ± 0.50 | 10.00 ± 1.00 |" in text
+    text = recipes.table(summary, {name: [1.5, 1.5] for name in summary})
+    assert "| flow | 3 | 1.50 | 9 ± 0 | 20.00 ± 2.00 | 10.00 ± 1.00 | 5.00 ± 0.50 | 10.00 ± 1.00 |" in text
     assert "internal guidance" not in text, "a column of which nobody has a number is not shown"
 
 
@@ -289,7 +313,9 @@ def test_a_diverged_run_spoils_its_recipe_alone():
 def test_the_time_to_the_baselines_distance_is_interpolated():
     def share(distance):
         rows = make_rows([10, 10], "baseline") + make_rows([distance] * 2, "flow")
-        return recipes.time_to_baseline(recipes.summarise(rows), "flow")
+        shares = {recipes.time_to_baseline(recipes.summarise(rows), "flow", name) for name in recipes.CURVES}
+        assert len(shares) == 1, "with guidance all distances are a third"
+        return shares.pop()
 
     assert share(10) == "1.00"
     assert share(10 / 2) == "0.50"
