@@ -222,7 +222,8 @@ class Run:
         self.images, self.seed, self.batch_size = images, seed, options.recipe.global_batch_size
         self.space, self.precision = Pixels(images.train.shape[1]), options.compute.precision
         model = setup.build_model(options, self.space)
-        self.trainer = Trainer(options.recipe, options.compute, context, model, self.space, self.precision)
+        total = options.recipe.total_steps(len(images.train))
+        self.trainer = Trainer(options.recipe, options.compute, context, model, self.space, self.precision, total)
         self.on_gpu, self.batches = context.device.type == "cuda", self.endless_batches()
 
     def endless_batches(self):

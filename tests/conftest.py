@@ -6,6 +6,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a network fails at once; read when the hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: several tests run at a time, each on small numbers
 
 from helpers import Ranks, call, make_autoencoder, make_images, make_inception
 

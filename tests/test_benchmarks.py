@@ -385,7 +385,8 @@ def test_wrong_results_are_refused_with_file_and_reason(text, words, tmp_path, c
 
 
 def save_digits(path, images, labels):
-    pixels = np.rint((images + 1) * 127.5).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
+    side = int(images.shape[1] ** 0.5)
+    pixels = np.rint((images + 1) * 127.5).astype(np.uint8).reshape(-1, side, side, 1).repeat(3, axis=3)
     np.savez(path, arr_0=pixels, arr_1=labels)
 
 
@@ -402,6 +403,16 @@ def test_training_images_count_as_memorised_and_as_their_class(tmp_path, capsys)
     assert numbers["frechet_distance"] == pytest.approx(0, abs=0.05)
     assert call(digits.main, tmp_path / "a.npz") == 1
     assert "MISSED" in capsys.readouterr().out
+
+
+def test_mnists_digits_are_measured_too(tmp_path, capsys):
+    real, labels, _ = digits.real_digits(28)
+    save_digits(tmp_path / "a.npz", real[::20], labels[::20])
+    assert call(digits.main, tmp_path / "a.npz") == 1, "they are copies"
+    lines = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
+    assert float(lines["class_accuracy"]) > 0.98
+    assert float(lines["memorised"]) == 1
+    assert float(lines["variety"]) == pytest.approx(1, abs=0.05)
 
 
 def test_varied_samples_of_the_right_class_meet_the_bounds(tmp_path, capsys):

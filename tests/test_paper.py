@@ -111,10 +111,10 @@ def test_sizes_are_compared_at_equal_training_compute():
         return {"S": 1.0, "B": 0.9, "L": 0.8, "XL": 0.7}[size] * compute**-0.5
 
     results = Results(PaperConfig(), make_rows(distance))
-    for steps in (300, 700):
+    for steps in (600, 1400):
         budget = results.compute("B/2", steps)
         assert results.at_compute("B/2", budget) == pytest.approx(distance("B/2", steps, results.gmacs["B/2"]), rel=1e-6)
-    assert math.isnan(results.at_compute("B/2", results.compute("B/2", 3000)))
+    assert math.isnan(results.at_compute("B/2", results.compute("B/2", 6000)))
     assert results.compute("B/2", 10) == pytest.approx(3 * 16 * 10 * results.gmacs["B/2"])
     said, text = paper.finding_training_compute(results)
     assert said == "holds"
