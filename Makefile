@@ -1,7 +1,7 @@
 # make setup   prepare .venv (needs python3 with venv, and the network once)
 # make demo    train a small DiT on MNIST's handwritten digits and draw samples: demo/samples.png
 # make demo-text    the same with captions in place of classes: demo/text.png
-# make paper    the paper's findings on a laptop, and what fewer evaluations cost: docs/paper.md; an hour on two cores
+# make paper    the paper's findings on a laptop, and what fewer evaluations cost: docs/paper.md; an hour on two busy cores
 # make test    run the tests
 PYTHON ?= python3
 VENV := .venv/bin
@@ -24,13 +24,13 @@ setup: .venv/.complete
 # make demo SAMPLER=flow-heun STEPS=10   draws the same with another sampler
 SAMPLER ?= dpm-solver++
 STEPS ?= 20
-DEMO_CKPT := demo/run/checkpoints/0001200.pt
+DEMO_CKPT := demo/run/checkpoints/0001600.pt
 DRAW := --ckpt $(DEMO_CKPT) --cfg-scale 3 --sampler $(SAMPLER) --num-sampling-steps $(STEPS)
 
 demo: setup
 	$(VENV)/python train.py --data-path mnist --vae none --image-size 28 --num-classes 10 --run-dir demo/run \
-	    --model DiT-S/2 --hidden-size 160 --depth 6 --num-heads 4 --patch-size 7 --global-batch-size 64 --lr 2e-3 \
-	    --lr-schedule cosine --ema-warmup --recipe fast --max-steps 1200
+	    --model DiT-S/2 --hidden-size 160 --depth 6 --num-heads 4 --patch-size 7 --global-batch-size 64 --lr 4e-3 \
+	    --lr-warmup-steps 100 --lr-schedule cosine --ema-warmup --recipe fast --max-steps 1600
 	$(VENV)/python sample.py $(DRAW) --output demo/samples.png \
 	    --labels 0 1 2 3 4 5 6 7 8 9 --samples-per-label 8 --columns 8 --enlarge 3 --captions
 	rm -rf demo/samples demo/samples.npz

@@ -637,7 +637,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(tmp_path, image_fol
     """The real launcher: two workers, one of them killed; --max-restarts starts both again, and they go on."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--standalone"]
     options = [*FOLDER, "--data-path", image_folder, "--num-workers", "0", "--log-every", "1", "--ckpt-every", "5"]
-    command = [*torchrun, "train.py", *options, "--run-dir", tmp_path / "run", "--max-steps", "200"]
+    command = [*torchrun, "train.py", *options, "--run-dir", tmp_path / "run", "--max-steps", "60"]
     root = Path(train.__file__).parent
     run = subprocess.Popen([str(c) for c in command], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -650,7 +650,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(tmp_path, image_fol
     assert run.returncode == 0, output
     assert "Resumed from" in output
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 201))
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,10 +33,10 @@ def test_the_training_is_that_of_the_demo(notebook):
     first = code(notebook)[0].source
     source = "\n".join(cell.source for cell in code(notebook)).replace("\\\n", " ")
     demo, ours = (shlex.split(re.search(r"train\.py (--.*)", text)[1]) for text in (makefile, source))
-    parameters = {"{run_dir}": "demo/run", "{max_steps}": "1200"}
+    parameters = {"{run_dir}": "demo/run", "{max_steps}": "1600"}
     assert [parameters.get(word, word) for word in ours] == demo
     assert 'get("DIT_RUN_DIR", "demo/run")' in first
-    assert 'get("DIT_MAX_STEPS", 1200)' in first
+    assert 'get("DIT_MAX_STEPS", 1600)' in first
 
 
 @pytest.mark.slow
