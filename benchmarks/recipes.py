@@ -80,6 +80,7 @@ RECIPES = {
 }
 BASELINE = "baseline"
 TIMES = (0.25, 0.5, 1.0)  # when a run is judged, as shares of the baseline's time; and once after --steps steps
+GUIDED_TIMES = (0.5, 1.0)  # when it is judged with guidance, too
 ROUNDS, ROUND_STEPS = 9, 3  # in which the steps of the recipes are timed in turns
 GUIDANCE_SCALES, INTERNAL_SCALES = (1.5, 3.0), (1.25, 1.75)
 SAMPLING_STEPS, SAMPLING_BATCH = 10, 250
@@ -301,7 +302,9 @@ def train_and_judge(config, images, judge, recipe, seed):
             while run.trainer.steps_made < steps:
                 losses.append(run.step())
             sample, labels = run.draw(count)
-            numbers = {"steps": steps, **measure(judge, sample, labels), "guided": guided(run, judge, count)}
+            numbers = {"steps": steps, **measure(judge, sample, labels)}
+        if unit == "time" and mark in GUIDED_TIMES:
+            numbers["guided"] = guided(run, judge, count)
         curve.append({"unit": unit, "mark": mark, **numbers})
         if (unit, mark) == ("time", 1.0):
             memorised = None if sample is None else judge.memorised(sample)
@@ -407,7 +410,6 @@ COLUMNS = {  # of the table: how a run's value is found, and its format
     "equal time": (lambda row: at_time(row, 1.0)["frechet_distance"], "{:.2f}"),
     "equal steps": (lambda row: at_equal_steps(row)["frechet_distance"], "{:.2f}"),
     "class accuracy": (lambda row: at_time(row, 1.0)["class_accuracy"], "{:.3f}"),
-    "guided, 1/4 of the time": (lambda row: best(at_time(row, 0.25), "cfg_scale"), "{:.2f}"),
     "guided, 1/2": (lambda row: best(at_time(row, 0.5), "cfg_scale"), "{:.2f}"),
     "guided": (lambda row: best(at_time(row, 1.0), "cfg_scale"), "{:.2f}"),
     "guided accuracy": (lambda row: best(at_time(row, 1.0), "cfg_scale", "class_accuracy"), "{:.3f}"),
@@ -416,9 +418,9 @@ COLUMNS = {  # of the table: how a run's value is found, and its format
     "memorised": (lambda row: row["memorised"], "{:.3f}"),
 }
 JUDGED = ("equal time", "equal steps", "guided")  # the columns whose differences from the baseline are judged
-CURVES = {  # the columns of a quarter, half and all of the time
-    "equal time": ("distance, 1/4 of the time", "1/2", "equal time"),
-    "guided": ("guided, 1/4 of the time", "guided, 1/2", "guided"),
+CURVES = {  # the columns of each share of the time
+    "equal time": {0.25: "distance, 1/4 of the time", 0.5: "1/2", 1.0: "equal time"},
+    "guided": {0.5: "guided, 1/2", 1.0: "guided"},
 }
 
 
@@ -493,12 +495,12 @@ def time_to_baseline(summary, recipe, name):
     """The share of the time at which the recipe's mean distance is the baseline's final one, interpolated between the
     judged times in ln(distance) over ln(time), as text: "-" where it is not reached, "<" where it was at the first one.
     name: of `CURVES`."""
-    columns = [summary[recipe][column] for column in CURVES[name]]
     target = summary[BASELINE][name].mean if BASELINE in summary else math.nan
-    means = [column.mean for column in columns]
-    if means[0] <= target:
-        return f"< {TIMES[0]:g}"
-    for (t0, d0), (t1, d1) in itertools.pairwise(zip(TIMES, means, strict=True)):
+    means = {time: summary[recipe][column].mean for time, column in CURVES[name].items()}
+    first = min(means)
+    if means[first] <= target:
+        return f"< {first:g}"
+    for (t0, d0), (t1, d1) in itertools.pairwise(means.items()):
         if d0 > target >= d1:
             share = math.log(d0 / target) / math.log(d0 / d1)
             return f"{t0 * (t1 / t0) ** share:.2f}"
@@ -544,7 +546,7 @@ def plot(config, judge, rows, path):
     floor = judge.floor(min(config.samples, len(judge.images.test)))["frechet_distance"]
     colours = {recipe: "black" if recipe == BASELINE else colormaps["tab20"](i % 20) for i, recipe in enumerate(summary)}
     for i, (recipe, columns) in enumerate(summary.items()):
-        of_time = [columns[name] for name in CURVES["equal time"]]
+        of_time = [columns[name] for name in CURVES["equal time"].values()]
         times = [share * 1.01 ** (i - len(summary) / 2) for share in TIMES]  # the bars side by side
         curves.errorbar(
             times, [c.mean for c in of_time], [c.spread for c in of_time], marker="o", markersize=3, capsize=2,
