@@ -118,13 +118,13 @@ class TransformerBlock(nn.Module):
 
     num_modulations = 0  # vectors of (N, D) that the design regresses from the condition
 
-    def __init__(self, width, num_heads, mlp_ratio=4.0, qk_norm=False, rope=False, text=False):
+    def __init__(self, width, num_heads, mlp_ratio=4.0, rope=False, text=False):
         super().__init__()
         # an adaptive design brings scale and shift from the condition, so its norms have none of their own
         norm = partial(nn.LayerNorm, width, elementwise_affine=self.num_modulations == 0, eps=1e-6)
         self.norm1 = norm()
         attention = partial(AttentionRope, num_prefix_tokens=0) if rope else Attention
-        self.attn = attention(width, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.RMSNorm)
+        self.attn = attention(width, num_heads=num_heads, qkv_bias=True)
         self.norm2 = norm()
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         if self.num_modulations:
@@ -239,16 +239,14 @@ class DiT(nn.Module):
     the interpolation of log-variances, as C more channels. block: one of `BLOCKS`.
 
     Newer ideas, all off by default. objective, predict: what the first C channels of the output are, for those who read
-    them: eps, x0 or v of a "diffusion" (see `diffusion`), or the velocity v of a "flow". qk_norm: RMSNorm of queries and
-    keys (Henry et al. 2020). rope: rotary position embeddings in two dimensions (Su et al. 2021, Heo et al. 2024), beside
-    the fixed ones. aux_block: with k > 0, another final layer after block k, counted from 1, for internal guidance.
-    text_width: W of the text encoder whose texts, of up to `text_length` tokens, are the condition; the new branch of each
-    block adds nothing at first, so that a model trained without it can be continued. There are no classes then.
+    them: eps, x0 or v of a "diffusion" (see `diffusion`), or the velocity v of a "flow". rope: rotary position embeddings
+    in two dimensions (Su et al. 2021, Heo et al. 2024), beside the fixed ones. text_width: W of the text encoder whose
+    texts, of up to `text_length` tokens, are the condition; the new branch of each block adds nothing at first, so that a
+    model trained without it can be continued. There are no classes then.
     Raises ValueError for sizes that cannot be built.
 
     config: all these arguments by name. gradient_checkpointing: with k > 0, every k-th block keeps no activations and
-    computes them again for the gradient. route: (start, end), the blocks[start:end] that see a part of the tokens only,
-    where `forward` is given `kept`.
+    computes them again for the gradient.
     """
 
     def __init__(
@@ -266,9 +264,7 @@ class DiT(nn.Module):
         block="adaln-zero",
         objective="diffusion",
         predict="eps",
-        qk_norm=False,
         rope=False,
-        aux_block=0,
         text_width=0,
         text_length=120,
     ):
@@ -289,16 +285,14 @@ class DiT(nn.Module):
             raise ValueError(f"objective {objective!r} with {predict!r} predicted is not one of {OUTPUTS}")
         if rope and (block == "in-context" or hidden_size // num_heads % 4):
             raise ValueError("rotary positions need heads whose width is a multiple of 4, and no in-context block")
-        if not 0 <= aux_block < max(depth, 1):
-            raise ValueError(f"auxiliary output after block {aux_block}: give one before the last of {depth}")
         if text_width and num_classes:
             raise ValueError(f"a model of texts has no classes, these are {num_classes}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.null_class, self.learn_sigma, self.block = num_classes, num_classes, learn_sigma, block
-        self.objective, self.predict, self.aux_block = objective, predict, aux_block
+        self.objective, self.predict = objective, predict
         self.text_width, self.text_length = text_width, text_length
-        self.gradient_checkpointing, self.route = 0, None
+        self.gradient_checkpointing = 0
         self.head_size = hidden_size // num_heads if rope else None
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
@@ -307,13 +301,9 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
         if text_width:
             self.text_embedder = TextEmbedder(text_width, text_length, hidden_size, class_dropout_prob)
-        new_block = partial(
-            BLOCKS[block], hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm, rope=rope, text=text_width > 0
-        )
+        new_block = partial(BLOCKS[block], hidden_size, num_heads, mlp_ratio, rope=rope, text=text_width > 0)
         self.blocks = nn.ModuleList(new_block() for _ in range(depth))
-        adaptive = BLOCKS[block].num_modulations > 0
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive)
-        self.aux_layer = FinalLayer(hidden_size, patch_size, self.out_channels, adaptive) if aux_block else None
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, BLOCKS[block].num_modulations > 0)
         self.initialize_weights()
 
     @property
@@ -334,22 +324,18 @@ class DiT(nn.Module):
             self.pos_embed.data.copy_(position_embedding(self.pos_embed.shape[-1], grid_size))
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        final_layers = [self.final_layer] + ([self.aux_layer] if self.aux_block else [])
-        zero = [layer.linear for layer in final_layers] + [block.text_attn.proj for block in self.blocks if self.text_width]
+        zero = [self.final_layer.linear] + [block.text_attn.proj for block in self.blocks if self.text_width]
         if self.block == "adaln-zero":
-            zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, *final_layers]]
+            zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
         for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x, t, y, kept=None, with_aux=False):
+    def forward(self, x, t, y):
         """x: (N, C, H, W) noised latents. t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0, num_classes], the
         last for "no class", or (N, num_classes + 1) float weights of their embeddings; for a model of texts (N, L, W + 1),
         see `TextEmbedder`. Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with
-        learn_sigma=False eps alone.
-
-        kept: (N, K) int64 numbers of the tokens that go through the blocks of `route`; the others skip them (Krause et al.
-        2025, TREAD). with_aux: return (output, output of the layer after `aux_block`)."""
+        learn_sigma=False eps alone."""
         # (N, T, D), in this order in memory too, which the embedder leaves transposed and every later x would inherit
         x = self.x_embedder(x).contiguous() + self.pos_embed
         extra = {}  # what blocks get besides x and c
@@ -363,28 +349,15 @@ class DiT(nn.Module):
             c = torch.stack([t_emb, y_emb], dim=1)  # (N, 2, D)
         if self.block == "in-context":
             x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D), the two without a position
-        start, end = self.route if kept is not None else (None, None)
-        positions = {"rope": self.rotations(x.device)} if self.head_size else {}
-        outside = positions  # of all tokens, while `positions` may be of the kept ones
+        if self.head_size:
+            extra["rope"] = self.rotations(x.device)
         for i, block in enumerate(self.blocks):
-            if i == start:
-                everything, index = x, kept[..., None].expand(-1, -1, x.shape[2])  # (N, K, D)
-                x = x.gather(1, index)
-                positions = {name: rotations[kept][:, None] for name, rotations in outside.items()}  # (N, 1, K, 2d)
             if self.gradient_checkpointing and i % self.gradient_checkpointing == 0 and torch.is_grad_enabled():
                 # a block draws nothing
-                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False, **extra, **positions)
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False, **extra)
             else:
-                x = block(x, c, **extra, **positions)
-            if i + 1 == end:
-                x, positions = everything.scatter(1, index, x.to(everything.dtype)), outside
-            if with_aux and i + 1 == self.aux_block:
-                aux = self.output(self.aux_layer, x, c)
-        out = self.output(self.final_layer, x, c)
-        return (out, aux) if with_aux else out
-
-    def output(self, final_layer, x, c):
-        return self.unpatchify(final_layer(x[:, : self.pos_embed.shape[1]], c))  # of the image's tokens
+                x = block(x, c, **extra)
+        return self.unpatchify(self.final_layer(x[:, : self.pos_embed.shape[1]], c))  # of the image's tokens
 
     def rotations(self, device):
         """sin and cos of rotary positions for each token and entry of a head's queries, (T, 2d) float32. Computed here: see

@@ -143,14 +143,6 @@ train: --init-from in/tiny.pt --predict v|--predict
 train: --init-from in/tiny.pt --objective flow|--objective
 train: --objective flow --predict x0|--predict
 train: --objective flow --loss-weight min-snr|--loss-weight
-train: --route 0 5 0.5
-train: --route 1 1 0.5
-train: --route 0 1 1
-train: --route 0 0.5 0.5
-train: --route 0 1 0.5 --block in-context|--route
-train: --route-until 3
-train: --depth 4 --route 1 3 0.5 --aux-block 2|--aux-block
-train: --aux-block 1|auxiliary
 train: --rope --hidden-size 12|rotary
 train: --val-every 2
 train: --val-data-path in/images
@@ -159,7 +151,6 @@ train: --sample-every 2 --sample-labels seven|--sample-labels
 train: --sample-every 2 --sample-cfg-scale 4 --label-dropout 0|--sample-cfg-scale
 sample: --sampler flow-euler
 sample: --sampler flow-heun --init-image in/image.png --mask in/image.png|--mask
-sample: --internal-guidance 2
 sample_ddp: --sampler flow-sde --num-sampling-steps 5|--sampler
 animate: --output out.png
 plot: --output curves.xyz

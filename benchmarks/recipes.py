@@ -58,31 +58,24 @@ from sampling.pipeline import Pipeline, to_uint8
 from training import finetune, setup
 from training.trainer import Trainer
 
-# {end}: the last block but one, {middle}: the block in the middle, {late}: three quarters of --steps
 RECIPES = {
     "baseline": "",  # the paper's
-    "route": "--route 1 {end} 0.5",
-    "route, then all": "--route 1 {end} 0.5 --route-until {late}",
-    "aux": "--aux-block {middle}",
     "min-snr": "--loss-weight min-snr",
     "logit-normal": "--timestep-sampling logit-normal",
     "x0": "--predict x0",
     "v": "--predict v",
     "flow": "--objective flow",
     "flow, logit-normal": "--objective flow --timestep-sampling logit-normal",
-    "qk-norm": "--qk-norm",
     "rope": "--rope",
     # combinations
     "logit-normal, rope": "--timestep-sampling logit-normal --rope",
     "flow, logit-normal, rope": "--objective flow --timestep-sampling logit-normal --rope",
-    "flow, logit-normal, rope, route": "--objective flow --timestep-sampling logit-normal --rope "
-    "--route 1 {end} 0.5 --route-until {late}",
 }
 BASELINE = "baseline"
 TIMES = (0.25, 0.5, 1.0)  # when a run is judged, as shares of the baseline's time; and once after --steps steps
 GUIDED_TIMES = (0.5, 1.0)  # when it is judged with guidance, too
 ROUNDS, ROUND_STEPS = 9, 3  # in which the steps of the recipes are timed in turns
-GUIDANCE_SCALES, INTERNAL_SCALES = (1.5, 3.0), (1.25, 1.75)
+GUIDANCE_SCALES = (1.5, 3.0)
 SAMPLING_STEPS, SAMPLING_BATCH = 10, 250
 BOUND_IMAGES, BOUND_TIMESTEPS = 32, 100
 GRID = 80  # images in a picture of samples
@@ -101,7 +94,7 @@ COMMON = "--vae none --ema-warmup"
 SETTINGS = {
     "digits": Setting(8, 720, "--hidden-size 96 --depth 4 --num-heads 4 --patch-size 2 --global-batch-size 32 --lr 4e-3"),
     "mnist": Setting(28, 1200, "--hidden-size 160 --depth 6 --num-heads 4 --patch-size 7 --global-batch-size 64 --lr 2e-3"),
-    "folder": Setting(32, 800, "--hidden-size 256 --depth 4 --num-heads 4 --patch-size 4 --global-batch-size 32 --lr 2e-3"),
+    "folder": Setting(32, 600, "--hidden-size 256 --depth 4 --num-heads 4 --patch-size 4 --global-batch-size 32 --lr 2e-3"),
 }
 
 
@@ -131,18 +124,10 @@ class RecipesConfig(Config):
     def equal_steps(self):
         return self.steps or self.setting.steps
 
-    @property
-    def late(self):
-        return 3 * self.equal_steps // 4
-
-    def words(self, recipe, late=None):
+    def words(self, recipe):
         """The options of train.py that make up a recipe."""
-        setting = self.setting
-        given = shlex.split(f"{COMMON} {setting.flags} {self.flags or ''}")
-        depth = int(dict(itertools.pairwise(given))["--depth"])
-        places = {"end": depth - 1, "middle": depth // 2, "late": late or self.late}
-        fixed = ["--data-path", self.data, "--image-size", str(setting.image_size), "--device", self.device]
-        return [*fixed, *given, *shlex.split(RECIPES[recipe].format(**places))]
+        fixed = ["--data-path", self.data, "--image-size", str(self.setting.image_size), "--device", self.device]
+        return [*fixed, *shlex.split(f"{COMMON} {self.setting.flags} {self.flags or ''} {RECIPES[recipe]}")]
 
     def text(self, recipe):
         """The options of a recipe as text, in which the folder of the data has its name alone: it may lie elsewhere."""
@@ -151,8 +136,8 @@ class RecipesConfig(Config):
 
     def judged_at(self, recipe):
         """[(unit, mark, steps)]: after how many steps a recipe is judged: at shares of the time, and at --steps."""
-        costs = read_costs(self.output)[recipe]
-        times = [("time", share, steps_in(share * self.equal_steps, *costs, self.late)) for share in TIMES]
+        cost = read_costs(self.output)[recipe]
+        times = [("time", share, max(1, round(share * self.equal_steps / cost))) for share in TIMES]
         return [*times, ("steps", self.equal_steps, self.equal_steps)]
 
     def record(self, recipe, seed):
@@ -165,15 +150,8 @@ class RecipesConfig(Config):
 # The time of a step
 
 
-def steps_in(time, cost, cost_after, late):
-    """How many steps a recipe makes in the time that the baseline takes for `time` steps. cost, cost_after: of its steps
-    before and after step `late`, relative to the baseline's."""
-    steps = time / cost if time <= late * cost else late + (time - late * cost) / cost_after
-    return max(1, round(steps))
-
-
 def read_costs(folder):
-    """{recipe: (cost, cost_after)} of costs.json, as of `steps_in`; empty where there is no such file."""
+    """{recipe: the time of its step relative to the baseline's} of costs.json; empty where there is no such file."""
     path = Path(folder, "costs.json")
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -181,24 +159,16 @@ def read_costs(folder):
 def measure_costs(config, images, recipes):
     """Time the steps of the recipes in turns, and add them to costs.json: medians over the rounds of the ratios to the
     baseline's step in the same round. On a CPU the time is the processor time of one thread, on a GPU the clock's."""
-    lates = {(recipe, late): late for recipe in recipes for late in ((10**6, 1) if has_late(recipe) else (None,))}
-    runs = {key: Run(config, images, key[0], 0, late) for key, late in lates.items()}
-    reference, found = Run(config, images, BASELINE, 0), {key: [] for key in runs}
+    runs = {recipe: Run(config, images, recipe, 0) for recipe in recipes}
+    reference, found = Run(config, images, BASELINE, 0), {recipe: [] for recipe in recipes}
     for i in trange(ROUNDS + 1, desc="Timing the steps", unit="round"):
         first = time_steps(reference)
-        seconds = {key: time_steps(run) for key, run in runs.items()}
+        seconds = {recipe: time_steps(run) for recipe, run in runs.items()}
         mean = (first + time_steps(reference)) / 2
-        for key in runs if i else ():  # the first round warms up
-            found[key].append(seconds[key] / mean)
-    costs = read_costs(config.output)
-    for recipe in recipes:
-        parts = [statistics.median(found[key]) for key in runs if key[0] == recipe]
-        costs[recipe] = [1.0, 1.0] if recipe == BASELINE else [parts[0], parts[-1]]
-    write_json(Path(config.output, "costs.json"), costs)
-
-
-def has_late(recipe):
-    return "{late}" in RECIPES[recipe]
+        for recipe in recipes if i else ():  # the first round warms up
+            found[recipe].append(seconds[recipe] / mean)
+    costs = {recipe: 1.0 if recipe == BASELINE else statistics.median(found[recipe]) for recipe in recipes}
+    write_json(Path(config.output, "costs.json"), read_costs(config.output) | costs)
 
 
 def time_steps(run):
@@ -213,10 +183,10 @@ def time_steps(run):
 
 
 class Run:
-    """The training of one recipe with one seed. late: of the config unless given."""
+    """The training of one recipe with one seed."""
 
-    def __init__(self, config, images, recipe, seed, late=None):
-        words = [*config.words(recipe, late), "--num-classes", str(len(images.classes)), "--global-seed", str(seed)]
+    def __init__(self, config, images, recipe, seed):
+        words = [*config.words(recipe), "--num-classes", str(len(images.classes)), "--global-seed", str(seed)]
         options, _ = finetune.resolve(Parser(train.TrainConfig, "").parse(words))
         context = distributed.setup(config.device)
         options = setup.resolve_precision(options, context.device)
@@ -248,10 +218,10 @@ class Run:
         return self.trainer.step(next(self.batches)).losses["loss"].mean()
 
     @torch.no_grad()
-    def draw(self, count, cfg_scale=1.0, internal_guidance=1.0, sampler=None):
+    def draw(self, count, cfg_scale=1.0, sampler=None):
         """(images (N, C, H, W) uint8, labels (N,)) of the averaged weights; the classes take turns. None for the images
         where a value is not finite. The noise is that of the run's seed, the same for all recipes."""
-        guidance = GuidanceConfig(cfg_scale=cfg_scale, internal_guidance=internal_guidance)
+        guidance = GuidanceConfig(cfg_scale=cfg_scale)
         sampler = sampler or SamplerConfig("dpm-solver++", SAMPLING_STEPS)
         fast = "bf16" if has_bf16(self.trainer.device) else "fp32"  # the same for all recipes, however they were trained
         pipeline = Pipeline(self.trainer.ema.module, self.space, sampler, guidance, precision=fast)
@@ -310,23 +280,20 @@ def train_and_judge(config, images, judge, recipe, seed):
             memorised = None if sample is None else judge.memorised(sample)
             end = {"memorised": memorised, "bits_per_dimension": run.bits_per_dimension()}
             end["loss"] = number(torch.stack(losses[-50:]).mean().item())
-            scale = best_scale(numbers["guided"], "cfg_scale")
+            scale = best_scale(numbers["guided"])
             picture = sample if scale is None else run.draw(count, cfg_scale=scale["cfg_scale"])[0]
     parameters = sum(p.numel() for p in run.trainer.model.parameters())
     return {**config.record(recipe, seed), "parameters": parameters, "curve": curve, **end}, picture
 
 
 def guided(run, judge, count):
-    """What the judge says with guidance of several scales, and with internal guidance where the model has it: a list."""
-    scales = [{"cfg_scale": scale} for scale in GUIDANCE_SCALES]
-    if run.trainer.model.aux_block:
-        scales += [{"internal_guidance": scale} for scale in INTERNAL_SCALES]
-    return [{**scale, **measure(judge, *run.draw(count, **scale))} for scale in scales]
+    """What the judge says with guidance of each scale, as a list."""
+    return [{"cfg_scale": scale, **measure(judge, *run.draw(count, cfg_scale=scale))} for scale in GUIDANCE_SCALES]
 
 
-def best_scale(entries, name):
-    """The entry of the least distance among those of a sweep of `name`, or None."""
-    entries = [entry for entry in entries if name in entry and entry["frechet_distance"] is not None]
+def best_scale(entries):
+    """The entry of the least distance among those of `guided`, or None."""
+    entries = [entry for entry in entries if entry["frechet_distance"] is not None]
     return min(entries, key=lambda entry: entry["frechet_distance"], default=None)
 
 
@@ -398,9 +365,9 @@ def at_equal_steps(row):
     return next(entry for entry in row["curve"] if entry["unit"] == "steps")
 
 
-def best(entry, name, quantity="frechet_distance"):
-    """A quantity of an entry of a curve at the best scale of `name`, or None."""
-    return (best_scale(entry["guided"], name) or {}).get(quantity)
+def best(entry, quantity="frechet_distance"):
+    """A quantity of an entry of a curve at the best scale of guidance, or None."""
+    return (best_scale(entry["guided"]) or {}).get(quantity)
 
 
 COLUMNS = {  # of the table: how a run's value is found, and its format
@@ -410,10 +377,9 @@ COLUMNS = {  # of the table: how a run's value is found, and its format
     "equal time": (lambda row: at_time(row, 1.0)["frechet_distance"], "{:.2f}"),
     "equal steps": (lambda row: at_equal_steps(row)["frechet_distance"], "{:.2f}"),
     "class accuracy": (lambda row: at_time(row, 1.0)["class_accuracy"], "{:.3f}"),
-    "guided, 1/2": (lambda row: best(at_time(row, 0.5), "cfg_scale"), "{:.2f}"),
-    "guided": (lambda row: best(at_time(row, 1.0), "cfg_scale"), "{:.2f}"),
-    "guided accuracy": (lambda row: best(at_time(row, 1.0), "cfg_scale", "class_accuracy"), "{:.3f}"),
-    "internal guidance": (lambda row: best(at_time(row, 1.0), "internal_guidance"), "{:.2f}"),
+    "guided, 1/2": (lambda row: best(at_time(row, 0.5)), "{:.2f}"),
+    "guided": (lambda row: best(at_time(row, 1.0)), "{:.2f}"),
+    "guided accuracy": (lambda row: best(at_time(row, 1.0), "class_accuracy"), "{:.3f}"),
     "bits per dimension": (lambda row: row["bits_per_dimension"], "{:.2f}"),
     "memorised": (lambda row: row["memorised"], "{:.3f}"),
 }
@@ -516,7 +482,7 @@ def table(summary, costs):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for recipe, columns in summary.items():
         cells = [columns[name].text(COLUMNS[name][1]) for name in shown]
-        cells = [recipe, str(len(columns["steps"].values)), f"{costs[recipe][0]:.2f}", *cells]
+        cells = [recipe, str(len(columns["steps"].values)), f"{costs[recipe]:.2f}", *cells]
         cells += [time_to_baseline(summary, recipe, name) for name in CURVES]
         cells += [verdict(summary, recipe, name) for name in JUDGED]
         lines.append("| " + " | ".join(cells) + " |")

@@ -32,11 +32,7 @@ class DesignOptions(Config):
     mlp_ratio: float | None = option(
         None, "width of the MLP's hidden layer as a multiple of D (default: the model's)", above=0, high=1024
     )
-    qk_norm: bool | None = option(None, "RMSNorm of queries and keys, which keeps attention stable at high learning rates "
-        "(default: off)")  # fmt: skip
     rope: bool | None = option(None, "rotary position embeddings in the attention, beside the fixed ones (default: off)")
-    aux_block: int | None = option(None, "predict from the output of block K too, with the same loss, for "
-        "--internal-guidance in sampling (default: 0, off)", low=0, high=MAX_DEPTH, metavar="K")  # fmt: skip
 
     def overrides(self):
         """The keyword arguments of DiT that were given, on top of the named model's."""
@@ -60,8 +56,6 @@ class DiTConfig(Config):
     block: str = option("adaln-zero", choices=BLOCKS)
     objective: str = option("diffusion", choices=OBJECTIVES)
     predict: str = option("eps", choices=PREDICTIONS)
-    qk_norm: bool = option(False)
     rope: bool = option(False)
-    aux_block: int = option(0, low=0, high=MAX_DEPTH)
     text_width: int = option(0, low=0, high=MAX_SIZE)
     text_length: int = option(120, low=1, high=MAX_SIZE)

@@ -165,7 +165,7 @@ def read(folder):
 
 def newer_options(config):
     """The options of a model config that no weights' names or shapes and no config of diffusers tell, as text."""
-    names = ("objective", "predict", "qk_norm", "rope", "aux_block", "text_width")
+    names = ("objective", "predict", "rope", "text_width")
     return " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names if config[name] != PLAIN[name])
 
 

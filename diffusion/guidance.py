@@ -47,7 +47,6 @@ def guided_denoiser(
     rescale=0.0,
     guide=None,
     num_timesteps=1000,
-    internal_scale=1.0,
 ):
     """A denoiser for `diffusion.sample`: a model of (x_t, t, y), guided towards the condition y. Where the scale is 1 the
     model is called once on the batch, elsewhere once on [conditional; unconditional].
@@ -57,9 +56,7 @@ def guided_denoiser(
     channels: how many of eps's channels are guided, the first ones; None is all of them, `DiT.guided_channels` what the
     original release guides. rescale: phi of `rescale_to`, over the guided channels. guide: a weaker model of (x_t, t, y),
     to be guided away from in place of the unconditional prediction; it is given y (Karras et al. 2024, autoguidance).
-    internal_scale: of internal guidance, away from the auxiliary output that the model gives `with_aux`, in the same call
-    (arXiv 2512.24176); 1 is none. All channels of each prediction are guided so, before the guidance of classes. The
-    variance's channels are the conditional prediction's.
+    The variance's channels are the conditional prediction's.
     Raises ValueError for values out of range."""
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance schedule {schedule!r} is not one of {', '.join(GUIDANCE_SCHEDULES)}")
@@ -70,12 +67,7 @@ def guided_denoiser(
     y_both = None if guide is not None else torch.cat([y, null_like(y, null_class)])
 
     def call(network, x, t, labels):
-        times = torch.full((len(x),), t, device=x.device)
-        if internal_scale == 1 or network is guide:
-            return network(x, times, labels).to(x.dtype)
-        output, aux = (out.to(x.dtype) for out in network(x, times, labels, with_aux=True))
-        channels = x.shape[1]
-        return torch.cat([combine(output[:, :channels], aux[:, :channels], internal_scale), output[:, channels:]], dim=1)
+        return network(x, torch.full((len(x),), t, device=x.device), labels).to(x.dtype)
 
     def denoise(x_t, t):
         scale = scale_at(t, cfg_scale, interval, schedule, num_timesteps)

@@ -64,9 +64,6 @@ class GuidanceConfig(Config):
     guide_ckpt: str | None = option(None, "checkpoint of a weaker model, or a folder or hub name in diffusers' format, to "
         "guide away from, in place of the unconditional prediction (Karras et al. 2024, autoguidance)")  # fmt: skip
 
-    internal_guidance: float = option(1.0, "scale of internal guidance, away from the output of an earlier block, for "
-        "models with an --aux-block; 1 is none (arXiv 2512.24176)", low=0)  # fmt: skip
-
     def check(self):
         if self.guidance_interval and not self.guidance_interval[0] < self.guidance_interval[1]:
             low, high = self.guidance_interval

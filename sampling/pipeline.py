@@ -110,7 +110,7 @@ class Pipeline:
         denoise = guided_denoiser(
             self.model, labels, null, cfg_scale=options.cfg_scale, channels=channels,
             interval=options.guidance_interval, schedule=options.guidance_schedule, rescale=options.guidance_rescale,
-            guide=self.guide, internal_scale=options.internal_guidance,
+            guide=self.guide,
         )  # fmt: skip
         denoise = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")(denoise)
         if self.model.predict == "eps" or SAMPLERS[self.sampler.sampler].flow:

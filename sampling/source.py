@@ -102,8 +102,6 @@ def check_kind(checkpoint, sampler, guidance):
     config, path = checkpoint.model_config, checkpoint.path
     if SAMPLERS[sampler.sampler].flow and config["objective"] != "flow":
         raise UserError(f"--sampler {sampler.sampler}: {path} is no flow model; choose ddpm, ddim or another solver")
-    if guidance.internal_guidance != 1 and not config["aux_block"]:
-        raise UserError(f"--internal-guidance: {path} has no auxiliary output; it is trained with --aux-block")
 
 
 def open_text_encoder(text, checkpoint, prompts):

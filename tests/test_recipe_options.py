@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 from helpers import assert_same_state, call, latest, without_timings
-from reference import SMALL, fill, normal
+from reference import SMALL, normal
 
 import convert
 import sample as sample_command
@@ -15,7 +15,6 @@ from benchmarks.gaussian import ALPHA_BAR, MU, S, alpha_bar_at, denoiser
 from checkpoint.opened import Checkpoint
 from diffusion import create_diffusion, sample, samplers
 from diffusion.flow import Flow, eps_denoiser, flow_steps
-from diffusion.guidance import guided_denoiser
 from models import DiT
 from training.config import PRESETS
 
@@ -149,33 +148,6 @@ def test_logit_normal_timesteps_have_the_quantiles_of_the_sigmoid_of_a_normal(pr
 # The model's switches
 
 
-def outputs(model, x=None, **options):
-    x = normal("zdit", 2, 4, 8, 8) if x is None else x
-    return model(x, torch.tensor([10, 700]), torch.tensor([1, 2]), **options)
-
-
-@pytest.mark.parametrize("rope", [False, True])
-def test_all_tokens_routed_through_is_the_plain_model_bit_for_bit(rope):
-    model = fill(DiT(**SMALL, rope=rope))
-    model.route = (0, 1)
-    kept = torch.arange(model.pos_embed.shape[1]).expand(2, -1)
-    assert torch.equal(outputs(model, kept=kept), outputs(model))
-
-
-def test_routed_tokens_skip_the_blocks():
-    """With all blocks in the route, what is predicted for a token that skips them depends on no other token."""
-    model = fill(DiT(**SMALL))
-    model.route = (0, len(model.blocks))
-    x = normal("zdit", 2, 4, 8, 8)
-    changed = x.clone()
-    changed[:, :, 4:] += 1.0  # the lower half
-    kept = torch.arange(8, 16).expand(2, -1)  # tokens of the lower half of 4 x 4
-    before, after = outputs(model, x, kept=kept), outputs(model, changed, kept=kept)
-    assert torch.equal(before[:, :, :4], after[:, :, :4])
-    assert not torch.equal(outputs(model, x)[:, :, :4], outputs(model, changed)[:, :, :4])
-    assert not torch.allclose(before[:, :, 4:], after[:, :, 4:])
-
-
 def test_rotary_positions_make_attention_depend_on_differences_of_positions():
     from timm.layers import apply_rot_embed_cat
 
@@ -190,31 +162,10 @@ def test_rotary_positions_make_attention_depend_on_differences_of_positions():
     assert not torch.isclose(grid[0, 0, 1, 2], grid[0, 0, 2, 1])
 
 
-def test_normalised_queries_and_keys_do_not_depend_on_their_scale():
-    model = fill(DiT(**SMALL, qk_norm=True))
-    before = outputs(model)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight[: 2 * SMALL["hidden_size"]] *= 100
-            block.attn.qkv.bias[: 2 * SMALL["hidden_size"]] *= 100
-    torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=1e-4)
-
-
-def test_internal_guidance_leads_away_from_the_auxiliary_output():
-    model, y = fill(DiT(**SMALL, aux_block=1)), torch.tensor([1, 2])
-    x = normal("zdit", 2, 4, 8, 8)
-    out, aux = model(x, torch.full((2,), 500), y, with_aux=True)
-    assert torch.equal(out, model(x, torch.full((2,), 500), y))
-    found = guided_denoiser(model, y, 10, internal_scale=3.0)(x, 500)
-    torch.testing.assert_close(found[:, :4], aux[:, :4] + 3 * (out[:, :4] - aux[:, :4]))
-    assert torch.equal(found[:, 4:], out[:, 4:])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"objective": "flow"}, "objective 'flow' with 'eps'"),
-        ({"aux_block": 3}, "before the last"),
         ({"rope": True, "block": "in-context"}, "in-context"),
         ({"rope": True, "hidden_size": 24, "num_heads": 4}, "multiple of 4"),
     ],
@@ -229,9 +180,8 @@ def test_models_that_cannot_be_are_refused(options, message):
 
 SWITCHES = {
     "x0": ["--predict", "x0", "--loss-weight", "min-snr"],
-    "v": ["--predict", "v", "--qk-norm", "--rope"],
+    "v": ["--predict", "v", "--rope"],
     "flow": ["--objective", "flow", "--timestep-sampling", "logit-normal"],
-    "route": ["--depth", "3", "--route", "1", "2", "0.5", "--route-until", "5", "--aux-block", "1"],
 }
 
 
@@ -244,10 +194,9 @@ def test_a_resumed_run_with_switches_is_the_uninterrupted_one_and_can_be_drawn_f
     assert_same_state(latest(tmp_path / "whole"), latest(tmp_path / "parts"))
     assert without_timings(tmp_path / "whole") == without_timings(tmp_path / "parts")
     checkpoint = tmp_path / "parts/checkpoints/0000006.pt"
-    extra = ["--internal-guidance", 2] if name == "route" else []
     for sampler in ["ddpm", "dpm-solver++"] + (["flow-heun"] if name == "flow" else []):
         output = tmp_path / f"{sampler}.png"
-        argv = ("--ckpt", checkpoint, *ONE_IMAGE, *extra, "--sampler", sampler, "--output", output)
+        argv = ("--ckpt", checkpoint, *ONE_IMAGE, "--sampler", sampler, "--output", output)
         assert call(sample_command.main, *argv) == 0
         assert output.exists()
 
@@ -276,28 +225,11 @@ def test_without_its_switch_a_resumed_run_is_refused(tmp_path, capsys):
     assert "--loss-weight uniform, now min-snr" in capsys.readouterr().err
 
 
-def test_the_batch_in_parts_gives_the_same_update_with_routing_and_an_auxiliary_output(tmp_path):
-    for parts in (1, 3):
-        argv = [*TINY, *SWITCHES["route"], "--max-steps", 3, "--run-dir", tmp_path / str(parts), "--grad-accum", parts]
-        assert call(train.main, *argv) == 0
-    one, three = (latest(tmp_path / name)["model"] for name in ("1", "3"))
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, three[name], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--objective", "flow", "--predict", "eps"], "--predict eps: a flow predicts v"),
         (["--objective", "flow", "--loss-weight", "min-snr"], "--loss-weight min-snr: is defined for"),
-        (["--route", "1", "1", "0.5"], "--route 1 1 0.5: give the numbers"),
-        (["--route", "0", "1", "1"], "--route 0 1 1: give the numbers"),
-        (["--route", "0.5", "1", "0.5"], "--route 0.5 1 0.5: give the numbers"),
-        (["--route", "0", "9", "0.5"], "--route 0 9: END is more than the model's 1 blocks"),
-        (["--route-until", "5"], "--route-until: needs --route"),
-        (["--route", "0", "1", "0.5", "--block", "in-context"], "--route: in-context"),
-        (["--depth", "4", "--route", "1", "3", "0.5", "--aux-block", "2"], "--aux-block 2: --route 1 3"),
-        (["--aux-block", "1"], "auxiliary output after block 1"),
         (["--predict", "score"], "--predict: 'score' is not one of"),
     ],
 )
@@ -308,14 +240,10 @@ def test_bad_values_of_the_switches_get_one_line(argv, message, tmp_path, capsys
     assert error.count("error:") == 1
 
 
-def test_samplers_and_guidance_that_do_not_fit_a_checkpoint_get_one_line(tiny_checkpoint, tmp_path, capsys):
-    for argv, message in (
-        (["--sampler", "flow-heun"], "--sampler flow-heun: "),
-        (["--internal-guidance", 2], "--internal-guidance: "),
-    ):
-        output = tmp_path / "out.png"
-        assert call(sample_command.main, "--ckpt", tiny_checkpoint, *ONE_IMAGE, *argv, "--output", output) == 2
-        assert message in capsys.readouterr().err
+def test_a_sampler_of_flows_does_not_fit_a_diffusion(tiny_checkpoint, tmp_path, capsys):
+    argv = ("--ckpt", tiny_checkpoint, *ONE_IMAGE, "--sampler", "flow-heun", "--output", tmp_path / "out.png")
+    assert call(sample_command.main, *argv) == 2
+    assert "--sampler flow-heun: " in capsys.readouterr().err
 
 
 def test_switches_survive_safetensors_and_are_refused_where_they_would_be_lost(tmp_path, capsys):

@@ -162,10 +162,10 @@ def lines(output):
 
 
 def test_runs_are_recorded_and_not_repeated(folder, tmp_path, capsys):
-    words = ["--recipes", "baseline", "aux", "--seeds", 2]
+    words = ["--recipes", "baseline", "rope", "--seeds", 2]
     assert run_small(folder, tmp_path, *words) == 0
     rows = lines(tmp_path)
-    assert [(row["recipe"], row["seed"]) for row in rows] == [("baseline", 0), ("aux", 0), ("baseline", 1), ("aux", 1)]
+    assert [(row["recipe"], row["seed"]) for row in rows] == [("baseline", 0), ("rope", 0), ("baseline", 1), ("rope", 1)]
     for row in rows:
         marks = [[entry["unit"], entry["mark"], entry["steps"]] for entry in row["curve"]]
         assert sorted(marks) == sorted(row["judged_at"])
@@ -177,17 +177,15 @@ def test_runs_are_recorded_and_not_repeated(folder, tmp_path, capsys):
         assert all(0 < entry["frechet_distance"] < math.inf for entry in row["curve"] + guided)
         assert 0 <= row["memorised"] <= 1
         assert row["bits_per_dimension"] > 0
-        scales = [entry for entry in recipes.at_time(row, 1.0)["guided"] if "internal_guidance" in entry]
-        assert len(scales) == (len(recipes.INTERNAL_SCALES) if row["recipe"] == "aux" else 0)
     text = (tmp_path / "table.md").read_text()
-    assert "| aux | 2 |" in text
+    assert "| rope | 2 |" in text
     assert text.strip() in capsys.readouterr().out
-    for name in ("recipes", "baseline-0", "aux-1"):
+    for name in ("recipes", "baseline-0", "rope-1"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.format == "PNG"
 
     with open(tmp_path / "runs.jsonl", "a") as file:
-        file.write('{"recipe": "aux", "se')  # a line that was cut off
+        file.write('{"recipe": "rope", "se')  # a line that was cut off
     before = [(tmp_path / name).read_text() for name in ("runs.jsonl", "costs.json")]
     assert run_small(folder, tmp_path, *words) == 0
     after = [(tmp_path / name).read_text() for name in ("runs.jsonl", "costs.json")]
@@ -195,32 +193,26 @@ def test_runs_are_recorded_and_not_repeated(folder, tmp_path, capsys):
 
 
 def test_the_time_of_a_step_decides_how_many_steps_a_recipe_makes(folder, tmp_path, images):
-    assert recipes.steps_in(100, 1.0, 1.0, 75) == 100
-    assert recipes.steps_in(100, 1.25, 1.25, 75) == 80
-    assert recipes.steps_in(30, 0.5, 1.0, 75) == 60, "before its last phase it makes two steps for one of the baseline"
-    assert recipes.steps_in(100, 0.5, 1.0, 75) == 75 + 63, "the last phase begins at step 75, after a time of 37.5"
     config = make_config(folder, tmp_path, steps=100)
-    (tmp_path / "costs.json").write_text(json.dumps({"x0": [1.0, 1.0]}))
-    recipes.measure_costs(config, images, ["baseline", "route, then all"])
+    (tmp_path / "costs.json").write_text(json.dumps({"x0": 1.25}))
+    recipes.measure_costs(config, images, ["baseline", "rope"])
     costs = recipes.read_costs(tmp_path)
-    assert [*costs] == ["x0", "baseline", "route, then all"]
-    assert costs["baseline"] == [1, 1]
-    assert all(0.1 < cost < 10 for cost in costs["route, then all"])
-    costs["route, then all"] = [0.5, 1.0]
-    (tmp_path / "costs.json").write_text(json.dumps(costs))
-    steps = [("time", 0.25, 50), ("time", 0.5, 75 + 13), ("time", 1.0, 75 + 63), ("steps", 100, 100)]
-    assert config.judged_at("route, then all") == steps
+    assert [*costs] == ["x0", "baseline", "rope"]
+    assert costs["baseline"] == 1
+    assert 0.1 < costs["rope"] < 10
+    steps = [("time", 0.25, 20), ("time", 0.5, 40), ("time", 1.0, 80), ("steps", 100, 100)]
+    assert config.judged_at("x0") == steps
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(folder, tmp_path):
     config = make_config(folder, tmp_path, steps=40)
-    (tmp_path / "costs.json").write_text(json.dumps({"x0": [1.0, 1.0]}))
+    (tmp_path / "costs.json").write_text(json.dumps({"x0": 1.0}))
     row = {**config.record("x0", 1), "curve": []}
     (tmp_path / "runs.jsonl").write_text(f"[3]\n{json.dumps(row)}\n")
     assert recipes.finished_runs(config) == {("x0", 1): row}
     for other in ({"flags": config.flags + " --lr 1e-3"}, {"steps": 50}, {"samples": 100}):
         assert not recipes.finished_runs(make_config(folder, tmp_path, **{"steps": 40, **other}))
-    (tmp_path / "costs.json").write_text(json.dumps({"x0": [1.5, 1.5]}))
+    (tmp_path / "costs.json").write_text(json.dumps({"x0": 1.5}))
     assert not recipes.finished_runs(config), "of other costs"
 
 
@@ -235,7 +227,7 @@ def test_two_processes_do_the_same_runs(folder, tmp_path):
 
 def test_a_run_that_diverges_is_recorded_as_such(images, judge, folder, tmp_path):
     config = make_config(folder, tmp_path, steps=4, flags=f"{SMALL.split('=')[1]} --lr 1e30")
-    (tmp_path / "costs.json").write_text(json.dumps({"baseline": [1.0, 1.0]}))
+    (tmp_path / "costs.json").write_text(json.dumps({"baseline": 1.0}))
     row, picture = recipes.train_and_judge(config, images, judge, "baseline", 0)
     assert picture is None
     assert recipes.at_time(row, 1.0)["frechet_distance"] is None
@@ -246,7 +238,7 @@ def test_a_run_that_diverges_is_recorded_as_such(images, judge, folder, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--recipes", "slow"], "argument --recipes: 'slow' is not one of baseline, route"),
+        (["--recipes", "slow"], "argument --recipes: 'slow' is not one of baseline, min-snr"),
         (["--data", "nowhere"], "--data-path nowhere: "),
         (["--flags", "--lr quick"], "argument --lr: 'quick' is not a number"),
         (["--flags", "--num-heads 5"], "heads 5"),
@@ -289,9 +281,8 @@ def test_only_differences_beyond_the_noise_are_called_better():
     deviation = np.std(np.log([10, 11, 9]), ddof=1)
     assert recipes.noise(summary, "equal time") == (pytest.approx(deviation, rel=0.05), 8)
     assert summary["baseline"]["guided"].mean == pytest.approx(10 / 3), "the better scale of the two"
-    text = recipes.table(summary, {name: [1.5, 1.5] for name in summary})
+    text = recipes.table(summary, dict.fromkeys(summary, 1.5))
     assert "| flow | 3 | 1.50 | 9 ± 0 | 20.00 ± 2.00 | 10.00 ± 1.00 | 5.00 ± 0.50 | 10.00 ± 1.00 |" in text
-    assert "internal guidance" not in text, "a column of which nobody has a number is not shown"
 
 
 def test_one_seed_has_no_noise_and_no_verdict():

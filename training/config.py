@@ -88,22 +88,8 @@ class RecipeConfig(Config):
         "weight of those with little noise (Hang et al. 2023)", choices=("uniform", "min-snr"))  # fmt: skip
     timestep_sampling: str = option("uniform", "how often each timestep is trained: all alike, or logit-normal, which "
         "prefers the middle (Esser et al. 2024)", choices=("uniform", "logit-normal"))  # fmt: skip
-    route: tuple[float, float, float] | None = option(None, "random SHARE of the tokens that skips the blocks from START "
-        "to END, counted from 0, END excluded, in training, which makes updates faster; published: 2, depth - 4, 0.5 "
-        "(Krause et al. 2025) (default: off)", low=0, metavar=("START", "END", "SHARE"))  # fmt: skip
-    route_until: int | None = option(None, "last update with --route; the rest of the run trains all tokens, which guided "
-        "sampling needs (default: the whole run)", low=0, metavar="STEP")  # fmt: skip
     max_bad_steps: int = option(10, "stop after so many non-finite updates in a row; the log lines look for them", low=1,
         changeable=True)  # fmt: skip
-
-    def check(self):
-        if self.route:
-            start, end, share = self.route
-            if start % 1 or end % 1 or not start < end or share >= 1:
-                given = f"--route {start:g} {end:g} {share:g}"
-                raise UserError(f"{given}: give the numbers of two blocks, START < END, and a SHARE below 1")
-        elif self.route_until is not None:
-            raise UserError("--route-until: needs --route, the blocks that tokens skip")
 
     def total_steps(self, num_images):
         """Updates of the whole run on a dataset of `num_images` images."""

@@ -107,14 +107,6 @@ def check_recipe(recipe, model):
     """Raises UserError where the recipe does not fit the model."""
     if model.objective == "flow" and recipe.loss_weight != "uniform":
         raise UserError(f"--loss-weight {recipe.loss_weight}: is defined for --objective diffusion; leave it out")
-    if recipe.route:
-        start, end, depth = *map(int, recipe.route[:2]), len(model.blocks)
-        if end > depth:
-            raise UserError(f"--route {start} {end}: END is more than the model's {depth} blocks")
-        if model.block == "in-context":
-            raise UserError("--route: in-context blocks have the condition among the tokens; choose another --block")
-        if start < model.aux_block < end:
-            raise UserError(f"--aux-block {model.aux_block}: --route {start} {end} leads tokens around it; choose another")
 
 
 def check_size(config, context, space, text=None):

@@ -1,7 +1,6 @@
 """The training step: encode, noise, loss, backward, optimizer, EMA."""
 
 import contextlib
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -62,7 +61,6 @@ class Trainer:
             sharding.shard(model, self.mesh, precision)
             average = sharding.sharded_copy(model)
         self.ema = EMA(model.to(device), recipe.ema_decay, recipe.ema_warmup, average)
-        model.route = recipe.route and tuple(map(int, recipe.route[:2]))
         if model.objective == "flow":
             self.diffusion = Flow()
         else:
@@ -101,51 +99,27 @@ class Trainer:
         x_0 = encode_batch(self.space, batch, self.device)  # (N, C, h, w)
         t = self.diffusion.draw_timesteps(len(x_0), self.device, self.recipe.timestep_sampling)
         noise = torch.randn_like(x_0)
-        inputs = {"y": self.drop(y)}
-        if self.recipe.route and self.steps_made < (self.recipe.route_until or math.inf):
-            inputs["kept"] = self.draw_tokens(len(x_0))
-        losses = self.backward(x_0, t, noise, inputs)
+        losses = self.backward(x_0, t, noise, self.drop(y))
         grad_norm, finite = self.optimizer_step()
         self.steps_made += 1
         self.images_seen += self.recipe.global_batch_size
         return StepResult(losses, grad_norm, finite, batch)
 
-    def draw_tokens(self, number):
-        """The tokens of each image that are not routed around blocks, (number, K) int64, ascending: with a share of 0 they
-        are all, in order."""
-        num_tokens = self.model.pos_embed.shape[1]
-        kept = max(1, num_tokens - round(self.recipe.route[2] * num_tokens))
-        order = torch.rand(number, num_tokens, device=self.device).argsort(dim=1)
-        return order[:, :kept].sort(dim=1).values
-
-    def outputs(self, x_t, t, **inputs):
-        """What the losses are made of: the model's output, and for a model with an auxiliary one both, of a batch that
-        holds everything twice."""
-        if not self.model.aux_block:
-            return self.parallel_model(x_t, t, **inputs)
-        half = len(x_t) // 2
-        return torch.cat(self.parallel_model(x_t[:half], t[:half], **inputs, with_aux=True))
-
-    def backward(self, x_0, t, noise, inputs):
-        """Leave the gradient of the mean loss in the parameters; an auxiliary output's loss is added, and not reported. The
-        batch is computed in --grad-accum parts; all that is random was drawn for the whole batch, so their number changes
-        the result by rounding alone. inputs: the model's other inputs, by name. Returns the losses, (N,) each."""
+    def backward(self, x_0, t, noise, y):
+        """Leave the gradient of the mean loss in the parameters. The batch is computed in --grad-accum parts; all that is
+        random was drawn for the whole batch, so their number changes the result by rounding alone. Returns the losses,
+        (N,) each."""
         self.optimizer.zero_grad()
         num_parts, found = self.compute.grad_accum, []
-        parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, *inputs.values())), strict=True)
-        for i, part in enumerate(parts, 1):
-            targets = part[:3]
-            if self.model.aux_block:  # see `outputs`
-                targets = (torch.cat([values, values]) for values in targets)
-            x_0_i, t_i, noise_i = targets
-            inputs_i = dict(zip(inputs, part[3:], strict=True))
+        parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, y)), strict=True)
+        for i, (x_0_i, t_i, noise_i, y_i) in enumerate(parts, 1):
             # DDP exchanges the last sum, not the parts; with --shard no process has room for the whole of a sum
             synchronise = self.parallel_model is self.model or i == num_parts
             with contextlib.nullcontext() if synchronise else self.parallel_model.no_sync():
                 with self.autocast:
-                    losses = self.diffusion.training_losses(self.outputs, x_0_i, t_i, inputs_i, noise_i)
+                    losses = self.diffusion.training_losses(self.parallel_model, x_0_i, t_i, {"y": y_i}, noise_i)
                 (losses["loss"].sum() / len(x_0)).backward()
-            found.append({name: values.detach()[: len(part[0])] for name, values in losses.items()})
+            found.append({name: values.detach() for name, values in losses.items()})
         return {name: torch.cat([losses[name] for losses in found]) for name in found[0]}
 
     def optimizer_step(self):
