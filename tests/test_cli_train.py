@@ -435,7 +435,7 @@ def test_thirty_updates_of_the_trainer_match_the_reference(switches):
     for i in range(30):
         x, noise, t, y = training_batch(i)
         torch.manual_seed(i)
-        losses.append(trainer.backward(x, t, noise, {"y": trainer.model.y_embedder.drop(y)})["loss"].mean().item())
+        losses.append(trainer.backward(x, t, noise, trainer.model.y_embedder.drop(y))["loss"].mean().item())
         trainer.optimizer_step()
     assert_golden(losses, data["losses"], "losses", tol=2e-4)
     for key in data:
@@ -450,7 +450,7 @@ def gradients(switches):
     trainer = make_trainer(switches.split())
     fill(trainer.model).double()
     x, noise, t, y = training_batch(0)
-    losses = trainer.backward(x.double(), t, noise.double(), {"y": y})
+    losses = trainer.backward(x.double(), t, noise.double(), y)
     return [*losses.values(), *(p.grad for p in trainer.ema.weights)]
 
 
@@ -468,7 +468,7 @@ def test_checkpointing_runs_the_blocks_forward_twice_and_accumulation_each_part(
         for block in trainer.model.blocks:
             block.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(len(inputs[0])))
         x, noise, t, y = training_batch(0)
-        trainer.backward(x, t, noise, {"y": y})
+        trainer.backward(x, t, noise, y)
         assert len(seen) == calls, switches
         assert max(seen) == (3 if "accum" in switches else 8), "8 images in parts of 3, 3 and 2"
 
@@ -498,7 +498,7 @@ def test_blocks_are_compiled_once_for_all():
         trainer = make_trainer(["--compile", "aot_eager"], depth=depth)
         x, noise, t, y = training_batch(0)
         for _ in range(2):
-            trainer.backward(x, t, noise, {"y": y})
+            trainer.backward(x, t, noise, y)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [1, 1]
     assert not torch._dynamo.config.optimize_ddp, "DDP's buckets would cut the blocks"

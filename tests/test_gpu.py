@@ -66,7 +66,7 @@ def make_steps(trainer, number):
         random = torch.Generator().manual_seed(trainer.steps_made)
         x_0, noise = torch.randn(2, IMAGES, 4, side, side, generator=random).to(trainer.device)
         t, y = (torch.randint(most, (IMAGES,), generator=random).to(trainer.device) for most in (1000, 11))
-        losses.append(trainer.backward(x_0, t, noise, {"y": y})["loss"].cpu())
+        losses.append(trainer.backward(x_0, t, noise, y)["loss"].cpu())
         norms.append(trainer.optimizer_step()[0].cpu())
         trainer.steps_made += 1
     return torch.stack(losses), torch.stack(norms)
@@ -302,7 +302,7 @@ def test_ddp_over_nccl_trains_the_same(device):
 @on_each_device
 def test_out_of_memory_is_one_line_with_the_ways_out(device, tmp_path, monkeypatch, capfd):
     """With the allocator's own error, where activations would be allocated."""
-    monkeypatch.setattr(Trainer, "outputs", lambda self, x, *_, **__: x.new_empty(2**48))
+    monkeypatch.setattr(DiT, "forward", lambda self, x, *_, **__: x.new_empty(2**48))
     assert call(train.main, *TINY, "--device", device, "--run-dir", tmp_path, "--max-steps", 2) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1, lines

@@ -54,7 +54,7 @@ def make_steps(trainer, last, broken=False):
         x_0, noise = torch.randn(2, 8, 1, 8, 8, generator=random)[:, mine]
         t, y = (torch.randint(most, (8,), generator=random)[mine] for most in (1000, 11))
         x_0[0] *= float("nan") if broken and context.is_main else 1
-        loss = trainer.backward(x_0, t, noise, {"y": y})["loss"].mean()
+        loss = trainer.backward(x_0, t, noise, y)["loss"].mean()
         grad_norm, finite = trainer.optimizer_step()
         trainer.steps_made += 1
         assert type(grad_norm) is torch.Tensor
