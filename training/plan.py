@@ -41,8 +41,9 @@ def show(config, context, dataset):
             raise
         space = StoredSpace(4, 8, 1.0, 0.0)  # that of the released autoencoders
         warnings.append(f"training would not start: {error}")
+    text = open_text(config, dataset)  # not on the meta device: it has values
     with torch.device("meta"):
-        model = build_model(config, space, open_text(config, dataset))
+        model = build_model(config, space, text)
     finetune.freeze(model, config.finetune.freeze)
     model.gradient_checkpointing = config.compute.grad_checkpoint
     macs = forward_macs(model)
