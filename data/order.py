@@ -79,7 +79,7 @@ def next_batch(batches):
         error.__traceback__ = None
         text = str(error).strip()
         if isinstance(error, UserError):  # from a worker, it comes with the worker's traceback around it
-            line = text.split("UserError: ")[-1].split("\n")[0]
+            line = str(*error.args).split("UserError: ")[-1].split("\n")[0]
             # open_image does not know of this option, which all commands that read through a loader have
             return None, line.replace("; remove it", "; remove it, or pass --skip-bad-images")
         if isinstance(error, RuntimeError) and "DataLoader worker" not in text and "shared memory" not in text:

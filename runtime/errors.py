@@ -8,6 +8,9 @@ class UserError(ValueError):
     status = 2
     of_one_rank = False  # whether the other ranks do not know of it, so that this one has to print it
 
+    def __str__(self):
+        return super().__str__().replace("\n", "\\n")  # a file's name or a recorded value may hold line breaks
+
 
 class RunError(UserError):
     """A run that had to stop although its command was right, such as one whose loss is not finite."""

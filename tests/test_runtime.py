@@ -182,6 +182,10 @@ def test_out_of_memory_is_one_line_with_advice():
         torch.empty(2) + torch.empty(3)  # other errors stay what they are
 
 
+def test_the_message_of_a_user_error_is_one_line_whatever_it_quotes():
+    assert str(UserError("--vae a\nb: is missing")) == "--vae a\\nb: is missing"
+
+
 def test_outputs_that_cannot_be_written_are_refused_before_work(tmp_path):
     files.check_output(tmp_path / "new.json", "--output")
     with pytest.raises(UserError, match="--output .*: is a folder"):
