@@ -51,7 +51,7 @@ from runtime import distributed
 from runtime.config import Config, option
 from runtime.devices import has_bf16
 from runtime.errors import UserError
-from runtime.files import check_output, replace_file, write_errors, write_json
+from runtime.files import check_output, read_json, replace_file, write_errors, write_json
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.grid import draw_grid, write_picture
 from sampling.pipeline import Pipeline, to_uint8
@@ -151,23 +151,23 @@ class RecipesConfig(Config):
 
 
 def read_costs(folder):
-    """{recipe: the time of its step relative to the baseline's} of costs.json; empty where there is no such file."""
-    path = Path(folder, "costs.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    """{recipe: the time of its step relative to the baseline's} of costs.json; without those that are missing there."""
+    found = read_json(Path(folder, "costs.json")) or {}
+    return {recipe: cost for recipe, cost in found.items() if isinstance(cost, int | float) and cost > 0}
 
 
 def measure_costs(config, images, recipes):
     """Time the steps of the recipes in turns, and add them to costs.json: medians over the rounds of the ratios to the
     baseline's step in the same round. On a CPU the time is the processor time of one thread, on a GPU the clock's."""
-    runs = {recipe: Run(config, images, recipe, 0) for recipe in recipes}
-    reference, found = Run(config, images, BASELINE, 0), {recipe: [] for recipe in recipes}
-    for i in trange(ROUNDS + 1, desc="Timing the steps", unit="round"):
+    runs = {recipe: Run(config, images, recipe, 0) for recipe in recipes if recipe != BASELINE}
+    reference, found = Run(config, images, BASELINE, 0), {recipe: [] for recipe in runs}
+    for i in trange(ROUNDS + 1 if runs else 0, desc="Timing the steps", unit="round", disable=not runs):
         first = time_steps(reference)
         seconds = {recipe: time_steps(run) for recipe, run in runs.items()}
         mean = (first + time_steps(reference)) / 2
-        for recipe in recipes if i else ():  # the first round warms up
+        for recipe in runs if i else ():  # the first round warms up
             found[recipe].append(seconds[recipe] / mean)
-    costs = {recipe: 1.0 if recipe == BASELINE else statistics.median(found[recipe]) for recipe in recipes}
+    costs = {BASELINE: 1.0} | {recipe: statistics.median(ratios) for recipe, ratios in found.items()}
     write_json(Path(config.output, "costs.json"), read_costs(config.output) | costs)
 
 
@@ -281,7 +281,7 @@ def train_and_judge(config, images, judge, recipe, seed):
             end = {"memorised": memorised, "bits_per_dimension": run.bits_per_dimension()}
             end["loss"] = number(torch.stack(losses[-50:]).mean().item())
             scale = best_scale(numbers["guided"])
-            picture = sample if scale is None else run.draw(count, cfg_scale=scale["cfg_scale"])[0]
+            picture = sample if scale is None else run.draw(min(count, GRID), cfg_scale=scale["cfg_scale"])[0]
     parameters = sum(p.numel() for p in run.trainer.model.parameters())
     return {**config.record(recipe, seed), "parameters": parameters, "curve": curve, **end}, picture
 

@@ -202,6 +202,9 @@ def test_the_time_of_a_step_decides_how_many_steps_a_recipe_makes(folder, tmp_pa
     assert 0.1 < costs["rope"] < 10
     steps = [("time", 0.25, 20), ("time", 0.5, 40), ("time", 1.0, 80), ("steps", 100, 100)]
     assert config.judged_at("x0") == steps
+    for damaged in ("", "{", "[1]", '{"x0": [1.25, 1.0], "rope": "fast", "v": -1}'):
+        (tmp_path / "costs.json").write_text(damaged)
+        assert recipes.read_costs(tmp_path) == {}, "they are measured again"
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(folder, tmp_path):
