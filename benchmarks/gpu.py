@@ -74,7 +74,8 @@ class Bench:
         """Start `python WORDS`, or the same under torchrun, in a process group of its own."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, words)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, **(environment or {})}
         return subprocess.Popen(
             command, stdout=output, stderr=errors, text=True, cwd=ROOT, env=environment, start_new_session=True
         )
@@ -140,7 +141,7 @@ def matrix_products(bench, tokens):
 def step(script, bench, model, batch_size, variant, *more):
     """A step by benchmarks/train_step.py or sampling.py. more: further options of these."""
     small = bench.config.small
-    rounds = ["--repeats", 2, "--warmup", 1] if small else ["--repeats", 8, "--calls", 10]
+    rounds = ["--repeats", 2, "--warmup", 1] if small else ["--repeats", 5, "--calls", 10]
     out = bench.run(
         "-m", f"benchmarks.{script}", "--model", f"DiT-{model}", "--image-size", 32 if small else 256,
         *(TINY if small else ()), "--batch-size", batch_size, "--variants", variant, "--device", bench.device,

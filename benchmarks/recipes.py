@@ -23,7 +23,6 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import statistics
@@ -34,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.multiprocessing as multiprocessing
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -311,9 +311,10 @@ def open_data(config):
     return images, Judge.open(images, os.path.join(config.output, "judge.pt"))
 
 
-def start_worker(config):
+def start_worker(*data):
     global worker
-    worker = config, *open_data(config)
+    torch.set_num_threads(1)
+    worker = data
 
 
 def do_job(work, job):
@@ -335,13 +336,13 @@ def finished_runs(config):
 def run_all(config, jobs, work=None):
     """Do the (recipe, seed) jobs and append their lines to runs.jsonl as they finish. Yields after each. work: what to do,
     a function like `train_and_judge`, the default; other benchmarks have their own, with a config that has a `record`."""
-    do = partial(do_job, work or train_and_judge)
+    do, data = partial(do_job, work or train_and_judge), (config, *open_data(config))
     with contextlib.ExitStack() as stack:
         if config.jobs == 1:
-            start_worker(config)
+            start_worker(*data)
             results = map(do, jobs)
-        else:  # new processes, not forked ones: OpenMP's threads and CUDA do not survive a fork
-            pool = multiprocessing.get_context("spawn").Pool(min(config.jobs, len(jobs)), start_worker, (config,))
+        else:  # new processes, not forked ones: OpenMP's threads and CUDA do not survive a fork. They share the tensors
+            pool = multiprocessing.get_context("spawn").Pool(min(config.jobs, len(jobs)), start_worker, data)
             results = stack.enter_context(pool).imap_unordered(do, jobs)
         for recipe, seed, row, picture in results:
             with write_errors(config.output), open(Path(config.output, "runs.jsonl"), "a") as file:

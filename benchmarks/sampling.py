@@ -62,7 +62,9 @@ class Ours:
 
     def __call__(self):
         config, device = self.config, distributed.setup(self.config.compute.device).device
-        model = place(timing.replace_zeros(setup.build_model(config, SPACE)).eval(), config.compute, device)
+        with device:  # where drawing the first weights of XL/2 takes no time
+            model = timing.replace_zeros(setup.build_model(config, SPACE)).eval()
+        model = place(model, config.compute, device)
         guidance = GuidanceConfig(cfg_scale=config.cfg_scale)
         pipeline = Pipeline(model, None, config.sampler, guidance, precision=config.compute.products)
         y, noise = labels(config, device), pipeline.noise(0, range(config.timing.batch_size))
@@ -97,7 +99,8 @@ class OriginalRecipe:
     def __call__(self):
         config, device = self.config, torch.device(self.config.compute.device)
         set_precision("tf32", device)
-        model = timing.replace_zeros(setup.build_model(config, SPACE)).eval().to(device)
+        with device:
+            model = timing.replace_zeros(setup.build_model(config, SPACE)).eval()
         diffusion, y = create_diffusion(str(config.sampler.num_sampling_steps)), labels(config, device)
         kwargs = {"y": torch.cat([y, torch.full_like(y, model.null_class)]), "cfg_scale": config.cfg_scale}
         shape = (2 * len(y), model.in_channels, model.input_size, model.input_size)

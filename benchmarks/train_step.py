@@ -95,7 +95,8 @@ class Ours:
 def make_trainer(config):
     """(Trainer, a batch of stored latents in the memory that train.py's loader keeps them in)"""
     compute = config.compute
-    model = timing.replace_zeros(setup.build_model(config, SPACE))
+    with torch.device(compute.device):  # where drawing the first weights of XL/2 takes no time
+        model = timing.replace_zeros(setup.build_model(config, SPACE))
     trainer = Trainer(config.recipe, compute, distributed.setup(compute.device), model, SPACE, compute.precision)
     mean, label = random_batch(config, model)
     batch = {"moments": torch.stack([mean, torch.rand_like(mean)], dim=1).half(), "label": label}
@@ -113,7 +114,8 @@ class OriginalRecipe:
     def __call__(self):
         device = distributed.setup(self.config.compute.device).device
         set_precision("tf32", device)
-        model = timing.replace_zeros(setup.build_model(self.config, SPACE)).to(device).train()
+        with device:
+            model = timing.replace_zeros(setup.build_model(self.config, SPACE)).train()
         average = copy.deepcopy(model).requires_grad_(False)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"

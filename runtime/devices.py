@@ -38,6 +38,14 @@ def set_precision(precision, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def use_deterministic_kernels():
+    """From now on, in this process, an operation gives the same bits each time on a GPU too. PyTorch raises RuntimeError
+    for one that has no such kernel."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two values that cuBLAS is deterministic with
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, for the sake of code that reads such memory
+
+
 def precision_warning(precision, device):
     """A line of warning where bf16 is emulated, else None."""
     if precision == "bf16" and not has_bf16(device):

@@ -13,7 +13,7 @@ from data.text_encoder import encode_texts
 from diffusion import create_diffusion
 from diffusion.flow import Flow
 from runtime import seeds
-from runtime.devices import set_precision
+from runtime.devices import set_precision, use_deterministic_kernels
 from training.ema import EMA
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -71,6 +71,8 @@ class Trainer:
             model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         self.autocast = set_precision(precision, device)
+        if compute.deterministic:
+            use_deterministic_kernels()
         if compute.compile:
             # it would split blocks where DDP's gradient buckets end; a block's gradients are ready together anyway
             torch._dynamo.config.optimize_ddp = False
