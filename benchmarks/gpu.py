@@ -356,7 +356,7 @@ def make_list(config):
     for steps in (20, 250):
         number = 2 * middle if small else 512
         rows[f"command-sample-{steps}"] = sample_command, number, middle, steps, f"sample-XL-256-b{middle}"
-    rows["saving-XL"] = saving, "XL/2", few, 2
+    rows["saving-XL"] = saving, "XL/2", few, 1
     rows["start-XL"] = starting, few
     rows["matrix"] = matrix_products, 256 * many
     return rows

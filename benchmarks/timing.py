@@ -95,35 +95,38 @@ class Timing:
 def compare(config, baseline, ours, flops, images, profile=None, extra=None):
     """Time the variants of a resolved config. Returns the report, a dict. baseline(config) and ours(config), where
     config.compute.compile may be None, return makers as `race` takes them. flops, images: of one call on one device.
-    extra: {name: maker} of other work to time, whose median is reported as "{name}_seconds"."""
+    extra: {name: maker} of other work to time, once a round, whose median is reported as "{name}_seconds"."""
     eager = dataclasses.replace(config, compute=dataclasses.replace(config.compute, compile=None))
     makers = {"baseline": baseline(config), "eager": ours(eager), "compiled": ours(config)}
     makers = {name: makers[name] for name in VARIANTS if name in config.timing.variants}
     product = MatrixProduct(config.compute.device, config.compute.precision)
-    makers |= {MATRIX_PRODUCT: product, **(extra or {})}
-    timings = race(makers, product.device, config.timing.repeats, config.timing.warmup, profile, config.timing.calls)
-    others = {f"{name}_seconds": timings.pop(name).median for name in extra or ()}
+    extra = extra or {}
+    makers |= {MATRIX_PRODUCT: product, **extra}
+    repeats, warmup, calls = config.timing.repeats, config.timing.warmup, config.timing.calls
+    timings = race(makers, product.device, repeats, warmup, profile, calls, once=extra)
+    others = {f"{name}_seconds": timings.pop(name).median for name in extra}
     return summarise(timings, product, flops, images) | others
 
 
-def race(makers, device, repeats, warmup=2, profile=None, calls=1):
+def race(makers, device, repeats, warmup=2, profile=None, calls=1, once=()):
     """Time all makers in turns. Returns {name: Timing}.
 
     makers: {name: make}. make() must be picklable; it is called in the variant's process and returns the function without
     arguments that is timed. warmup: uncounted calls after the first. profile: turns a torch.profiler.profile of one more
     call into {(category, operation or kernel): seconds}, in the variant's process; the mean of several is taken, and what
-    a GPU's timed calls take longer than its kernels is waiting. calls: in each timed round. Raises RunError where one
-    fails."""
+    a GPU's timed calls take longer than its kernels is waiting. calls: in each timed round, but for the makers named in
+    `once`. Raises RunError where one fails."""
     with contextlib.ExitStack() as stack:
         runners = {name: stack.enter_context(Runner(name, make, device, profile)) for name, make in makers.items()}
         timings = {name: Timing() for name in makers}
         for i in tqdm(range(1 + warmup + repeats), desc="Timing", unit="round", leave=False):
             for name, runner in runners.items():
-                seconds = runner.ask(calls if i > warmup else 1)
+                number = calls if i > warmup and name not in once else 1
+                seconds = runner.ask(number)
                 if i == 0:
                     timings[name].first = seconds
                 elif i > warmup:
-                    timings[name].seconds.append(seconds / calls)
+                    timings[name].seconds.append(seconds / number)
         for name, runner in runners.items():
             timings[name].peak_memory_gib = runner.ask("memory")
         profiles = {name: Counter() for name in runners if profile}

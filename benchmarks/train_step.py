@@ -58,6 +58,8 @@ KERNELS = {
     r"adam|lpnorm": "optimizer",
 }
 MATRIX_PRODUCTS = "mm addmm bmm baddbmm mkldnn_convolution cudnn_convolution convolution_backward".split()
+# The profiler's own event where the GPU's queue is full, to which it assigns the kernels of the operation around it again
+QUEUE_FULL = "Command Buffer Full"
 SPACE = StoredSpace(channels=4, factor=8, scaling=1.0, shift=0.0)
 
 
@@ -151,10 +153,10 @@ def where_time_goes(profile, device):
     seconds = Counter(dict.fromkeys(((category, "") for category in COLOURS), 0.0))
     operations, kernels = [], Counter()
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CPU:
-            operations.append(event)
-        else:
+        if event.device_type != torch.autograd.DeviceType.CPU:
             kernels[event.name] += event.time_range.elapsed_us() / 1e6
+        elif event.name != QUEUE_FULL:
+            operations.append(event)
     if device.type != "cuda":
         for event in operations:
             seconds[category_of(event), event.name] += event.self_cpu_time_total / 1e6
