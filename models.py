@@ -136,11 +136,11 @@ class TransformerBlock(nn.Module):
         """x: (N, T, D). c: the condition: unused here, whose tokens are among x; (N, 2, D) in cross-attention; else (N, D).
         text: (tokens, mask) as of `TextEmbedder`, for blocks made with `text`. positions: `rope`, the rotations of x's
         tokens, where the model has them."""
-        x = self.read(x + self.attn(self.norm1(x), **positions), text)
+        x = self.add_text(x + self.attn(self.norm1(x), **positions), text)
         return x + self.mlp(self.norm2(x))
 
-    def read(self, x, text):
-        """x with what attending to the text adds to it."""
+    def add_text(self, x, text):
+        """x, plus what it gets from attending to the text, where there is one."""
         return x if text is None else x + self.text_attn(self.norm_text(x), *text)
 
 
@@ -170,7 +170,7 @@ class CrossAttentionBlock(TransformerBlock):
         self.cross_attn = CrossAttention(width, num_heads)
 
     def forward(self, x, c, text=None, **positions):
-        x = self.read(x + self.attn(self.norm1(x), **positions), text)
+        x = self.add_text(x + self.attn(self.norm1(x), **positions), text)
         x = x + self.cross_attn(self.norm_cross(x), c)
         return x + self.mlp(self.norm2(x))
 
@@ -186,7 +186,7 @@ class AdaLNBlock(TransformerBlock):
 
     def forward(self, x, c, text=None, **positions):
         shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).unsqueeze(1).chunk(4, dim=-1)  # each (N, 1, D)
-        x = self.read(x + self.attn(modulate(self.norm1(x), shift1, scale1), **positions), text)
+        x = self.add_text(x + self.attn(modulate(self.norm1(x), shift1, scale1), **positions), text)
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -197,7 +197,7 @@ class DiTBlock(TransformerBlock):
 
     def forward(self, x, c, text=None, **positions):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = self.read(x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), **positions), text)
+        x = self.add_text(x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), **positions), text)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
