@@ -69,7 +69,7 @@ class LikelihoodConfig(SourceConfig):
         1000, "images to measure, chosen from the data at random by --seed; all of them if there are fewer", low=2
     )
     num_timesteps: int = option(1000, "timesteps of the diffusion process; with fewer than the 1000 of training it is a "
-        "different process, whose bound is looser", low=2, high=1000)  # fmt: skip
+        "different process, whose bound is looser; of a flow, steps through its ODE", low=2, high=1000)  # fmt: skip
     batch_size: int = option(32, "images per process and forward pass of the model", low=1)
     seed: int = option(0, "seed of the choice of images and of the noise of each image", low=0)
     output: str = option("likelihood.json", "file of the report; the plot is written beside it, as .png", metavar="FILE")

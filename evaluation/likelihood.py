@@ -1,7 +1,9 @@
-"""The variational bound of a pixel-space model in bits per dimension: the work of likelihood.py."""
+"""The likelihood of a pixel-space model in bits per dimension: the work of likelihood.py. Of a diffusion it is the
+variational bound, of a flow the density that its ODE gives."""
 
 import math
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from data.images import load_dataset
 from data.order import make_loader
 from data.stored_latents import is_latents_folder
 from diffusion import create_diffusion
+from diffusion.flow import flow_log_likelihood, likelihood_levels
 from runtime import files, seeds
 from runtime.devices import explain_out_of_memory, set_precision
 from runtime.errors import RunError, UserError
@@ -30,17 +33,20 @@ def measure_likelihood(config, context):
     dataset = open_dataset(config, checkpoint, settings["image_size"], context)
     labels = class_numbers(config, checkpoint, dataset)
     indices = choose(len(dataset), config.num_images, config.seed)
-    if checkpoint.model_config["objective"] == "flow":
-        raise UserError(f"--ckpt {config.ckpt}: is a flow, whose likelihood has no such bound; use a model of a diffusion")
-    model = checkpoint.build_model()
-    diffusion = create_diffusion(str(config.num_timesteps), learn_sigma=model.learn_sigma, predict=model.predict)
+    model, steps = checkpoint.build_model().requires_grad_(False), config.num_timesteps
+    if model.objective == "flow":
+        terms, timesteps = partial(flow_terms, steps), [1000 * s for s in likelihood_levels(steps)[1:]]
+    else:
+        diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma, predict=model.predict)
+        terms, timesteps = partial(bound, diffusion), diffusion.timestep_map
     with set_precision("fp32", context.device), explain_out_of_memory("lower --batch-size"):
-        rows = measure(model.to(context.device), diffusion, dataset, labels, indices, config, context)
+        rows = measure(model.to(context.device), terms, dataset, labels, indices, config, context)
     if not context.is_main:
         return None
     if not rows.isfinite().all():
-        raise RunError(f"--ckpt {config.ckpt}: the bound is not finite; take another checkpoint")
-    return summarise(rows, diffusion.timestep_map) | {"settings": record(config, checkpoint, context)}
+        raise RunError(f"--ckpt {config.ckpt}: the likelihood is not finite; take another checkpoint")
+    settings = record(config, checkpoint, context) | {"objective": model.objective}
+    return summarise(rows, timesteps) | {"settings": settings}
 
 
 def pixel_space(config, checkpoint):
@@ -103,24 +109,26 @@ def choose(num_images, wanted, seed):
     return seeds.generator(seed, seeds.BOUND_CHOICE).permutation(num_images)[:wanted].tolist()
 
 
-def measure(model, diffusion, dataset, labels, indices, config, context):
-    """The `bound` of the images `indices` of the dataset, in their order, on every rank. The ranks take whole batches in
-    turn, so that the number of ranks does not change the result in any bit."""
+def measure(model, terms, dataset, labels, indices, config, context):
+    """The terms of the images `indices` of the dataset, in their order, on every rank. The ranks take whole batches in
+    turn, so that the number of ranks does not change the result in any bit. terms: `bound` or `flow_terms` with its first
+    argument."""
     batches = [indices[first : first + config.batch_size] for first in range(0, len(indices), config.batch_size)]
 
     def measure_share():
         mine, rows = batches[context.rank :: context.world_size], []
-        total = sum(map(len, mine)) * diffusion.num_timesteps
-        with tqdm(total=total, desc="Bound", unit="step", unit_scale=True, disable=not context.is_main) as bar:
+        total = sum(map(len, mine)) * config.num_timesteps * (2 if model.objective == "flow" else 1)
+        with tqdm(total=total, desc="Likelihood", unit="step", unit_scale=True, disable=not context.is_main) as bar:
             for batch in make_loader(dataset, [[(index, 0) for index in batch] for batch in mine]):
                 x_0 = to_model_range(batch["image"].to(context.device))
                 y = torch.tensor(labels)[batch["label"]].to(context.device)
 
                 def denoise(x_t, t, y=y):
                     bar.update(len(x_t))
+                    t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))  # a flow's is one number for all
                     return model(x_t, t, y)
 
-                rows.append(bound(diffusion, denoise, x_0, config.seed, batch["index"].tolist()))
+                rows.append(terms(denoise, x_0, config.seed, batch["index"].tolist()))
         return rows
 
     gathered = context.all_gather(context.run_on_all_ranks(measure_share))
@@ -142,10 +150,28 @@ def bound(diffusion, denoise, x_0, seed, indices):
     return torch.cat([found["vb"].flip(1), found["prior_bpd"][:, None]], dim=1).cpu().double()
 
 
+def flow_terms(num_steps, velocity, x_0, seed, indices):
+    """-log2 p(x_0) of a flow in bits per dimension, as summands: (N, num_steps + 1) float64 on the CPU: of each step of the
+    ODE, from the data on, and at last of the noise, where the width of the 256 levels is counted. See
+    `diffusion.flow.flow_log_likelihood`.
+
+    x_0: (N, C, H, W) in [-1, 1], of 256 levels, which uniform noise makes continuous (Theis et al. 2016, section 3.1): the
+    mean is an upper bound for the levels. That noise and the probe of image n depend on (seed, indices[n]) alone."""
+    generators = [seeds.generator(seed, seeds.BOUND_NOISE, index) for index in indices]
+    shape = x_0.shape[1:]
+    noise = np.stack([generator.random(shape, "float32") - 0.5 for generator in generators]) * (2 / 255)
+    probe = np.stack([generator.integers(2, size=shape) * 2 - 1 for generator in generators])
+    noise, probe = (torch.from_numpy(values).to(x_0) for values in (noise, probe))
+    prior, integrals = flow_log_likelihood(velocity, x_0 + noise, num_steps, probe)
+    rows = torch.cat([integrals, prior[:, None]], dim=1).cpu().double() / (-math.log(2) * x_0[0].numel())
+    rows[:, -1] += math.log2(255 / 2)
+    return rows
+
+
 def summarise(rows, timesteps):
     """Mean over images, and its standard error, of the total, the prior and the term of each of the `timesteps`.
 
-    rows: (N, num_timesteps + 1), see `bound`. timesteps: of the training process, ascending."""
+    rows: (N, num_timesteps + 1), see `bound` and `flow_terms`. timesteps: of the training process, ascending."""
 
     def moments(values):
         return {"mean": values.mean(0).tolist(), "standard_error": (values.std(0) / math.sqrt(len(rows))).tolist()}
@@ -173,10 +199,12 @@ def record(config, checkpoint, context):
 
 def describe(report):
     total, terms = report["total"], report["terms"]["mean"]
+    parts, prior = f"decoder term {terms[0]:.4f}, other terms {sum(terms[1:]):.4f}", report["prior"]["mean"]
+    if report["settings"]["objective"] == "flow":
+        parts = f"change of volume {sum(terms):.4f}"
     return (
-        f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension: decoder term {terms[0]:.4f}, "
-        f"other terms {sum(terms[1:]):.4f}, prior {report['prior']['mean']:.2g} ({report['images']} images, "
-        f"{len(terms)} timesteps)"
+        f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension: {parts}, prior {prior:.2g} "
+        f"({report['images']} images, {len(terms)} timesteps)"
     )
 
 
@@ -189,7 +217,8 @@ def write_report(report, output):
 
 
 def plot(report):
-    """A figure of the terms over the timesteps, both logarithmic, with a band of one standard error."""
+    """A figure of the terms over the timesteps, with a band of one standard error. Both axes are logarithmic, but for the
+    terms of a flow, which may be negative."""
     from matplotlib.figure import Figure  # takes a second to import; without pyplot there is no window and no state
 
     t, mean, error = (np.array(report["terms"][name]) for name in ("timestep", "mean", "standard_error"))
@@ -197,7 +226,8 @@ def plot(report):
     axes = figure.subplots()
     axes.fill_between(t + 1, mean - error, mean + error, alpha=0.3, linewidth=0)
     axes.plot(t + 1, mean, marker=".", markersize=3, linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="timestep t + 1", ylabel="bits per dimension")
+    scale = "linear" if report["settings"]["objective"] == "flow" else "log"
+    axes.set(xscale="log", yscale=scale, xlabel="timestep t + 1", ylabel="bits per dimension")
     axes.set_title(textwrap.fill(describe(report), 70), fontsize="medium")
     axes.grid(alpha=0.3)
     return figure

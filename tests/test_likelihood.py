@@ -1,4 +1,4 @@
-"""likelihood.py: bounds that are known in closed form, and the whole command on a tiny model."""
+"""likelihood.py: likelihoods that are known in closed form, and the whole command on a tiny model."""
 
 import json
 import math
@@ -42,6 +42,24 @@ def test_the_bound_of_a_perfect_model_is_the_entropy_of_gaussian_data():
     error = rows.sum(1).std().item() / 8
     assert error < 0.05
     assert rows.sum(1).mean().item() == pytest.approx(entropy, abs=3 * error)
+
+
+def test_the_density_of_a_perfect_flow_is_the_entropy_of_gaussian_data():
+    """The same data, whose 256 levels the uniform noise makes continuous."""
+    s2 = 0.25**2
+    levels = torch.from_numpy(np.random.default_rng(0).normal(0, 0.25, (64, 1, 8, 8))).float()
+    x_0 = ((levels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+    def exact(x, t):
+        s = t / 1000
+        return (s - (1 - s) * s2) * x / ((1 - s) ** 2 * s2 + s**2)
+
+    rows = likelihood.flow_terms(40, exact, x_0, seed=0, indices=range(64))
+    assert rows.shape == (64, 41)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * s2) + math.log2(127.5)
+    assert rows.sum(1).mean().item() == pytest.approx(entropy, abs=3 * rows.sum(1).std().item() / 8)
+    alone = likelihood.flow_terms(40, exact, x_0[5:6], seed=0, indices=[5])
+    torch.testing.assert_close(alone, rows[5:6], msg="an image's noise and probe are its own")
 
 
 def test_rows_are_the_terms_of_the_diffusion_in_ascending_order():
@@ -94,6 +112,24 @@ def test_the_report_adds_up_and_has_its_plot(measured):
     assert settings["checkpoint_step"] == 4
     with Image.open(measured.with_suffix(".png")) as image:
         assert image.width > 400
+
+
+def test_a_flow_has_a_likelihood_too(tmp_path, capsys):
+    flow = {"objective": "flow", "predict": "v", "learn_sigma": False, "in_channels": 1, "num_classes": 10, "input_size": 8}
+    model = DiT(**{**SMALL, **flow})
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    state = {"model": model.state_dict(), "model_config": model.config, "args": {"vae": "none", "image_size": 8}}
+    torch.save(state, tmp_path / "flow.pt")
+    for batch in (3, 7):
+        output = tmp_path / f"{batch}.json"
+        assert call(command.main, *options(tmp_path / "flow.pt", output, "--batch-size", batch)) == 0
+        assert "change of volume" in capsys.readouterr().out
+    found, settings = report(tmp_path / "3.json")
+    assert settings["objective"] == "flow"
+    assert found["terms"]["timestep"] == pytest.approx([1000 * (i / 6) ** 2 for i in range(1, 7)])
+    assert found["total"]["mean"] == pytest.approx(sum(found["terms"]["mean"]) + found["prior"]["mean"])
+    assert found["total"]["mean"] == pytest.approx(report(tmp_path / "7.json")[0]["total"]["mean"], rel=1e-5)
+    assert (tmp_path / "3.png").is_file()
 
 
 @pytest.mark.parametrize(("batch", "world_size"), [(3, 2), (7, 1)])
@@ -224,7 +260,7 @@ def test_a_bound_that_is_not_finite_is_no_result(capfd, tmp_path, tiny_checkpoin
     state["ema"]["final_layer.linear.weight"].fill_(1e38)
     torch.save(state, tmp_path / "a.pt")
     assert call(command.main, *options(tmp_path / "a.pt", tmp_path / "a.json")) == 1
-    assert "a.pt: the bound is not finite" in capfd.readouterr().err.splitlines()[-1]
+    assert "a.pt: the likelihood is not finite" in capfd.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "a.json").exists()
 
 

@@ -14,7 +14,7 @@ import train
 from benchmarks.gaussian import ALPHA_BAR, MU, S, alpha_bar_at, denoiser
 from checkpoint.opened import Checkpoint
 from diffusion import create_diffusion, sample, samplers
-from diffusion.flow import Flow, eps_denoiser, flow_steps
+from diffusion.flow import Flow, eps_denoiser, flow_log_likelihood, flow_steps
 from models import DiT
 from training.config import PRESETS
 
@@ -46,6 +46,21 @@ def test_solvers_of_flows_have_their_order_on_gaussian_data(method, order):
     assert errors[-1] < 0.02
     # Heun's last step is of order 1, but of length 1/N in time and nearly straight: it must not dominate
     assert (orders > order - 0.25).all(), (errors, orders)
+
+
+def test_the_likelihood_of_a_flow_of_gaussian_data_is_exact():
+    """Its Jacobian is diagonal, so that the probe, whose entries are +1 and -1, gives the divergence itself."""
+    x_0 = (MU + S * normal("data", 50, 1, 4, 4)).double()
+    probe = torch.randint(2, x_0.shape).double() * 2 - 1
+    expected = torch.distributions.Normal(MU, S).log_prob(x_0).flatten(1).sum(1)
+    errors = []
+    for num_steps in (20, 40, 80):
+        prior, integrals = flow_log_likelihood(velocity, x_0, num_steps, probe)
+        assert integrals.shape == (50, num_steps)
+        errors.append((prior + integrals.sum(1) - expected).abs().max().item())
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert errors[-1] < 0.01
+    assert (orders > 1.75).all(), (errors, orders)
 
 
 def test_flow_sde_draws_the_datas_mean_and_spread():
