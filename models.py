@@ -228,7 +228,7 @@ class FinalLayer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-OUTPUTS = [("diffusion", "eps"), ("diffusion", "x0"), ("diffusion", "v"), ("flow", "v")]
+OUTPUTS = [("diffusion", "eps"), ("diffusion", "v"), ("flow", "v")]
 
 
 class DiT(nn.Module):
@@ -239,7 +239,7 @@ class DiT(nn.Module):
     the interpolation of log-variances, as C more channels. block: one of `BLOCKS`.
 
     Newer ideas, all off by default. objective, predict: what the first C channels of the output are, for those who read
-    them: eps, x0 or v of a "diffusion" (see `diffusion`), or the velocity v of a "flow". rope: rotary position embeddings
+    them: eps or v of a "diffusion" (see `diffusion`), or the velocity v of a "flow". rope: rotary position embeddings
     in two dimensions (Su et al. 2021, Heo et al. 2024), beside the fixed ones. text_width: W of the text encoder whose
     texts, of up to `text_length` tokens, are the condition; the new branch of each block adds nothing at first, so that a
     model trained without it can be continued. There are no classes then.

@@ -141,7 +141,8 @@ train: --data-path in/latents --vae in/vae --image-size 16 --num-classes 3 --ski
 train: --init-from in/tiny.pt --hidden-size 32|--hidden-size
 train: --init-from in/tiny.pt --predict v|--predict
 train: --init-from in/tiny.pt --objective flow|--objective
-train: --objective flow --predict x0|--predict
+train: --objective flow --predict eps|--predict
+train: --predict x0|--predict
 train: --objective flow --loss-weight min-snr|--loss-weight
 train: --rope --hidden-size 12|rotary
 train: --val-every 2
@@ -882,7 +883,7 @@ def interruption_cases():
         "train": ("--max-steps 1000000 --run-dir run", "step=0000002"),
         "sample": ("--num-sampling-steps 1000 --samples-per-label 100", "%|"),
         "sample_ddp": ("--num-sampling-steps 1000 --num-fid-samples 400", "Sampling"),
-        "likelihood": ("--num-timesteps 1000 --num-images 1000", "Bound"),
+        "likelihood": ("--num-timesteps 1000 --num-images 1000", "Likelihood"),
         "evaluate": ("--batch-size 1", "features"), "extract_latents": ("--batch-size 1 --image-size 512", "Encoding"),
     }  # fmt: skip
     for command, (extra, text) in long.items():

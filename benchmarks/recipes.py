@@ -62,7 +62,6 @@ RECIPES = {
     "baseline": "",  # the paper's
     "min-snr": "--loss-weight min-snr",
     "logit-normal": "--timestep-sampling logit-normal",
-    "x0": "--predict x0",
     "v": "--predict v",
     "flow": "--objective flow",
     "flow, logit-normal": "--objective flow --timestep-sampling logit-normal",

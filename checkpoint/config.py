@@ -7,7 +7,7 @@ from runtime.config import Config, option
 # The keys of models.DiT_models and models.BLOCKS, which take seconds to import; a test compares
 MODELS = tuple(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))
 BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
-OBJECTIVES, PREDICTIONS = ("diffusion", "flow"), ("eps", "x0", "v")
+OBJECTIVES, PREDICTIONS = ("diffusion", "flow"), ("eps", "v")
 MAX_SIZE, MAX_DEPTH = 2**16, 512  # of an image's side or a width, of blocks: larger numbers would use up the memory
 
 

@@ -3,7 +3,7 @@
     x_s = (1 - s) x_0 + s eps,   v = d x_s / d s = eps - x_0,   s in [0, 1]
 
 A model maps (x_s, t) to v, where t = 1000 s. Noise is at s = 1, as in the other processes; some papers turn the direction
-of time around. `eps_denoiser` lets every sampler draw from such a model, and from those that predict x_0 or v."""
+of time around. `eps_denoiser` lets every sampler draw from such a model, and from those that predict v."""
 
 import itertools
 import math
@@ -103,7 +103,7 @@ def likelihood_levels(num_steps):
 def eps_denoiser(denoiser, objective, predict, alphas_cumprod):
     """A denoiser of eps, for every sampler of a diffusion, from one that predicts something else, in x_t's noise levels.
 
-    denoiser: maps (x_t, t) to x_0 or v, then the variance's interpolation where it is learned; or, for the objective
+    denoiser: maps (x_t, t) to v, then the variance's interpolation where it is learned; or, for the objective
     "flow", (x_s, 1000 s) to the velocity. alphas_cumprod: (T,) of the full process; between timesteps
     sqrt(1 / alpha_bar - 1) is linear, as in diffusers' solvers. A flow has the signal-to-noise ratio of x_t at
     s = sigma / (alpha + sigma), with alpha = sqrt(alpha_bar_t) and sigma = sqrt(1 - alpha_bar_t), where
@@ -120,8 +120,7 @@ def eps_denoiser(denoiser, objective, predict, alphas_cumprod):
             x_s = x_t / (alpha + sigma)
             return x_s + alpha / (alpha + sigma) * denoiser(x_s, 1000 * sigma / (alpha + sigma))
         output = denoiser(x_t, t)
-        prediction, variance = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
-        eps = (x_t - alpha * prediction) / sigma if predict == "x0" else alpha * prediction + sigma * x_t
-        return torch.cat([eps, variance], dim=1)
+        v, variance = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
+        return torch.cat([alpha * v + sigma * x_t, variance], dim=1)
 
     return denoise

@@ -110,7 +110,7 @@ def test_target_and_prediction_are_inverse(predict):
     torch.testing.assert_close(process.predict_xstart_from_output(process.q_sample(x_0, t, noise), t, target), x_0)
 
 
-@pytest.mark.parametrize(("objective", "predict"), [("diffusion", "x0"), ("diffusion", "v"), ("flow", "v")])
+@pytest.mark.parametrize(("objective", "predict"), [("diffusion", "v"), ("flow", "v")])
 @pytest.mark.parametrize("t", [0, 10.5, 500, 999])
 def test_every_prediction_is_converted_to_the_same_eps(objective, predict, t):
     def model(x_t, t):
@@ -119,8 +119,8 @@ def test_every_prediction_is_converted_to_the_same_eps(objective, predict, t):
         alpha_bar = alpha_bar_at(t)
         eps = denoiser(x_t, t)[:, :1]
         x_0 = (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-        prediction = {"x0": x_0, "v": alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x_0}[predict]
-        return torch.cat([prediction, torch.zeros_like(eps)], dim=1)
+        v = alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x_0
+        return torch.cat([v, torch.zeros_like(eps)], dim=1)
 
     x_t = X_T.double()
     converted = eps_denoiser(model, objective, predict, ALPHA_BAR)(x_t, t)
@@ -194,8 +194,8 @@ def test_models_that_cannot_be_are_refused(options, message):
 # Whole commands
 
 SWITCHES = {
-    "x0": ["--predict", "x0", "--loss-weight", "min-snr"],
-    "v": ["--predict", "v", "--rope"],
+    "min-snr": ["--predict", "v", "--loss-weight", "min-snr"],
+    "rope": ["--predict", "v", "--rope"],
     "flow": ["--objective", "flow", "--timestep-sampling", "logit-normal"],
 }
 

@@ -194,34 +194,34 @@ def test_runs_are_recorded_and_not_repeated(folder, tmp_path, capsys):
 
 def test_the_time_of_a_step_decides_how_many_steps_a_recipe_makes(folder, tmp_path, images):
     config = make_config(folder, tmp_path, steps=100)
-    (tmp_path / "costs.json").write_text(json.dumps({"x0": 1.25}))
+    (tmp_path / "costs.json").write_text(json.dumps({"min-snr": 1.25}))
     recipes.measure_costs(config, images, ["baseline", "rope"])
     costs = recipes.read_costs(tmp_path)
-    assert [*costs] == ["x0", "baseline", "rope"]
+    assert [*costs] == ["min-snr", "baseline", "rope"]
     assert costs["baseline"] == 1
     assert 0.1 < costs["rope"] < 10
     steps = [("time", 0.25, 20), ("time", 0.5, 40), ("time", 1.0, 80), ("steps", 100, 100)]
-    assert config.judged_at("x0") == steps
-    for damaged in ("", "{", "[1]", '{"x0": [1.25, 1.0], "rope": "fast", "v": -1}'):
+    assert config.judged_at("min-snr") == steps
+    for damaged in ("", "{", "[1]", '{"min-snr": [1.25, 1.0], "rope": "fast", "v": -1}'):
         (tmp_path / "costs.json").write_text(damaged)
         assert recipes.read_costs(tmp_path) == {}, "they are measured again"
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(folder, tmp_path):
     config = make_config(folder, tmp_path, steps=40)
-    (tmp_path / "costs.json").write_text(json.dumps({"x0": 1.0}))
-    row = {**config.record("x0", 1), "curve": []}
+    (tmp_path / "costs.json").write_text(json.dumps({"min-snr": 1.0}))
+    row = {**config.record("min-snr", 1), "curve": []}
     (tmp_path / "runs.jsonl").write_text(f"[3]\n{json.dumps(row)}\n")
-    assert recipes.finished_runs(config) == {("x0", 1): row}
+    assert recipes.finished_runs(config) == {("min-snr", 1): row}
     for other in ({"flags": config.flags + " --lr 1e-3"}, {"steps": 50}, {"samples": 100}):
         assert not recipes.finished_runs(make_config(folder, tmp_path, **{"steps": 40, **other}))
-    (tmp_path / "costs.json").write_text(json.dumps({"x0": 1.5}))
+    (tmp_path / "costs.json").write_text(json.dumps({"min-snr": 1.5}))
     assert not recipes.finished_runs(config), "of other costs"
 
 
 @pytest.mark.slow  # each process imports PyTorch
 def test_two_processes_do_the_same_runs(folder, tmp_path):
-    words = ["--recipes", "x0", "--seeds", 2, "--jobs", 2]
+    words = ["--recipes", "min-snr", "--seeds", 2, "--jobs", 2]
     assert run_small(folder, tmp_path, *words) == 0
     rows = lines(tmp_path)
     assert sorted(row["seed"] for row in rows) == [0, 1]
@@ -276,10 +276,10 @@ def make_rows(distances, recipe, steps_distances=None):
 
 def test_only_differences_beyond_the_noise_are_called_better():
     rows = make_rows([10, 11, 9], "baseline") + make_rows([5, 5.5, 4.5], "flow", [10, 11, 9])
-    rows += make_rows([9.5, 10.5, 8.5], "x0") + make_rows([20, 22, 18], "rope")
+    rows += make_rows([9.5, 10.5, 8.5], "min-snr") + make_rows([20, 22, 18], "rope")
     summary = recipes.summarise(rows)
     said = {name: recipes.verdict(summary, name, "equal time") for name in summary}
-    assert said == {"baseline": "", "x0": "same", "flow": "better", "rope": "worse"}
+    assert said == {"baseline": "", "min-snr": "same", "flow": "better", "rope": "worse"}
     assert recipes.verdict(summary, "flow", "equal steps") == "same"
     deviation = np.std(np.log([10, 11, 9]), ddof=1)
     assert recipes.usual_noise(summary, "equal time") == pytest.approx(deviation, rel=0.05)
@@ -298,11 +298,11 @@ def test_one_seed_has_no_noise_and_no_verdict():
 
 
 def test_an_unstable_recipe_hides_no_difference_of_the_others():
-    """One recipe whose seeds differ tenfold, as those of x0 did on CIFAR-10, made the common noise 24 %."""
-    rows = make_rows([10, 11, 9], "baseline") + make_rows([7, 7.5, 6.5], "flow") + make_rows([5, 50, 20], "x0")
+    """One recipe whose seeds differ tenfold, as those of predicting x_0 did on CIFAR-10, made the common noise 24 %."""
+    rows = make_rows([10, 11, 9], "baseline") + make_rows([7, 7.5, 6.5], "flow") + make_rows([5, 50, 20], "min-snr")
     summary = recipes.summarise(rows)
     said = {name: recipes.verdict(summary, name, "equal time") for name in summary}
-    assert said == {"baseline": "", "flow": "better", "x0": "same"}
+    assert said == {"baseline": "", "flow": "better", "min-snr": "same"}
     flow, baseline = (np.log([10, 11, 9]), np.log([7, 7.5, 6.5]))
     deviation = math.sqrt((flow.var(ddof=1) + baseline.var(ddof=1)) / 2)
     columns = [summary[name]["equal time"] for name in ("flow", "baseline")]

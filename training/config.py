@@ -25,7 +25,7 @@ class TrainedDesign(DesignOptions):
     objective: str | None = option(None, "what is learned: the paper's diffusion, or a flow along straight lines between "
         "noise and data (Liu et al. 2023; Ma et al. 2024) (default: diffusion, or that of --init-from)",
         choices=OBJECTIVES)  # fmt: skip
-    predict: str | None = option(None, "the model's output: the noise eps, the clean x0, or v, which mixes the two "
+    predict: str | None = option(None, "the model's output: the noise eps, or v, which mixes it with the clean image "
         "(default: eps, v for a flow, or that of --init-from)", choices=PREDICTIONS)  # fmt: skip
 
     def check(self):
