@@ -2,8 +2,9 @@
 
 Import the command's modules first, and keep torch to one thread: forked processes may not use OpenMP's threads."""
 
+import atexit
 import json
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -96,6 +97,17 @@ def _status(main, argv):
     except BaseException:
         traceback.print_exc()
         return 99
+
+
+def to_the_end(main, argv):
+    """Run a command, and then what the interpreter does at its exit, while the last error is still held."""
+    atexit._clear()  # what this process has registered before it was forked
+    atexit.register(multiprocessing.util._exit_function)
+    try:
+        main(argv)
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
 
 
 class Ranks:

@@ -1,6 +1,7 @@
 """app.py: the page draws what sample.py draws, without a browser and in a real one."""
 
 import base64
+import contextlib
 import importlib.util
 import io
 import os
@@ -8,8 +9,8 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
 import zipfile
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import call
+from helpers import Ranks, call, wait_for
 from PIL import Image
 from reference import fill
 
@@ -30,7 +31,6 @@ from runtime.errors import UserError
 from sampling import web
 from sampling.config import ComputeConfig
 
-ROOT = Path(__file__).parents[1]
 CPU = ComputeConfig(device="cpu")
 VALUES = {
     "labels": ["3", "5"], "prompt": "", "samples_per_label": 2, "interpolate": False, "cfg_scale": 3.0, "sampler": "ddpm",
@@ -225,32 +225,43 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def url(ckpt, tmp_path_factory):
-    """The address of a running app.py."""
-    pytest.importorskip("gradio", reason="the package gradio is not installed")
-    folder, port = tmp_path_factory.mktemp("app"), free_port()
-    command = [sys.executable, ROOT / "app.py", "--ckpt", ckpt, "--device", "cpu", "--port", str(port)]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)}
-    )
-    address = f"http://127.0.0.1:{port}"
-    assert address in process.stdout.readline()
-    refused = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert f"app.py: error: --host 127.0.0.1 --port {port}: cannot be listened on" in refused.stderr
-    assert refused.stderr.count("\n") == 1
-    yield address
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    assert not [*folder.iterdir()], "the pictures must be removed in the end"
+def chromium():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:  # a package of the system, which `make setup` cannot install; .ci/run installs it
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    return path
 
 
 @pytest.fixture(scope="module")
-def browser():
+def url(ckpt, chromium, tmp_path_factory):
+    """The address of a running app.py."""
+    pytest.importorskip("gradio", reason="the package gradio is not installed")
+    folder, port = tmp_path_factory.mktemp("app"), free_port()
+
+    def serve(argv):
+        os.chdir(folder)
+        os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
+        app.main(argv)
+
+    argv = ["--ckpt", ckpt, "--device", "cpu", "--port", port]
+    run, address = Ranks(serve, argv, 1, tmp_path_factory.mktemp("output") / "output"), f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: address in run.text())
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            assert call(app.main, *argv) == 2
+        assert f": error: --host 127.0.0.1 --port {port}: cannot be listened on" in error.getvalue()
+        assert error.getvalue().count("\n") == 1
+        yield address
+        os.kill(run.processes[0].pid, signal.SIGTERM)
+        assert run.wait(60) == [0]
+        assert not [*folder.iterdir()], "the pictures must be removed in the end"
+    finally:
+        run.processes[0].kill()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
     sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:  # a package of the system, which `make setup` cannot install; .ci/run installs it
-        pytest.skip("Chromium is not installed: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser

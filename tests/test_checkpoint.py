@@ -293,11 +293,13 @@ JSON = st.recursive(
 RECORD = ("args", "model_config", "class_names", "step", "ema", "model")
 
 
+MODEL = DiT(**SMALL)
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.sampled_from(RECORD), JSON), st.dictionaries(st.sampled_from(list(DiT(**SMALL).config)), JSON))
+@given(st.dictionaries(st.sampled_from(RECORD), JSON), st.dictionaries(st.sampled_from(list(MODEL.config)), JSON))
 def test_any_record_is_read_or_refused_with_one_line(record, config):
-    model = DiT(**SMALL)
-    state = {"model": model.state_dict(), "model_config": {**model.config, **config}, **record}
+    state = {"model": MODEL.state_dict(), "model_config": {**MODEL.config, **config}, **record}
     opened = Checkpoint(state, "x.pt")
     for read in (lambda: (opened.vae, opened.image_size), lambda: opened.class_names, lambda: opened.step,
                  lambda: opened.model_config, opened.build_model, opened.describe):  # fmt: skip

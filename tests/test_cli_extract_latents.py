@@ -1,13 +1,12 @@
 """extract_latents.py as a whole, and train.py from what it leaves: each image once, whoever encodes it; nothing lost by an
 interruption; the same training as from images; and what mistakes get."""
 
+import functools
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import call, latest, metrics
+from helpers import call, latest, metrics, to_the_end
 
 import extract_latents
 import train
@@ -489,17 +488,14 @@ def test_bad_images_stop_the_run_or_are_replaced(image_folder, small_vae, tmp_pa
     assert json.loads((tmp_path / "out/index.json").read_text())["replaced"] == 1
 
 
-def test_an_unreadable_image_ends_the_command_and_its_workers(image_folder, small_vae, tmp_path):
+def test_an_unreadable_image_ends_the_command_and_its_workers(image_folder, small_vae, tmp_path, ranks):
     """In one process, whose interpreter would wait for data workers that something still refers to."""
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images/ant/3.png").write_bytes(b"broken")
     argv = command(tmp_path / "images", small_vae, tmp_path / "out", "--num-workers", 2)
-    ended = subprocess.run(
-        [sys.executable, "extract_latents.py", *map(str, argv)], cwd=Path(extract_latents.__file__).parent, timeout=90,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 2
-    assert "3.png: not a readable image" in ended.stderr.splitlines()[-1]
+    run = ranks(functools.partial(to_the_end, extract_latents.main), argv)
+    assert run.wait(timeout=90) == [2], run.text()
+    assert "3.png: not a readable image" in run.text().splitlines()[-1]
 
 
 def limited(argv):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import call
 from PIL import Image
-from reference import fill, golden
+from reference import fill, filled, golden
 
 import sample
 from checkpoint import files
@@ -39,7 +39,7 @@ def test_the_scripts_own_random_stream_is_the_originals(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "load_space", lambda vae, channels: Pixels(channels))
     for key, expected in golden("sample_script").items():
         name, size, seed, steps, cfg_scale, labels = key.split(":")
-        torch.save(fill(DiT_models[name](input_size=int(size), num_classes=1000)).state_dict(), tmp_path / "golden.pt")
+        torch.save(filled(DiT_models[name], input_size=int(size), num_classes=1000).state_dict(), tmp_path / "golden.pt")
         argv = ["--ckpt", tmp_path / "golden.pt", "--seed", seed, "--cfg-scale", cfg_scale, "--device", "cpu"]
         argv += ["--num-sampling-steps", steps, "--labels", *labels.split(","), "--output", tmp_path / "a.png"]
         assert call(sample.main, *argv) == 0
@@ -64,6 +64,14 @@ def test_a_grid_is_written(tiny_checkpoint, tmp_path, capsys):
 
 def bad(words, *argv):
     return pytest.param([str(a) for a in argv], words, id=" ".join(map(str, argv))[-50:])
+
+
+@pytest.fixture(scope="module")
+def latent_file(tmp_path_factory):
+    """Weights alone of a model of the paper, which works on latents."""
+    path = tmp_path_factory.mktemp("latent") / "LATENT"
+    torch.save(DiT_models["DiT-S/8"](input_size=8).state_dict(), path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -123,14 +131,14 @@ def bad(words, *argv):
         bad("--vae none: LATENT has 4 channels, it works on latents", "--ckpt", "LATENT", "--vae", "none"),
     ],
 )
-def test_mistakes_get_one_line(tiny_checkpoint, small_vae, tmp_path, monkeypatch, capsys, extra, words):
+def test_mistakes_get_one_line(tiny_checkpoint, latent_file, small_vae, tmp_path, monkeypatch, capsys, extra, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cut.pt").write_bytes(tiny_checkpoint.read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.bmp")
     (tmp_path / "VAE").symlink_to(small_vae)
-    torch.save(DiT_models["DiT-S/8"](input_size=8).state_dict(), tmp_path / "LATENT")
+    (tmp_path / "LATENT").symlink_to(latent_file)
     assert call(sample.main, "--ckpt", tiny_checkpoint, *extra) == 2
     error = capsys.readouterr().err
     assert words.replace("CKPT", str(tiny_checkpoint)) in error

@@ -1,6 +1,7 @@
 """train.py as a whole: what it leaves, that a stopped run goes on as if it had not stopped, and what mistakes get."""
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -8,15 +9,14 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import TINY
-from helpers import assert_same_state, call, flat, latest, metrics, wait_for, without_timings
+from helpers import assert_same_state, call, flat, latest, metrics, to_the_end, wait_for, without_timings
 from reference import assert_golden, fill, golden, training_batch
 from test_models import SMALL
 
@@ -270,17 +270,14 @@ def test_an_error_ends_the_data_workers(tmp_path, image_folder, monkeypatch):
     assert multiprocessing.active_children() == before
 
 
-def test_an_unreadable_image_ends_the_command_and_its_workers(tmp_path, image_folder):
+def test_an_unreadable_image_ends_the_command_and_its_workers(tmp_path, image_folder, ranks):
     """In one process, whose interpreter would wait for data workers that something still refers to."""
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images/ant/3.png").write_bytes(b"broken")
-    command = [sys.executable, "train.py", *FOLDER, "--data-path", tmp_path / "images", "--num-workers", 2]
-    ended = subprocess.run(
-        [*map(str, command), "--run-dir", str(tmp_path / "run")], cwd=Path(train.__file__).parent, timeout=90,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 2
-    assert "3.png: not a readable image" in ended.stderr.splitlines()[-1]
+    command = [*FOLDER, "--data-path", tmp_path / "images", "--num-workers", 2, "--run-dir", tmp_path / "run"]
+    run = ranks(functools.partial(to_the_end, train.main), command)
+    assert run.wait(timeout=90) == [2], run.text()
+    assert "3.png: not a readable image" in run.text().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -571,14 +568,18 @@ def test_bf16_follows_the_float32_losses(tmp_path, extra):
 NO_COMPILER = not shutil.which(os.environ.get("CXX", "g++"))
 
 
+def compiled_anew(argv):
+    torch._dynamo.reset()  # what this process has compiled before it was forked
+    train.main(argv)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler: train.py refuses --compile here, see test_cli.py")
-def test_really_compiled_blocks_go_as_eager_ones(tmp_path):
+def test_really_compiled_blocks_go_as_eager_ones(tmp_path, ranks):
     command = [*TINY, "--max-steps", "6", "--run-dir"]
     assert call(train.main, *command, tmp_path / "eager") == 0
-    argv = [sys.executable, "train.py", *command, tmp_path / "compiled", "--compile"]
-    here = Path(train.__file__).parent
-    subprocess.run(argv, check=True, cwd=here, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    run = ranks(compiled_anew, [*command, tmp_path / "compiled", "--compile"])
+    assert run.wait(timeout=300) == [0], run.text()
     a, b = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("eager", "compiled"))
     assert a == pytest.approx(b, rel=1e-5)
 
@@ -632,23 +633,25 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused_once(ranks):
     assert run.text(1) == "", "rank 0 alone prints the line"
 
 
+def torchrun(argv):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]  # as a shell starts it
+    torch.distributed.run.main(argv)
+
+
 @pytest.mark.slow
-def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(tmp_path, image_folder):
+def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(tmp_path, image_folder, ranks):
     """The real launcher: two workers, one of them killed; --max-restarts starts both again, and they go on."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--standalone"]
+    script = Path(train.__file__)
     options = [*FOLDER, "--data-path", image_folder, "--num-workers", "0", "--log-every", "1", "--ckpt-every", "5"]
-    command = [*torchrun, "train.py", *options, "--run-dir", tmp_path / "run", "--max-steps", "60"]
-    root = Path(train.__file__).parent
-    run = subprocess.Popen([str(c) for c in command], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for(lambda: len(metrics(tmp_path / "run")) > 8, seconds=120)
-        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        output = run.communicate(timeout=240)[0]
-    finally:
-        run.kill()
-    assert run.returncode == 0, output
-    assert "Resumed from" in output
+    command = ["--nproc_per_node=2", "--max-restarts=1", "--standalone", script, *options, "--run-dir", tmp_path / "run"]
+    run = ranks(torchrun, [*command, "--max-steps", "60"])
+    launcher = run.processes[0].pid
+    wait_for(lambda: len(metrics(tmp_path / "run")) > 8, seconds=120)
+    workers = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert run.wait(timeout=240) == [0], run.text()
+    assert "Resumed from" in run.text()
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
 

@@ -12,7 +12,7 @@ import signal
 import pytest
 import torch
 from helpers import call
-from reference import fill
+from reference import fill, filled
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -71,13 +71,14 @@ def listing(folder):
 
 @pytest.mark.parametrize("name", [name for name in DiT_models if "-S/" in name])
 def test_values_are_equal_bit_for_bit_after_every_conversion(tmp_path, name):
-    model = fill(DiT_models[name](input_size=16, num_classes=10))
+    model = filled(DiT_models[name], input_size=16, num_classes=10)
     torch.save(model.state_dict(), tmp_path / "start.pt")
     chain = ["start.pt", "a.safetensors", "folder", "b.safetensors", "end.pt"]
     for source, target in zip(chain, chain[1:], strict=False):
         assert call(convert.main, tmp_path / source, tmp_path / target, "--vae", "none") == 0
-        assert_equal(Checkpoint.open(tmp_path / target).weights, model.state_dict())
-        assert Checkpoint.open(tmp_path / target).model_config == model.config
+        opened = Checkpoint.open(tmp_path / target)
+        assert_equal(opened.weights, model.state_dict())
+        assert opened.model_config == model.config
         shutil.rmtree(tmp_path / source) if source == "folder" else os.remove(tmp_path / source)
     end = torch.load(tmp_path / "end.pt", weights_only=True)
     DiT_models[name](input_size=16, num_classes=10).load_state_dict(end)  # as scripts for the original release do

@@ -1,13 +1,15 @@
 """data/: every kind of file read right, the reference's crop, the classes of a folder, and an order that no number of
 processes changes."""
 
+import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -311,25 +313,24 @@ def test_the_identity_is_that_of_the_first_release(tmp_path):
     assert load_dataset(DataConfig("digits"), 8).identity() == [1797, 3576519346]
 
 
-def test_pillow_warns_nobody_and_no_thread_changes_the_filters(tmp_path):
+def test_pillow_warns_nobody_and_no_thread_changes_the_filters(tmp_path, monkeypatch, capfd):
     """warnings.catch_warnings in one thread would undo what another one has set."""
     exif = Image.Exif()
     exif[0x010E] = "a description, of which the file holds the beginning"
     Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg", exif=exif.tobytes()[:30])
-    code = f"""if True:
-        import warnings
-        from concurrent.futures import ThreadPoolExecutor
-        from PIL import Image
-        from data.images import open_image
-
+    module = importlib.util.find_spec("data.images")
+    images = importlib.util.module_from_spec(module)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # as python -W always, before the module is imported
+        module.loader.exec_module(images)
         seen, before, load = [], warnings.filters, Image.Image.load
-        Image.Image.load = lambda image: (seen.append(warnings.filters is before), load(image))[1]
+        monkeypatch.setattr(Image.Image, "load", lambda image: (seen.append(warnings.filters is before), load(image))[1])
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(open_image, [{str(tmp_path / "0.jpg")!r}] * 8))
-        print(len(seen) >= 8 and all(seen))
-    """
-    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("True\n", "")
+            list(pool.map(images.open_image, [tmp_path / "0.jpg"] * 8))
+    assert len(seen) >= 8
+    assert all(seen)
+    assert not caught
+    assert capfd.readouterr() == ("", "")
 
 
 def test_rank_0_lists_the_images_for_all(image_folder, tmp_path, monkeypatch):

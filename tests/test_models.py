@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import SMALL, assert_golden, fill, golden, normal
+from reference import SMALL, assert_golden, fill, filled, golden, normal
 
 import models
 from models import BLOCKS, SIZES, CrossAttention, DiT, DiT_models, DiTBlock
@@ -39,7 +39,7 @@ def test_forward_and_guidance_match_the_reference(name):
     data = golden("models")
     model_name, size = name.split("@")
     size = int(size)
-    model = fill(DiT_models[model_name](input_size=size))
+    model = filled(DiT_models[model_name], input_size=size)
     tol = 2e-4 if "XL" in name else 1e-5
     x = normal("x", 2, 4, size, size)
     out = model(x, torch.tensor([17, 803]), torch.tensor([207, 1000]))

@@ -138,7 +138,7 @@ def test_event_files_follow_the_metrics(watched):
 @pytest.mark.slow
 def test_after_kills_and_resumes_no_step_is_there_twice_and_none_is_missing(tmp_path, ranks):
     pytest.importorskip("torch.utils.tensorboard")  # imported here, so that the ten processes need not
-    folder, steps, random = tmp_path / "run", 240, np.random.default_rng(0)
+    folder, steps, random = tmp_path / "run", 120, np.random.default_rng(0)
     arguments = [*TINY, "--max-steps", steps, "--run-dir", folder, "--ckpt-every", 5, "--keep-last", 2, "--report-to",
         "tensorboard", "--sample-every", 8, "--sample-labels", 1, "--val-every", 12, "--val-data-path",
         "digits"]  # fmt: skip
@@ -146,7 +146,7 @@ def test_after_kills_and_resumes_no_step_is_there_twice_and_none_is_missing(tmp_
     for i in range(10):
         run = ranks(train.main, arguments)
         wait_for(lambda i=i: log.read_text().count("trainable parameters") == i + 1)
-        time.sleep(random.uniform(0, 0.8))
+        time.sleep(random.uniform(0, 0.4))
         run.processes[0].kill()
         assert run.wait() == [-signal.SIGKILL], "the run is too short to be killed ten times"
     last = ranks(train.main, arguments)

@@ -248,8 +248,9 @@ def test_a_run_that_diverges_is_recorded_as_such(images, judge, folder, tmp_path
         (["--steps", "3"], "argument --steps: 3 is not a whole number, 4 or more"),
     ],
 )
-def test_mistakes_get_one_line(words, message, tmp_path, capsys):
-    assert call(recipes.main, "--output", tmp_path / "out", *words) == 2
+def test_mistakes_get_one_line(words, message, folder, tmp_path, capsys):
+    argv = ["--data", folder, "--image-size", SIDE, "--output", tmp_path / "out"]
+    assert call(recipes.main, *argv, *words) == 2
     error = capsys.readouterr().err.strip()
     assert message in error.splitlines()[-1]
     assert "Traceback" not in error

@@ -1,5 +1,6 @@
 """runtime/: files, how processes were started, devices."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import call
 
 from runtime import devices, distributed, files
 from runtime.errors import OutOfMemoryError, UserError
@@ -145,16 +147,14 @@ def test_a_process_of_srun_may_see_its_own_gpu_alone(variables, gpu, environment
 
 
 @pytest.mark.parametrize("command", ["train", "sample_ddp"])
-def test_a_rank_without_an_address_gets_one_line(command, tmp_path):
+def test_a_rank_without_an_address_gets_one_line(command, environment, tmp_path, monkeypatch, capfd):
     argv = {"train": ["--data-path", "digits", "--vae", "none", "--image-size", "8"], "sample_ddp": []}[command]
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
-    environment.pop("MASTER_ADDR", None)
-    run = subprocess.run(
-        [sys.executable, ROOT / f"{command}.py", *argv], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 2
-    assert "MASTER_ADDR" in run.stderr
-    assert "Traceback" not in run.stderr
+    environment(RANK="0", WORLD_SIZE="2")
+    monkeypatch.chdir(tmp_path)
+    assert call(importlib.import_module(command).main, *argv) == 2
+    error = capfd.readouterr().err
+    assert "MASTER_ADDR" in error
+    assert "Traceback" not in error
 
 
 def test_one_setting_of_precision_sets_products_and_convolutions(monkeypatch):

@@ -1,6 +1,7 @@
 """--shard: the same training as without it, in 1, 2 and 4 processes, and checkpoints that move freely between them."""
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import sklearn.datasets  # noqa: F401
 import torch
 from conftest import TINY
-from helpers import assert_same_state, call, latest, metrics, without_timings
+from helpers import Ranks, assert_same_state, call, latest, metrics, without_timings
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
@@ -77,21 +78,23 @@ def assert_close(found, expected):
 
 
 def train_sharded(argv):
-    """In each process: ten steps, from a state where there is one, that are left in files; the state after five, too."""
-    folder, how, *processes_of_a_node = argv
-    if processes_of_a_node:
-        os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % int(processes_of_a_node[0]))
+    """In each process: ten steps, from a state where there is one, that are left in files; the state after five, too. By
+    each of the ways to shard: all, or node, of two processes each."""
+    folder, *ways = argv
+    if "node" in ways:
+        os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
     with processes("cpu") as context:
-        for name, options in OPTIONS.items():
-            trainer, start, rows = make_trainer(context, how, **options), Path(folder) / f"{name}-5.pt", []
-            assert all(isinstance(p, DTensor) for p in [*trainer.ema.weights, *trainer.ema.averages])
-            if start.exists():
-                trainer.load_state_dict(torch.load(start, mmap=True))
-            else:
-                rows = make_steps(trainer, 5)
-                save(trainer.state_dict(), start, context)
-            save((rows + make_steps(trainer, 10), trainer.state_dict()), f"{folder}/{name}.pt", context)
-        check_more(trainer)
+        for how in ways:
+            for name, options in OPTIONS.items():
+                trainer, start, rows = make_trainer(context, how, **options), Path(folder) / f"{name}-5.pt", []
+                assert all(isinstance(p, DTensor) for p in [*trainer.ema.weights, *trainer.ema.averages])
+                if start.exists():
+                    trainer.load_state_dict(torch.load(start, mmap=True))
+                else:
+                    rows = make_steps(trainer, 5)
+                    save(trainer.state_dict(), start, context)
+                save((rows + make_steps(trainer, 10), trainer.state_dict()), f"{folder}/{name}-{how}.pt", context)
+            check_more(trainer)
 
 
 def check_more(trainer):
@@ -149,28 +152,36 @@ def run(ranks, world_size, *argv):
     assert done.wait() == [0] * world_size, "".join(map(done.text, range(world_size)))
 
 
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """The folder that two processes leave."""
+    folder = tmp_path_factory.mktemp("two")
+    run(lambda *command: Ranks(*command, folder / "output"), 2, folder, "all")
+    return folder
+
+
 def test_one_process_shards_alone(ranks, tmp_path, expected):
     run(ranks, 1, tmp_path, "all")
     for name, ten_steps in expected.items():
-        assert_close(torch.load(tmp_path / f"{name}.pt"), ten_steps)
+        assert_close(torch.load(tmp_path / f"{name}-all.pt"), ten_steps)
 
 
-def test_two_processes_train_as_one_and_an_unsharded_process_resumes(ranks, tmp_path, expected):
-    run(ranks, 2, tmp_path, "all")
+def test_two_processes_train_as_one_and_an_unsharded_process_resumes(expected, by_two):
     for name, ten_steps in expected.items():
-        assert_close(torch.load(tmp_path / f"{name}.pt"), ten_steps)
+        assert_close(torch.load(by_two / f"{name}-all.pt"), ten_steps)
         trainer = make_trainer(Context(0, 0, 1, torch.device("cpu")), **OPTIONS[name])
-        trainer.load_state_dict(torch.load(tmp_path / f"{name}-5.pt"))
+        trainer.load_state_dict(torch.load(by_two / f"{name}-5.pt"))
         assert_close((make_steps(trainer, 10), trainer.state_dict()), ten_steps)
 
 
 @pytest.mark.slow
-def test_four_processes_resume_what_two_have_saved(ranks, tmp_path, expected):
-    run(ranks, 2, tmp_path, "all")
-    for how in (["all"], ["node", 2]):
-        run(ranks, 4, tmp_path, *how)
-        for name, ten_steps in expected.items():
-            assert_close(torch.load(tmp_path / f"{name}.pt"), ten_steps)
+def test_four_processes_resume_what_two_have_saved(ranks, tmp_path, expected, by_two):
+    for name in expected:
+        shutil.copy(by_two / f"{name}-5.pt", tmp_path)
+    run(ranks, 4, tmp_path, "all", "node")
+    for name, ten_steps in expected.items():
+        for how in ("all", "node"):
+            assert_close(torch.load(tmp_path / f"{name}-{how}.pt"), ten_steps)
 
 
 def test_the_command_does_what_it_does_without_shard(ranks, tmp_path, monkeypatch):
