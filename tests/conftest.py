@@ -21,6 +21,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # else libraries report at exit what they still hold
+
+
 # A DiT of 30 thousand parameters on the digits, a few steps long
 TINY = (
     "--data-path digits --vae none --image-size 8 --num-classes 10 --hidden-size 16 --depth 1 --num-heads 2 "
