@@ -199,12 +199,12 @@ def record(config, checkpoint, context):
 
 def describe(report):
     total, terms = report["total"], report["terms"]["mean"]
-    parts, prior = f"decoder term {terms[0]:.4f}, other terms {sum(terms[1:]):.4f}", report["prior"]["mean"]
+    parts, steps = f"decoder term {terms[0]:.4f}, other terms {sum(terms[1:]):.4f}", "timesteps"
     if report["settings"]["objective"] == "flow":
-        parts = f"change of volume {sum(terms):.4f}"
+        parts, steps = f"change of volume {sum(terms):.4f}", "steps of the ODE"
     return (
-        f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension: {parts}, prior {prior:.2g} "
-        f"({report['images']} images, {len(terms)} timesteps)"
+        f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension: {parts}, prior "
+        f"{report['prior']['mean']:.2g} ({report['images']} images, {len(terms)} {steps})"
     )
 
 
