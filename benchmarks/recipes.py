@@ -23,6 +23,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import statistics
@@ -33,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.multiprocessing as multiprocessing
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -335,6 +335,8 @@ def finished_runs(config):
 def run_all(config, jobs, work=None):
     """Do the (recipe, seed) jobs and append their lines to runs.jsonl as they finish. Yields after each. work: what to do,
     a function like `train_and_judge`, the default; other benchmarks have their own, with a config that has a `record`."""
+    if not jobs:
+        return
     do, data = partial(do_job, work or train_and_judge), (config, *open_data(config))
     with contextlib.ExitStack() as stack:
         if config.jobs == 1:

@@ -96,10 +96,10 @@ class Ours:
 
 def make_trainer(config):
     """(Trainer, a batch of stored latents in the memory that train.py's loader keeps them in)"""
-    compute = config.compute
-    with torch.device(compute.device):  # where drawing the first weights of XL/2 takes no time
+    compute, context = config.compute, distributed.setup(config.compute.device)
+    with context.device:  # where drawing the first weights of XL/2 takes no time
         model = timing.replace_zeros(setup.build_model(config, SPACE))
-    trainer = Trainer(config.recipe, compute, distributed.setup(compute.device), model, SPACE, compute.precision)
+    trainer = Trainer(config.recipe, compute, context, model, SPACE, compute.precision)
     mean, label = random_batch(config, model)
     batch = {"moments": torch.stack([mean, torch.rand_like(mean)], dim=1).half(), "label": label}
     if trainer.device.type == "cuda":

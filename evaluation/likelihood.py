@@ -54,7 +54,7 @@ def pixel_space(config, checkpoint):
     channels, vae = checkpoint.model_config["in_channels"], config.vae or checkpoint.vae
     if channels not in (1, 3):
         raise UserError(
-            f"--ckpt {config.ckpt}: works on latents, so its bound is one of latents and not of images, to which "
+            f"--ckpt {config.ckpt}: works on latents, so its likelihood is one of latents and not of images, to which "
             "the autoencoder gives no probability; use a model that was trained with --vae none"
         )
     if vae != "none":
@@ -199,12 +199,13 @@ def record(config, checkpoint, context):
 
 def describe(report):
     total, terms = report["total"], report["terms"]["mean"]
-    parts, steps = f"decoder term {terms[0]:.4f}, other terms {sum(terms[1:]):.4f}", "timesteps"
+    prior, steps = report["prior"]["mean"], f"{len(terms)} timesteps"
+    parts = f"decoder term {terms[0]:.4f}, other terms {sum(terms[1:]):.4f}, prior {prior:.2g}"
     if report["settings"]["objective"] == "flow":
-        parts, steps = f"change of volume {sum(terms):.4f}", "steps of the ODE"
+        parts, steps = f"change of volume {sum(terms):.4f}, prior {prior:.4f}", f"{len(terms)} steps of the ODE"
     return (
-        f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension: {parts}, prior "
-        f"{report['prior']['mean']:.2g} ({report['images']} images, {len(terms)} {steps})"
+        f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension: {parts} ({report['images']} images, "
+        f"{steps})"
     )
 
 
@@ -227,7 +228,8 @@ def plot(report):
     axes.fill_between(t + 1, mean - error, mean + error, alpha=0.3, linewidth=0)
     axes.plot(t + 1, mean, marker=".", markersize=3, linewidth=1)
     scale = "linear" if report["settings"]["objective"] == "flow" else "log"
-    axes.set(xscale="log", yscale=scale, xlabel="timestep t + 1", ylabel="bits per dimension")
+    time = "timestep t + 1" if scale == "log" else "time 1000 s + 1 at the end of the step"
+    axes.set(xscale="log", yscale=scale, xlabel=time, ylabel="bits per dimension")
     axes.set_title(textwrap.fill(describe(report), 70), fontsize="medium")
     axes.grid(alpha=0.3)
     return figure

@@ -53,14 +53,15 @@ def assert_same_state(a, b):
     assert (a["step"], a["images_seen"]) == (b["step"], b["images_seen"])
 
 
-def wait_for(condition, seconds=60):
-    for _ in range(seconds * 20):
+def wait_for(condition, seconds=60, pause=0.05):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         try:
             if condition():
                 return
-        except (OSError, ValueError):  # the file is not there yet, or half written
+        except (OSError, ValueError, IndexError):  # the file is not there yet, or empty, or half written
             pass
-        time.sleep(0.05)
+        time.sleep(pause)
     raise AssertionError(f"not so after {seconds} s")
 
 
@@ -131,8 +132,9 @@ class Ranks:
         for process in self.processes:
             process.join(timeout)
             if process.is_alive():
-                process.kill()
-                process.join()
+                for other in self.processes:
+                    other.kill()
+                    other.join()
                 raise AssertionError(f"still running after {timeout} s:\n{self.text()}")
         return [process.exitcode for process in self.processes]
 

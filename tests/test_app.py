@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Ranks, call, wait_for
+from helpers import Ranks, call, to_the_end, wait_for
 from PIL import Image
 from reference import fill
 
@@ -233,7 +234,7 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def url(ckpt, chromium, tmp_path_factory):
+def url(ckpt, tmp_path_factory):
     """The address of a running app.py."""
     pytest.importorskip("gradio", reason="the package gradio is not installed")
     folder, port = tmp_path_factory.mktemp("app"), free_port()
@@ -244,7 +245,8 @@ def url(ckpt, chromium, tmp_path_factory):
         app.main(argv)
 
     argv = ["--ckpt", ckpt, "--device", "cpu", "--port", port]
-    run, address = Ranks(serve, argv, 1, tmp_path_factory.mktemp("output") / "output"), f"http://127.0.0.1:{port}"
+    command = functools.partial(to_the_end, serve)  # threads that are left would keep the process from ending
+    run, address = Ranks(command, argv, 1, tmp_path_factory.mktemp("output") / "output"), f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: address in run.text())
         with contextlib.redirect_stderr(io.StringIO()) as error:
@@ -266,6 +268,11 @@ def browser(chromium):
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+def test_the_page_is_served(url):
+    with urllib.request.urlopen(url) as answer:
+        assert answer.status == 200
 
 
 class Visitor:

@@ -123,6 +123,22 @@ def test_numbers_do_not_depend_on_processes_batches_and_file_order(folder, measu
     assert [run.text(rank).count("sFID  Inception Score") for rank in (0, 1)] == [1, 0], "one table, from rank 0"
 
 
+@pytest.mark.slow
+def test_the_commands_end_under_torchrun_and_without(folder, tiny_checkpoint, tmp_path):
+    """As real processes, whose interpreters have to end, too: elsewhere tests fork."""
+
+    def run(*words):
+        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    sizes = "--num-fid-samples 5 --per-proc-batch-size 2 --num-sampling-steps 2 --device cpu --folder set".split()
+    run(*torchrun, "sample_ddp.py", "--ckpt", tiny_checkpoint, "--sample-dir", tmp_path, *sizes)
+    weights = "--inception-weights", folder / "inception.pth"
+    assert "Inception Score" in run("evaluate.py", folder / "reference", tmp_path / "set.npz", *weights, "--device", "cpu")
+
+
 def test_an_image_that_one_process_cannot_read_ends_all(folder, ranks, tmp_path):
     shutil.copytree(folder / "samples", tmp_path / "samples")
     last = tmp_path / "samples" / "000004.png"

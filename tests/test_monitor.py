@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import struct
@@ -142,13 +143,15 @@ def test_after_kills_and_resumes_no_step_is_there_twice_and_none_is_missing(tmp_
     arguments = [*TINY, "--max-steps", steps, "--run-dir", folder, "--ckpt-every", 5, "--keep-last", 2, "--report-to",
         "tensorboard", "--sample-every", 8, "--sample-labels", 1, "--val-every", 12, "--val-data-path",
         "digits"]  # fmt: skip
-    log = folder / "log.txt"
-    for i in range(10):
-        run = ranks(train.main, arguments)
-        wait_for(lambda i=i: log.read_text().count("trainable parameters") == i + 1)
-        time.sleep(random.uniform(0, 0.4))
+    log, reached = folder / "log.txt", 0
+    for _ in range(10):
+        run, target = ranks(train.main, arguments), reached + random.integers(2, 10)
+        wait_for(lambda target=target: metrics(folder)[-1]["step"] >= target, pause=0.001)
+        time.sleep(random.uniform(0, 0.02))
         run.processes[0].kill()
         assert run.wait() == [-signal.SIGKILL], "the run is too short to be killed ten times"
+        reached = max(int(step) for step in re.findall(r"step=(\d+)", log.read_text()))
+    assert reached > 24, "no kill came after validation and after deleted checkpoints"
     last = ranks(train.main, arguments)
     assert last.wait() == [0], last.text()
     assert log.read_text().count("Resumed from") > 3

@@ -226,6 +226,8 @@ def test_two_processes_do_the_same_runs(folder, tmp_path):
     rows = lines(tmp_path)
     assert sorted(row["seed"] for row in rows) == [0, 1]
     assert rows[0]["curve"] != rows[1]["curve"]
+    assert run_small(folder, tmp_path, *words) == 0, "there is nothing left to do"
+    assert lines(tmp_path) == rows
 
 
 def test_a_run_that_diverges_is_recorded_as_such(images, judge, folder, tmp_path):
@@ -304,7 +306,7 @@ def test_an_unstable_recipe_hides_no_difference_of_the_others():
     summary = recipes.summarise(rows)
     said = {name: recipes.verdict(summary, name, "equal time") for name in summary}
     assert said == {"baseline": "", "flow": "better", "min-snr": "same"}
-    flow, baseline = (np.log([10, 11, 9]), np.log([7, 7.5, 6.5]))
+    baseline, flow = (np.log([10, 11, 9]), np.log([7, 7.5, 6.5]))
     deviation = math.sqrt((flow.var(ddof=1) + baseline.var(ddof=1)) / 2)
     columns = [summary[name]["equal time"] for name in ("flow", "baseline")]
     assert recipes.noise(columns) == (pytest.approx(deviation), 4)

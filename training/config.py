@@ -125,7 +125,7 @@ class ComputeConfig(Config):
     ddp_comm: str = option("fp32", "number format in which processes without --shard exchange their gradients: bf16 halves "
         "the bytes and rounds the gradients", choices=("fp32", "bf16"))  # fmt: skip
     deterministic: bool = option(False, "use kernels that give the same bits each time, so that a resumed run on a GPU is "
-        "exactly that of a run that was never interrupted; slower on GPUs, and nothing new on CPUs",
+        "exactly that of a run that was never interrupted; slower on GPUs, without effect on CPUs",
         changeable=True)  # fmt: skip
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"),
         changeable=True)  # fmt: skip

@@ -41,6 +41,8 @@ class Trainer:
     def __init__(self, recipe, compute, context, model, space, precision="fp32", total_steps=None, text=None):
         self.recipe, self.compute, self.context, self.space, self.text = recipe, compute, context, space, text
         self.total_steps = total_steps
+        if compute.deterministic:
+            use_deterministic_kernels()
         self.device = device = context.device
         self.model = model.train()
         model.y_embedder.eval()  # `step` drops labels, or texts, itself, for the whole batch
@@ -71,8 +73,6 @@ class Trainer:
             model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         self.autocast = set_precision(precision, device)
-        if compute.deterministic:
-            use_deterministic_kernels()
         if compute.compile:
             # it would split blocks where DDP's gradient buckets end; a block's gradients are ready together anyway
             torch._dynamo.config.optimize_ddp = False
