@@ -43,7 +43,7 @@ def fill(model):
         for name, tensor in model.state_dict().items():
             if name != "pos_embed":
                 std = 0.1 if tensor.ndim == 1 else 1 / np.sqrt(np.prod(tensor.shape[1:]))
-                tensor.copy_(normal(name, *tensor.shape) * float(std))
+                tensor.copy_(normal(name, *tensor.shape)).mul_(float(std))
     return model.eval()
 
 

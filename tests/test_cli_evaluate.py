@@ -1,5 +1,6 @@
 """evaluate.py as users run it, with the real network's architecture and random weights, on a few small images."""
 
+import functools
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import to_the_end
 from PIL import Image
 
 import evaluate
@@ -113,30 +115,14 @@ def test_spatial_features_run_over_height_width_channel(folder):
 
 
 def test_numbers_do_not_depend_on_processes_batches_and_file_order(folder, measured, ranks):
-    """Two processes with another batch size read PNGs that were written in shuffled order."""
+    """Two processes with another batch size read PNGs that were written in shuffled order. They end as interpreters do."""
     argv = [folder / "reference", folder / "samples", "--batch-size", 3, "--inception-weights", folder / "inception.pth"]
-    run = ranks(evaluate.main, [*argv, "--device", "cpu"], 2)
+    run = ranks(functools.partial(to_the_end, evaluate.main), [*argv, "--device", "cpu"], 2)
     assert run.wait() == [0, 0], run.text() + run.text(1)
     report = report_of(folder / "samples")
     assert numbers(report) == pytest.approx(numbers(measured[2]), rel=1e-5)
     assert report["settings"]["processes"] == 2
     assert [run.text(rank).count("sFID  Inception Score") for rank in (0, 1)] == [1, 0], "one table, from rank 0"
-
-
-@pytest.mark.slow
-def test_the_commands_end_under_torchrun_and_without(folder, tiny_checkpoint, tmp_path):
-    """As real processes, whose interpreters have to end, too: elsewhere tests fork."""
-
-    def run(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    sizes = "--num-fid-samples 5 --per-proc-batch-size 2 --num-sampling-steps 2 --device cpu --folder set".split()
-    run(*torchrun, "sample_ddp.py", "--ckpt", tiny_checkpoint, "--sample-dir", tmp_path, *sizes)
-    weights = "--inception-weights", folder / "inception.pth"
-    assert "Inception Score" in run("evaluate.py", folder / "reference", tmp_path / "set.npz", *weights, "--device", "cpu")
 
 
 def test_an_image_that_one_process_cannot_read_ends_all(folder, ranks, tmp_path):

@@ -1,5 +1,6 @@
 """sample_ddp.py as a whole: images that depend on seed and index alone, and nothing lost by an interruption."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import call
+from helpers import call, to_the_end
 from PIL import Image
 
 import sample_ddp
@@ -51,7 +52,8 @@ def test_the_set_is_as_published(undisturbed):
 
 @pytest.mark.parametrize(("world_size", "batch"), [(2, 3), (1, 8), (2, 8)])
 def test_images_do_not_depend_on_processes_or_batch(undisturbed, tiny_checkpoint, tmp_path, ranks, world_size, batch):
-    run = ranks(sample_ddp.main, command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", batch), world_size)
+    to_its_end = functools.partial(to_the_end, sample_ddp.main)
+    run = ranks(to_its_end, command(tiny_checkpoint, tmp_path, "--per-proc-batch-size", batch), world_size)
     assert run.wait() == [0] * world_size, run.text()
     (images, labels), (expected, expected_labels) = read(tmp_path), read(undisturbed)
     assert np.array_equal(labels, expected_labels)
