@@ -12,11 +12,12 @@ unexport PYTHONDONTWRITEBYTECODE
 
 setup: .venv/.complete
 
-# uv installs torch and torchvision as a matching pair from one source, in seconds
+# uv installs torch and torchvision as a matching pair from one source, in seconds, and compiles all bytecode once: several
+# processes that start at the same time for the first time would each compile the same files
 .venv/.complete: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check uv
-	$(VENV)/uv pip install --python $(VENV)/python --requirements pyproject.toml --group dev
+	$(VENV)/uv pip install --compile-bytecode --python $(VENV)/python --requirements pyproject.toml --group dev
 	$(VENV)/python -c "import train, sample, sample_ddp, diffusers"
 	touch $@
 
