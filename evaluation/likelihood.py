@@ -45,8 +45,7 @@ def measure_likelihood(config, context):
         return None
     if not rows.isfinite().all():
         raise RunError(f"--ckpt {config.ckpt}: the likelihood is not finite; take another checkpoint")
-    settings = record(config, checkpoint, context) | {"objective": model.objective}
-    return summarise(rows, timesteps) | {"settings": settings}
+    return summarise(rows, timesteps) | {"settings": record(config, checkpoint, context)}
 
 
 def pixel_space(config, checkpoint):
@@ -191,6 +190,7 @@ def record(config, checkpoint, context):
         **{name: getattr(config, name) for name in ("ckpt", "data_path", "num_timesteps", "batch_size", "seed")},
         "checkpoint_crc32": checkpoint.checksum,
         "checkpoint_step": checkpoint.step,
+        "objective": checkpoint.model_config["objective"],
         "processes": context.world_size,
         "device": context.device.type,
         "torch": torch.__version__,
