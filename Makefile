@@ -37,7 +37,7 @@ demo: setup
 	rm -rf demo/samples demo/samples.npz
 	$(VENV)/python sample_ddp.py $(DRAW) --num-fid-samples 250 --balanced-labels --per-proc-batch-size 50 \
 	    --sample-dir demo --folder samples
-	$(VENV)/python -m benchmarks.digits demo/samples.npz
+	$(VENV)/python -m studies.digits demo/samples.npz
 	@echo "Look at demo/samples.png"
 
 # Captions in place of classes: the text encoder is a small T5 with random weights, made on the spot
@@ -46,19 +46,19 @@ PROMPTS := --prompt "a handwritten zero" "the number 3, drawn by hand" "a seven"
     "please draw me a two" "five in black ink" "this is what a 9 looks like" "a handwritten digit"
 
 demo-text: setup
-	test -d $(TEXT)/encoder || $(VENV)/python -m benchmarks.text_digits --make-encoder $(TEXT)/encoder
+	test -d $(TEXT)/encoder || $(VENV)/python -m studies.text_digits --make-encoder $(TEXT)/encoder
 	$(VENV)/python train.py --data-path digits --vae none --image-size 8 --text-encoder $(TEXT)/encoder --text-length 16 \
 	    --run-dir $(TEXT)/run --model DiT-S/2 --hidden-size 96 --depth 4 --num-heads 4 --global-batch-size 64 --lr 2e-3 \
 	    --ema-warmup --max-steps 1500
 	$(VENV)/python sample.py --ckpt $(TEXT)/run/checkpoints/0001500.pt $(PROMPTS) --cfg-scale 3 --num-sampling-steps 50 \
 	    --samples-per-label 5 --columns 5 --enlarge 24 --captions --output demo/text.png
-	$(VENV)/python -m benchmarks.text_digits --ckpt $(TEXT)/run/checkpoints/0001500.pt
+	$(VENV)/python -m studies.text_digits --ckpt $(TEXT)/run/checkpoints/0001500.pt
 	@echo "Look at demo/text.png"
 
 # Two runs at a time, each on one core. The same command resumes what was stopped.
 paper: setup
-	OMP_NUM_THREADS=1 $(VENV)/python -m benchmarks.paper --jobs 2
-	OMP_NUM_THREADS=1 $(VENV)/python -m benchmarks.caching --jobs 2
+	OMP_NUM_THREADS=1 $(VENV)/python -m studies.paper --jobs 2
+	OMP_NUM_THREADS=1 $(VENV)/python -m studies.caching --jobs 2
 
 test: setup
 	$(VENV)/python -m pytest -n 3

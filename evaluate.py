@@ -9,10 +9,10 @@ The numbers, and what they were made from, are written to SAMPLES.metrics.json.
 
 import sys
 
-from cli.parser import Parser
 from evaluation.config import EvaluateConfig
 from runtime import files
 from runtime.errors import RunError
+from runtime.parser import Parser
 
 
 def main(argv=None):

@@ -6,8 +6,8 @@
 Run again after an interruption, the command makes the shards that are missing or damaged, and leaves the others alone.
 """
 
-from cli.parser import Parser
 from data.config import ExtractConfig
+from runtime.parser import Parser
 
 
 def main(argv=None):

@@ -11,7 +11,7 @@ With the same weights and seed these are the original release's images, on the C
 
 import sys
 
-from cli.parser import Parser
+from runtime.parser import Parser
 from sampling.config import SampleConfig
 
 FEW_INVERSION_STEPS = 20  # with fewer, DDIM inversion and sampling are no inverses of each other, even approximately

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from cli.parser import Parser
 from runtime.config import differences
 from runtime.errors import UserError
 from runtime.files import check_output, checksum_of_text, lock_folder, read_json, remove_leftovers, write_errors, write_json
+from runtime.parser import Parser
 from sampling.config import SampleSetConfig
 
 DECODED_ASIDE = {"cuda"}  # devices that decode a batch while they draw the next; a CPU's cores are busy with one

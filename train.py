@@ -10,12 +10,12 @@ The recipe is the paper's (section 4): AdamW, constant learning rate 1e-4, no we
 import sys
 from dataclasses import dataclass
 
-from cli.parser import Parser
 from data.config import DataConfig
 from data.crop import center_crop_arr  # noqa: F401 -- scripts made for the original release import it from here
 from evaluation.config import EvalConfig
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
+from runtime.parser import Parser
 from training.config import (
     PRESETS,
     ComputeConfig,

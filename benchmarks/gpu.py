@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 
 from benchmarks import latents, timing
 from checkpoint import files
-from cli.parser import Parser
 from runtime.config import Config, option
 from runtime.devices import has_bf16, pick_device
 from runtime.errors import RunError, UserError
 from runtime.files import replace_file, write_errors, write_json
+from runtime.parser import Parser
 
 ROOT = Path(__file__).parents[1]
 ROW_SECONDS = 540

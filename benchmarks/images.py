@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.latents import ReadingConfig, folder_of, report
-from cli.parser import Parser
 from data.images import ImageDataset
+from runtime.parser import Parser
 
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
 

@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.timing import machine, synchronize
-from cli.parser import Parser
 from data.order import GlobalOrder, make_loader
 from data.stored_latents import VERSION, Settings, StoredLatents, write_index, write_shard
 from runtime import files
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.parser import Parser
 from training.meter import peak_memory
 
 WARM_UP = 20  # batches: all that the workers read ahead, and more

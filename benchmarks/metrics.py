@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from cli.parser import Parser
 from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from runtime.config import Config, option
 from runtime.files import check_output
+from runtime.parser import Parser
 
 
 @dataclass(frozen=True)

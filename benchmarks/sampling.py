@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python benchmarks/sampling.py`
-import complexity
 from benchmarks import timing
 from benchmarks.train_step import SPACE
 from checkpoint.config import DesignOptions, ModelOptions
-from cli.parser import Parser
 from data.autoencoder import load_space
 from diffusion import create_diffusion
 from diffusion.registry import SAMPLERS
 from runtime import distributed
 from runtime.config import Config, option
 from runtime.devices import set_precision
+from runtime.parser import Parser
 from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, place, to_uint8
+from tools import complexity
 from training import setup
 from training.config import RecipeConfig
 

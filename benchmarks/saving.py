@@ -20,10 +20,10 @@ from benchmarks.timing import synchronize
 from checkpoint import files
 from checkpoint.config import MODELS, DesignOptions
 from checkpoint.saver import BackgroundSaver
-from cli.parser import Parser
 from runtime.config import Config, option
 from runtime.devices import pick_device
 from runtime.files import check_output, write_errors, write_json
+from runtime.parser import Parser
 from training import setup
 
 STEP = "a training step"

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from helpers import Ranks, metrics
 
 import train
-from cli.parser import Parser
 from data.autoencoder import StoredSpace
 from models import DiT_models
 from runtime.config import Config, option
@@ -29,6 +28,7 @@ from runtime.devices import host_memory
 from runtime.distributed import processes
 from runtime.errors import RunError
 from runtime.files import check_output, write_json
+from runtime.parser import Parser
 from training import sharding  # noqa: F401 -- counted as memory before the model in both kinds
 from training.config import ComputeConfig, RecipeConfig
 from training.meter import peak_memory

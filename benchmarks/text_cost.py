@@ -15,10 +15,10 @@ import torch
 from benchmarks import timing
 from benchmarks.train_step import SPACE
 from checkpoint.config import MAX_SIZE, DesignOptions, ModelOptions
-from cli.parser import Parser
 from data.text_encoder import StoredTexts
 from runtime import distributed
 from runtime.config import Config, option
+from runtime.parser import Parser
 from training import setup
 from training.config import ComputeConfig, RecipeConfig
 from training.cost import forward_macs, training_memory

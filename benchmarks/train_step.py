@@ -23,10 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python benchmarks/train_step.py`
-import complexity
 from benchmarks import timing
 from checkpoint.config import DesignOptions, ModelOptions
-from cli.parser import Parser
 from data.autoencoder import StoredSpace
 from diffusion import create_diffusion
 from runtime import distributed
@@ -35,6 +33,8 @@ from runtime.devices import set_precision
 from runtime.errors import UserError
 from runtime.files import check_output, replace_file
 from runtime.launch import launched
+from runtime.parser import Parser
+from tools import complexity
 from training import setup
 from training.config import ComputeConfig, RecipeConfig
 from training.trainer import Trainer

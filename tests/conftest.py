@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: several
 
 from helpers import Ranks, call, make_autoencoder, make_images, make_inception
 
-gc.set_threshold(50_000)  # as commands have it, see cli/parser.py
+gc.set_threshold(50_000)  # as commands have it, see runtime/parser.py
 torch.set_num_threads(1)  # the numbers are small, and forked processes may not use OpenMP's threads
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -22,7 +23,19 @@ from tqdm.auto import tqdm
 
 from checkpoint import files
 
+ROOT = Path(__file__).parents[1]
+
 TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib", "training_seconds", "utilization"}
+
+
+def command_file(name):
+    """The file of a command, which is at the root or in tools/."""
+    return next(path for path in (ROOT / f"{name}.py", ROOT / f"tools/{name}.py") if path.exists())
+
+
+def command_module(name):
+    """The name to import a command by, and to run it by with python -m."""
+    return ".".join(command_file(name).relative_to(ROOT).with_suffix("").parts)
 
 
 def metrics(folder):

@@ -25,13 +25,13 @@ from helpers import Ranks, call, to_the_end, wait_for
 from PIL import Image
 from reference import fill
 
-import app
 import sample
 from checkpoint import files
 from models import DiT
 from runtime.errors import UserError
 from sampling import web
 from sampling.config import ComputeConfig
+from tools import app
 
 CPU = ComputeConfig(device="cpu")
 VALUES = {

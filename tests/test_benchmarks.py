@@ -15,8 +15,9 @@ from helpers import call
 from PIL import Image
 
 import models
-from benchmarks import digits, gpu, sampling, saving, scaling, timing, train_step
+from benchmarks import gpu, sampling, saving, timing, train_step
 from runtime.errors import RunError
+from studies import digits, scaling
 
 # ----------------------------------------------------------------------------------------------------------------------
 # timing.py, train_step.py, sampling.py

@@ -1,4 +1,4 @@
-"""benchmarks/caching.py: the cache keeps its schedule, the variants have their settings, the best is called the best."""
+"""studies/caching.py: the cache keeps its schedule, the variants have their settings, the best is called the best."""
 
 import json
 
@@ -8,11 +8,11 @@ from helpers import call
 from PIL import Image
 from torch import nn
 
-from benchmarks import caching, judge
-from benchmarks.caching import DDIM, DDPM, METHODS, Cache, Method, draw
 from diffusion import create_diffusion, samplers
 from diffusion.guidance import guided_denoiser
 from models import DiT
+from studies import caching, judge
+from studies.caching import DDIM, DDPM, METHODS, Cache, Method, draw
 
 LABELS = torch.arange(6)
 

@@ -14,10 +14,10 @@ from helpers import call
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cli.parser import Parser
 from runtime.config import Config, differences, field_types, flag
 from runtime.devices import check_compile
 from runtime.errors import RunError, UserError
+from runtime.parser import Parser
 from sampling.config import SampleConfig, SampleSetConfig
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +27,9 @@ COMMANDS = {
     "sample": "SampleConfig",
     "sample_ddp": "SampleSetConfig",
     "evaluate": "EvaluateConfig",
-    "likelihood": "LikelihoodConfig",
-    "complexity": "CostConfig",
-    "plot": "PlotConfig",
+    "tools.likelihood": "LikelihoodConfig",
+    "tools.complexity": "CostConfig",
+    "tools.plot": "PlotConfig",
 }
 CONFIGS = [getattr(importlib.import_module(name), config) for name, config in COMMANDS.items()]
 
@@ -54,8 +54,8 @@ def test_help_says_each_default_once(name, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_start_without_slow_imports(name):
     code = (
-        f"import sys, {name}\n"
-        f"try:\n    {name}.main(['--help'])\n"
+        f"import sys, {name} as command\n"
+        "try:\n    command.main(['--help'])\n"
         "except SystemExit:\n    sys.exit(', '.join({'torch', 'numpy', 'scipy', 'diffusers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

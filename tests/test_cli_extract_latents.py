@@ -18,7 +18,6 @@ from helpers import call, latest, metrics, to_the_end
 
 import extract_latents
 import train
-from cli.parser import Parser
 from data import extraction
 from data.autoencoder import Autoencoder, StoredSpace
 from data.config import DataConfig
@@ -27,6 +26,7 @@ from data.order import GlobalOrder
 from data.stored_latents import StoredLatents
 from runtime import files as runtime_files
 from runtime.distributed import Context
+from runtime.parser import Parser
 from training import finetune, setup
 
 SHARDS = [f"shard-{number:05d}.npy" for number in range(4)]

@@ -23,11 +23,11 @@ from test_models import SMALL
 import train
 from checkpoint import files as checkpoint
 from checkpoint.opened import Checkpoint
-from cli.parser import Parser
 from data import crop, order
 from data.autoencoder import Pixels
 from models import DiT
 from runtime import distributed
+from runtime.parser import Parser
 from training import run_folder, setup
 from training.signals import StopSignals
 from training.trainer import Trainer

@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import call
 
-import complexity
-from complexity import PUBLISHED, TOLERANCE
 from models import BLOCKS, DiT
+from tools import complexity
+from tools.complexity import PUBLISHED, TOLERANCE
 from training import many_gpus
 from training.cost import activation_bytes, build, forward_macs, trainable, training_memory
 

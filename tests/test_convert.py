@@ -15,8 +15,6 @@ from helpers import call
 from reference import fill, filled
 from safetensors.torch import load_file, save_file
 
-import convert
-import likelihood
 import sample
 import sample_ddp
 from checkpoint import diffusers_folder, files
@@ -25,6 +23,7 @@ from diffusion.samplers import last
 from models import BLOCKS, DiT, DiT_models
 from sampling.config import GuidanceConfig, SamplerConfig, SourceConfig
 from sampling.pipeline import Pipeline
+from tools import convert, likelihood
 
 TINY = {"input_size": 4, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
 UNCONDITIONAL = {"in_channels": 3, "num_classes": 0, "names": []}

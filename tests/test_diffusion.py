@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import OPTIONS, SMALL, HostTraffic, assert_golden, fill, golden, normal, stub, training_batch
 
-from benchmarks import gaussian
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import discretized_gaussian_log_likelihood, get_named_beta_schedule
 from diffusion.respace import space_timesteps
 from models import DiT, DiT_models
+from studies import gaussian
 
 X_0 = normal("x0", 5, 4, 8, 8).clamp(-2, 2) * 0.5
 NOISE = normal("noise", 5, 4, 8, 8)

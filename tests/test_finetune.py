@@ -13,14 +13,14 @@ from helpers import assert_same_state, call, latest, metrics, without_timings
 from reference import fill
 from safetensors.torch import save_file
 
-import convert
 import train
-from benchmarks import finetune as benchmark
 from checkpoint import files
 from checkpoint.opened import Checkpoint
-from cli.parser import Parser
 from models import DiT, DiT_models, position_embedding
 from runtime import distributed
+from runtime.parser import Parser
+from studies import finetune as benchmark
+from tools import convert
 from training import finetune, setup
 from training.config import RecipeConfig
 from training.trainer import Trainer

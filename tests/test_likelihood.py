@@ -10,7 +10,6 @@ from helpers import call
 from PIL import Image
 from reference import SMALL, normal, stub
 
-import likelihood as command
 from checkpoint.opened import Checkpoint
 from data.config import DataConfig
 from data.images import load_dataset
@@ -18,6 +17,7 @@ from diffusion import create_diffusion
 from evaluation import likelihood
 from evaluation.config import LikelihoodConfig
 from models import DiT
+from tools import likelihood as command
 
 X_0 = normal("x0", 5, 4, 8, 8).clamp(-2, 2) * 0.5
 

@@ -1,4 +1,4 @@
-"""A tenth of the mistakes that benchmarks/mistakes.py makes, spread over its commands and kinds; readers that are given
+"""A tenth of the mistakes that tests/stress/mistakes.py makes, spread over its commands and kinds; readers that are given
 anything; and what was decided where it was not clear what a user expects."""
 
 import contextlib
@@ -13,20 +13,20 @@ from helpers import call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from stress import mistake_cases, mistake_inputs, mistakes
 from test_checkpoint import JSON
 
 import sample
 import sample_ddp
 import train
-from benchmarks import mistake_cases, mistake_inputs, mistakes
 from checkpoint import diffusers_folder, files
-from cli.parser import Parser
 from data.autoencoder import load_space
 from evaluation.image_sets import open_images
 from runtime import devices
 from runtime.errors import OutOfMemoryError, UserError
 from runtime.files import check_output
 from runtime.npy import read_npy_header
+from runtime.parser import Parser
 from sampling.source import Source
 from training.run_folder import RunFolder
 

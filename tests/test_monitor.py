@@ -17,9 +17,9 @@ from conftest import TINY
 from helpers import assert_same_state, call, latest, metrics, wait_for, without_timings
 from PIL import Image
 
-import animate
 import train
 from checkpoint import files
+from tools import animate
 from training.cost import build, forward_macs
 from training.grids import choose_labels, num_columns
 from training.session import postfix

@@ -1,4 +1,4 @@
-"""benchmarks/paper.py: the models have the paper's proportions, and what is said of its findings follows from the data."""
+"""studies/paper.py: the models have the paper's proportions, and what is said of its findings follows from the data."""
 
 import functools
 import json
@@ -10,10 +10,10 @@ from helpers import call
 from PIL import Image
 
 import train
-from benchmarks import judge, paper
-from benchmarks.paper import SHAPES, PaperConfig, Results
-from benchmarks.scaling import SCALING
-from cli.parser import Parser
+from runtime.parser import Parser
+from studies import judge, paper
+from studies.paper import SHAPES, PaperConfig, Results
+from studies.scaling import SCALING
 from training import finetune
 
 QUICK = {"steps": 4, "batch_size": 2, "samples": 20, "seeds": 1, "quick": True}

@@ -7,8 +7,8 @@ import pytest
 from helpers import call
 from PIL import Image
 
-import plot
-from plot import PlotConfig, column, draw, moving_mean, positions, read_rows
+from tools import plot
+from tools.plot import PlotConfig, column, draw, moving_mean, positions, read_rows
 
 ROWS = [
     {"step": 100, "loss": 0.5, "mse": 0.4, "vb": 0.1, "grad_norm": 2.0, "training_seconds": 3600},

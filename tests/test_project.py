@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import command_module
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,7 +17,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = "train extract_latents sample sample_ddp evaluate likelihood complexity plot animate convert app".split()
+COMMANDS = "train extract_latents sample sample_ddp evaluate".split()
+TOOLS = "likelihood complexity plot animate convert app".split()
 
 
 def test_both_lists_of_dependencies_are_equal():
@@ -44,14 +46,13 @@ MAY_IMPORT = {
     "sampling": {"runtime", "data", "download", "checkpoint", "models", "diffusion"},
     "training": {"runtime", "sampling", "data", "checkpoint", "models", "diffusion"},
     "evaluation": {"runtime", "sampling", "data", "checkpoint", "models", "diffusion"},
-    "cli": {"runtime"},
 }
 
 
 def test_imports_go_one_way():
-    ours = {*MAY_IMPORT, *COMMANDS, "benchmarks"}
+    ours = {*MAY_IMPORT, *COMMANDS, "tools", "benchmarks", "studies"}
     assert {path.stem for path in ROOT.glob("*.py")} <= ours, "a new file at the root: say here who may import it"
-    for name in {*MAY_IMPORT, *COMMANDS}:
+    for name in {*MAY_IMPORT, *COMMANDS, "tools"}:
         allowed = MAY_IMPORT.get(name, set(MAY_IMPORT)) | {name}
         for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")]:
             wrong = set(imports(path)) & ours - allowed
@@ -68,14 +69,15 @@ def shown_commands():
         for block in re.findall(r"```\w*\n(.*?)```", text, re.S) + re.findall(r"(?:^    \S.*\n)+", text, re.M):
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.strip().removeprefix("$ ").split(" # ")[0]
-                found = re.match(r"(?:\S+=\S+ )*(?:python|torchrun|srun)\b.*?\b(\w+)\.py\b(.*)", line)
-                if found and found[1] in COMMANDS:
-                    yield page.name, found[1], shlex.split(found[2])
+                found = re.match(r"(?:\S+=\S+ )*(?:python|torchrun|srun)\b.*?(?:\b(\w+)\.py|-m tools\.(\w+))\b(.*)", line)
+                if found and (found[1] or found[2]) in [*COMMANDS, *TOOLS]:
+                    yield page.name, found[1] or found[2], shlex.split(found[3])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *TOOLS])
 def test_every_option_that_the_docs_name_exists(command):
-    text = subprocess.run([sys.executable, ROOT / f"{command}.py", "--help"], capture_output=True, text=True).stdout
+    help_of_it = [sys.executable, "-m", command_module(command), "--help"]
+    text = subprocess.run(help_of_it, capture_output=True, text=True, cwd=ROOT).stdout
     known = set(re.findall(r"--[a-z][a-z0-9-]*", text))
     used = [(page, words) for page, script, words in shown_commands() if script == command]
     assert used, f"neither the README nor the docs show {command}.py"

@@ -1,5 +1,5 @@
 """The newer ideas that train.py and the samplers offer as switches: each against its equation, exact resume, bad values.
-Data for the closed forms is N(MU, S^2) in every element (benchmarks/gaussian.py)."""
+Data for the closed forms is N(MU, S^2) in every element (studies/gaussian.py)."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from conftest import TINY
 from helpers import assert_same_state, call, latest, without_timings
 from reference import SMALL, normal
 
-import convert
 import sample as sample_command
 import train
-from benchmarks.gaussian import ALPHA_BAR, MU, S, alpha_bar_at, denoiser
 from checkpoint.opened import Checkpoint
 from diffusion import create_diffusion, sample, samplers
 from diffusion.flow import Flow, eps_denoiser, flow_log_likelihood, flow_steps
 from models import DiT
+from studies.gaussian import ALPHA_BAR, MU, S, alpha_bar_at, denoiser
+from tools import convert
 from training.config import PRESETS
 
 X_T = normal("flow", 400, 1, 4, 4)

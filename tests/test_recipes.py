@@ -1,4 +1,4 @@
-"""benchmarks/judge.py and recipes.py: the judge tells real images from others, and the comparison is fair."""
+"""studies/judge.py and recipes.py: the judge tells real images from others, and the comparison is fair."""
 
 import json
 import math
@@ -9,12 +9,12 @@ import torch
 from helpers import call
 from PIL import Image
 
-from benchmarks import recipes
-from benchmarks.judge import Judge, RealImages
-from benchmarks.recipes import RECIPES, Column, Run
 from data.images import ImageDataset
 from data.order import GlobalOrder, is_mirrored
 from runtime.errors import UserError
+from studies import recipes
+from studies.judge import Judge, RealImages
+from studies.recipes import RECIPES, Column, Run
 
 SIDE = 8
 SMALL = "--flags=--hidden-size 16 --depth 4 --num-heads 2 --patch-size 4 --global-batch-size 12"

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import HostTraffic, normal, stub
 
-from benchmarks import gaussian
 from diffusion import create_diffusion, sample, samplers
 from diffusion.editing import ddim_inversion, inpainting_denoiser, slerp
 from diffusion.registry import SAMPLERS, SPACINGS
+from studies import gaussian
 
 # diffusers reads its tensors in a way that numpy 2 calls old
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

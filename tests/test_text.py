@@ -14,14 +14,11 @@ from helpers import assert_same_state, call, latest, metrics, without_timings
 from PIL import Image
 from reference import fill, normal
 
-import complexity
-import convert
 import extract_latents
 import sample
 import sample_ddp
 import train
-from benchmarks import text_cost, text_digits
-from benchmarks.text_digits import make_encoder
+from benchmarks import text_cost
 from checkpoint import files
 from checkpoint.opened import Checkpoint
 from data.captions import digit_captions
@@ -34,6 +31,9 @@ from runtime.errors import UserError
 from sampling import web
 from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig, TextConfig
 from sampling.pipeline import Pipeline
+from studies import text_digits
+from studies.text_digits import make_encoder
+from tools import complexity, convert
 from training.cost import build, forward_macs
 
 LENGTH, WIDTH = 16, 16

@@ -1,4 +1,4 @@
-"""benchmarks/two_hosts.py: what can be tested in a second; the measurement itself takes a quarter of an hour, and root."""
+"""tests/stress/two_hosts.py: what can be tested in a second; the measurement takes a quarter of an hour, and root."""
 
 import json
 import os
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import call
-
-from benchmarks import two_hosts
+from stress import two_hosts
 
 
 @pytest.fixture

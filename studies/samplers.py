@@ -1,6 +1,6 @@
 """Samplers and guidance on a model of digits: how good the samples are, by evaluations of the model and by time.
 
-    python -m benchmarks.samplers --ckpt results/digits/checkpoints/0001200.pt --json samplers.json --plot samplers.png
+    python -m studies.samplers --ckpt results/digits/checkpoints/0001200.pt --json samplers.json --plot samplers.png
 
 docs/training.md has the command that trains this model. All rows draw from the same noise and labels, and are measured as
 the demo is. It takes half an hour on one core.
@@ -15,15 +15,15 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.digits import measure
-from cli.parser import Parser
 from diffusion.registry import SAMPLERS
 from runtime.config import Config, option
 from runtime.errors import UserError
 from runtime.files import check_output, replace_file, write_errors, write_json
+from runtime.parser import Parser
 from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, to_uint8
 from sampling.source import Source
+from studies.digits import measure
 
 STEPS = (5, 10, 20, 50, 250)
 GUIDED = [  # each at 20 steps of dpm-solver++

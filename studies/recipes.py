@@ -1,12 +1,12 @@
 """Training recipes, compared fairly: equal time and equal steps, the same data and model, several seeds.
 
-    python -m benchmarks.recipes --data digits --jobs 2 --output results/recipes-digits
-    python -m benchmarks.recipes --data /path/to/cifar10 --jobs 2 --output results/recipes-cifar10
-    python -m benchmarks.recipes --data /path/to/cifar10 --device cuda --steps 5000 \
+    python -m studies.recipes --data digits --jobs 2 --output results/recipes-digits
+    python -m studies.recipes --data /path/to/cifar10 --jobs 2 --output results/recipes-cifar10
+    python -m studies.recipes --data /path/to/cifar10 --device cuda --steps 5000 \
         --flags="--hidden-size 384 --depth 12 --num-heads 6 --patch-size 2 --global-batch-size 256 --lr 1e-4"
 
 A recipe is a set of train.py's options. Every run is train.py's own training step on data that is in memory, and the
-averaged weights are judged by `benchmarks.judge`, with 10 steps of dpm-solver++. One run serves both comparisons: it is
+averaged weights are judged by `studies.judge`, with 10 steps of dpm-solver++. One run serves both comparisons: it is
 judged after --steps steps, and when it has taken a quarter, half and all of the time that the baseline takes for --steps.
 
 How long a recipe's step takes, relative to the baseline's, is measured first, with all recipes in turns (`costs.json`). Its
@@ -41,8 +41,6 @@ from scipy.special import stdtrit
 from tqdm import tqdm, trange
 
 import train
-from benchmarks.judge import Judge, RealImages
-from cli.parser import Parser
 from data.autoencoder import Pixels, to_model_range
 from data.order import GlobalOrder, is_mirrored
 from diffusion import create_diffusion
@@ -52,9 +50,11 @@ from runtime.config import Config, option
 from runtime.devices import has_bf16
 from runtime.errors import UserError
 from runtime.files import check_output, read_json, replace_file, write_errors, write_json
+from runtime.parser import Parser
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.grid import draw_grid, write_picture
 from sampling.pipeline import Pipeline, to_uint8
+from studies.judge import Judge, RealImages
 from training import finetune, setup
 from training.trainer import Trainer
 

@@ -1,6 +1,6 @@
 """Two hosts on one machine: the commands for several nodes, and what happens when a process, a host or the network fails.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.two_hosts --json two_hosts.json     # Linux, as root; about 15 minutes
+    OMP_NUM_THREADS=1 python tests/stress/two_hosts.py --json two_hosts.json     # Linux, as root; about 15 minutes
 
 A host is a network namespace with an address, a name and a hosts file of its own; a virtual cable joins the two. Training,
 sampling and evaluation run with the same torchrun command on both, as in docs/many_gpus.md. Then training is disturbed in
@@ -21,17 +21,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # torch-fidelity installs a package named tests
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # torch-fidelity installs a package named tests
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from helpers import assert_same_state, latest, metrics, without_timings
 
 from checkpoint import files
-from cli.parser import Parser
 from runtime.config import Config, option
 from runtime.errors import RunError, UserError
 from runtime.files import check_output, write_json
+from runtime.parser import Parser
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = (
     "--data-path digits --vae none --image-size 8 --num-classes 10 --hidden-size 16 --depth 1 --num-heads 2 --patch-size 2 "
     "--global-batch-size 12 --device cpu --num-workers 0 --log-every 1 --ckpt-every 50 --max-steps 400"

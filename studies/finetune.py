@@ -1,6 +1,6 @@
 """How much sooner a fine-tuned model learns the digits 5 to 9 than one that is trained on them from scratch.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.finetune --json finetune.json --plot finetune.png
+    OMP_NUM_THREADS=1 python -m studies.finetune --json finetune.json --plot finetune.png
 
 A model is trained on the digits 0 to 4. Then train.py's recipe is run on 5 to 9 twice: with --init-from, and without. Every
 few steps images are drawn, and a classifier of all ten digits judges whether they show the digits that were asked for.
@@ -16,17 +16,17 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from benchmarks.digits import real_digits
 from checkpoint import files
-from cli.parser import Parser
 from data.autoencoder import Pixels
 from data.images import Digits
 from data.order import GlobalOrder, make_loader
 from runtime import distributed
 from runtime.config import Config, option
 from runtime.files import check_output, replace_file, write_errors, write_json
+from runtime.parser import Parser
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, to_uint8
+from studies.digits import real_digits
 from training import finetune, setup
 from training.trainer import Trainer
 

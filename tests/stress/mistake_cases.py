@@ -1,4 +1,4 @@
-"""The mistakes that benchmarks/mistakes.py makes: what is added to a command line that works, and what is to be said."""
+"""The mistakes that tests/stress/mistakes.py makes: what is added to a command line that works, and what is to be said."""
 
 import dataclasses
 import importlib
@@ -34,9 +34,9 @@ POSITIONAL = {
 CONFIGS = {
     "train": "train.TrainConfig", "sample": "sampling.config.SampleConfig", "sample_ddp": "sampling.config.SampleSetConfig",
     "evaluate": "evaluation.config.EvaluateConfig", "likelihood": "evaluation.config.LikelihoodConfig",
-    "extract_latents": "data.config.ExtractConfig", "complexity": "complexity.CostConfig",
-    "convert": "convert.ConvertConfig", "plot": "plot.PlotConfig", "animate": "animate.AnimateConfig",
-    "app": "app.AppConfig",
+    "extract_latents": "data.config.ExtractConfig", "complexity": "tools.complexity.CostConfig",
+    "convert": "tools.convert.ConvertConfig", "plot": "tools.plot.PlotConfig", "animate": "tools.animate.AnimateConfig",
+    "app": "tools.app.AppConfig",
 }  # fmt: skip
 KINDS = ("values", "combinations", "files", "damaged", "records", "numbers", "sizes", "disks", "names", "interrupted")
 IMAGES = "--data-path in/images --vae none --image-size 16 --num-classes 3"  # of train, in place of the digits

@@ -1,6 +1,6 @@
 """How the error of each sampler falls with the number of steps, on data N(0.3, 0.5^2), whose exact denoiser is known.
 
-python -m benchmarks.solver_order        prints the errors and orders, writes assets/solver_order.png
+python -m studies.solver_order        prints the errors and orders, writes assets/solver_order.png
 """
 
 import argparse
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks import gaussian
 from diffusion import sample
 from diffusion.registry import SAMPLERS
 from runtime.files import replace_file
+from studies import gaussian
 
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if sampler.is_deterministic()]
 FITTED = [20, 28, 40, 56, 80]

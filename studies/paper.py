@@ -1,14 +1,14 @@
 """The paper's findings on a laptop: its twelve models and four block designs, scaled down alike, trained on the digits.
 
-    python -m benchmarks.paper --jobs 2
-    python -m benchmarks.paper --quick --output results/quick        # half a minute; its numbers mean nothing
+    python -m studies.paper --jobs 2
+    python -m studies.paper --quick --output results/quick        # half a minute; its numbers mean nothing
 
 Compared with the paper, widths are divided by 16, depths by 6, heads and patch sizes by 2, and images are 8x8 pixels, so
 that the numbers of tokens are 64, 16 and 4 in place of 256, 64 and 16. All models have the same recipe. It differs from the
 paper's in the batch size, in the learning rate, and in the prediction: v in place of eps, with which models of this size
 need many more steps. Small models are also trained for longer, to compare sizes at equal training compute.
 
-The distance is Fréchet's in the features of `benchmarks.judge`, of samples without guidance by 10 steps of dpm-solver++.
+The distance is Fréchet's in the features of `studies.judge`, of samples without guidance by 10 steps of dpm-solver++.
 The folder --output gets a JSON line for each model and seed (`runs.jsonl`), and at the end `paper.json`, `paper.md` with
 one sentence for each finding, and three pictures. The same command does the runs that are missing.
 """
@@ -28,15 +28,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
-from benchmarks.recipes import COMMON, SETTINGS, Column, Run, finished_runs, measure, open_data, run_all
-from benchmarks.scaling import COLORS, DESIGNS, SCALING, correlation
 from checkpoint.config import BLOCKS
-from cli.parser import Parser
 from evaluation.metrics import precision_recall
 from models import SIZES
 from runtime.config import Config, option
 from runtime.files import check_output, replace_file, write_errors, write_json
+from runtime.parser import Parser
 from sampling.config import SamplerConfig
+from studies.recipes import COMMON, SETTINGS, Column, Run, finished_runs, measure, open_data, run_all
+from studies.scaling import COLORS, DESIGNS, SCALING, correlation
 from training.cost import build, forward_macs
 
 PATCHES = {4: "o", 2: "s", 1: "^"}  # their markers; the paper's patch sizes are twice as large
@@ -70,7 +70,7 @@ class PaperConfig(Config):
     quick: bool = option(False, "make all runs tiny, in order to try the command")
     output: str = option("results/paper", "folder of the results")
 
-    # what benchmarks.recipes reads
+    # what studies.recipes reads
     data, device, setting = "digits", "cpu", SETTINGS["digits"]
 
     @property

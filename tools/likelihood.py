@@ -1,7 +1,7 @@
 """Measure how well a pixel-space DiT models images: -log2 p(image | class), in bits per dimension.
 
-    python likelihood.py --ckpt results/000-DiT-S-4/checkpoints/0400000.pt --data-path /path/to/test
-    torchrun --nproc_per_node=gpu likelihood.py --ckpt CKPT --data-path digits --num-timesteps 100
+    python -m tools.likelihood --ckpt results/000-DiT-S-4/checkpoints/0400000.pt --data-path /path/to/test
+    torchrun --nproc_per_node=gpu -m tools.likelihood --ckpt CKPT --data-path digits --num-timesteps 100
 
 Of a diffusion it is the variational bound (DDPM, Ho et al. 2020, eq. 5), with one draw of noise per image and timestep; of
 a flow the density along its ODE (Chen et al. 2018), with one random probe per image for the divergence. Weights are the
@@ -9,8 +9,8 @@ averaged ones, and pixels have 256 levels. (The digits have 17 levels, spread ov
 of every timestep and their standard errors over the images are written to --output, and a plot of the terms beside it.
 """
 
-from cli.parser import Parser
 from evaluation.config import LikelihoodConfig
+from runtime.parser import Parser
 
 
 def main(argv=None):

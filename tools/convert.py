@@ -1,8 +1,8 @@
 """Convert a model's weights: to .safetensors, to a plain .pt, or to a folder for diffusers' DiTPipeline.
 
-    python convert.py results/000-DiT-XL-2/checkpoints/0400000.pt my-dit.safetensors
-    python convert.py my-dit.safetensors my-dit              # a folder: model_index.json, transformer/, vae/, ...
-    python convert.py facebook/DiT-XL-2-256 DiT-XL-2-256x256.pt
+    python -m tools.convert results/000-DiT-XL-2/checkpoints/0400000.pt my-dit.safetensors
+    python -m tools.convert my-dit.safetensors my-dit              # a folder: model_index.json, transformer/, vae/, ...
+    python -m tools.convert facebook/DiT-XL-2-256 DiT-XL-2-256x256.pt
 
 The weights are the averaged ones where there are any, and every conversion is exact. docs/interchange.md tells what each
 form holds, and how the folder is used with diffusers.
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.config import MAX_SIZE
-from cli.parser import Parser
 from runtime.config import Config, option
 from runtime.errors import RunError, UserError
+from runtime.parser import Parser
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The digits drawn by prompts: make their text encoder, and measure whether a model draws what the words say.
 
-    python -m benchmarks.text_digits --make-encoder demo/text/encoder
-    python -m benchmarks.text_digits --ckpt demo/text/run/checkpoints/0001500.pt
+    python -m studies.text_digits --make-encoder demo/text/encoder
+    python -m studies.text_digits --ckpt demo/text/run/checkpoints/0001500.pt
 
 The encoder is a small T5 with random weights, which need no training: each word of a text leaves a token of its own. The
 captions of the data are made from the templates in data/captions.py; UNSEEN has templates that are never trained on. The
@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.parser import Parser
 from data.config import MAX_SIDE
 from runtime.config import Config, option
 from runtime.errors import UserError
 from runtime.files import check_output, write_json
+from runtime.parser import Parser
 from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
 
 UNSEEN = ("please draw me a {}", "this is what a {} looks like", "{} in black ink", "my favourite number is {}")
@@ -93,8 +93,8 @@ def measure(config):
     import numpy as np
     import torch
 
-    from benchmarks.digits import real_digits
     from sampling.pipeline import Pipeline, to_uint8
+    from studies.digits import real_digits
 
     kinds, classifier, report = kinds_of_prompts(), real_digits()[2], {}
     texts = [text for prompts in kinds.values() for text, _ in prompts]

@@ -1,7 +1,7 @@
 """Draw FID-50K against the GMACs of a forward pass: the paper's models, and results of your own.
 
-    python -m benchmarks.scaling scaling.png
-    python -m benchmarks.scaling scaling.png --results samples/*.metrics.json
+    python -m studies.scaling scaling.png
+    python -m studies.scaling scaling.png --results samples/*.metrics.json
 
 Prints the correlation of log GMACs and FID. The GMACs of the results are counted as complexity.py counts them.
 """
@@ -18,11 +18,11 @@ from matplotlib.patheffects import withStroke
 from tqdm import tqdm
 
 from checkpoint.config import DesignOptions, ModelOptions
-from cli.parser import Parser
-from complexity import PUBLISHED, build, forward_macs, input_side
 from runtime.config import Config, option
 from runtime.errors import UserError
 from runtime.files import check_output, reason, replace_file, write_errors
+from runtime.parser import Parser
+from tools.complexity import PUBLISHED, build, forward_macs, input_side
 
 SCALING = [row for row in PUBLISHED if row.block == "adaln-zero" and row.image_size == 256]  # the twelve models
 DESIGNS = [row for row in PUBLISHED if row.model == "DiT-XL/2" and row.image_size == 256]
@@ -31,7 +31,7 @@ COLORS = {"S": "#56b4e9", "B": "#009e73", "L": "#e69f00", "XL": "#cc3311"}  # of
 
 @dataclass(frozen=True)
 class ScalingConfig(Config):
-    """Options of benchmarks/scaling.py."""
+    """Options of studies/scaling.py."""
 
     picture: str = option(help="file of the picture", positional=True, metavar="FILE.png")
     results: tuple[str, ...] | None = option(None, "files of more points: reports of evaluate.py, or JSON objects "

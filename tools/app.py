@@ -1,8 +1,8 @@
 """Draw images in the browser: a web page for one or more visitors.
 
     pip install "gradio>=6"
-    python app.py                                # the newest checkpoint below demo/ or results/
-    python app.py --ckpt results/xl2/checkpoints/0400000.pt --precision bf16 --port 8000
+    python -m tools.app                                # the newest checkpoint below demo/ or results/
+    python -m tools.app --ckpt results/xl2/checkpoints/0400000.pt --precision bf16 --port 8000
 
 The page shows what sample.py draws for the same settings. Only this machine can open it, unless --host says otherwise.
 """
@@ -15,11 +15,11 @@ import socket
 import tempfile
 from dataclasses import dataclass
 
-from cli.parser import Parser
 from diffusion.registry import SAMPLERS
 from runtime.config import Config, option
 from runtime.errors import UserError
 from runtime.files import reason
+from runtime.parser import Parser
 from sampling.config import ComputeConfig
 
 # Small images are enlarged without smoothing; the gallery has as many columns as fit; long lines end before icons, or wrap

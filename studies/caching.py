@@ -1,10 +1,10 @@
 """Solvers, and caches of features between steps, at equal numbers of full evaluations of the model.
 
-    python -m benchmarks.caching --jobs 2
-    python -m benchmarks.caching --data /path/to/cifar10 --output results/caching-cifar10
+    python -m studies.caching --jobs 2
+    python -m studies.caching --data /path/to/cifar10 --output results/caching-cifar10
 
-Trains the baseline of benchmarks/recipes.py for --steps, and draws with every method from the same noise. Measured are
-the Fréchet distance and the class accuracy of `benchmarks.judge`, and the processor time of one thread. For the methods
+Trains the baseline of studies/recipes.py for --steps, and draws with every method from the same noise. Measured are
+the Fréchet distance and the class accuracy of `studies.judge`, and the processor time of one thread. For the methods
 that add no noise there is also the error: the root mean square difference of their pixels, in [-1, 1], from the exact
 images of the same noise, for which 150 steps of dpm-solver++ stand.
 
@@ -30,7 +30,18 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from tqdm import tqdm, trange
 
-from benchmarks.recipes import (
+from checkpoint import files
+from data.autoencoder import Pixels, to_model_range
+from diffusion import create_diffusion, samplers
+from diffusion.registry import SAMPLERS, Sampler
+from models import DiT
+from runtime.config import Config, option
+from runtime.errors import UserError
+from runtime.files import check_output, replace_file
+from runtime.parser import Parser
+from sampling.config import GuidanceConfig, SamplerConfig
+from sampling.pipeline import Pipeline, to_uint8
+from studies.recipes import (
     BASELINE,
     Column,
     RecipesConfig,
@@ -42,17 +53,6 @@ from benchmarks.recipes import (
     run_all,
     write_results,
 )
-from checkpoint import files
-from cli.parser import Parser
-from data.autoencoder import Pixels, to_model_range
-from diffusion import create_diffusion, samplers
-from diffusion.registry import SAMPLERS, Sampler
-from models import DiT
-from runtime.config import Config, option
-from runtime.errors import UserError
-from runtime.files import check_output, replace_file
-from sampling.config import GuidanceConfig, SamplerConfig
-from sampling.pipeline import Pipeline, to_uint8
 
 EVALUATIONS = (5, 10, 20, 50)
 BATCH = 250  # images drawn at once

@@ -1,6 +1,6 @@
 """Measure samples of digits, scikit-learn's of 8x8 pixels or MNIST's of 28x28, with a classifier of the real ones.
 
-    python -m benchmarks.digits demo/samples.npz
+    python -m studies.digits demo/samples.npz
 
 Prints the share of samples that the classifier assigns to their label, how varied the samples of a class are, the share of
 near copies of training images, and the Fréchet distance to the real digits in pixel space. Of real digits that it was not
@@ -17,11 +17,11 @@ from sklearn.decomposition import PCA
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
 
-from cli.parser import Parser
 from data.images import DIGITS
 from evaluation.metrics import frechet_distance
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.parser import Parser
 
 COMPONENTS = 64  # principal ones, in which the Fréchet distance is computed: all of 8x8 pixels
 CLASSIFIERS = {

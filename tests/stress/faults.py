@@ -1,6 +1,6 @@
 """Kill training and sampling at random moments, damage checkpoints in between, and check that nothing is lost.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.faults --json faults.json
+    OMP_NUM_THREADS=1 python tests/stress/faults.py --json faults.json
 
 Training runs on the digits and on a folder of random images, with data workers, in one process and in two (gloo, CPU). A
 run is killed with SIGKILL, all processes or one of two, at a random moment or while a checkpoint is being written. Between
@@ -26,17 +26,17 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # torch-fidelity installs a package named tests
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # torch-fidelity installs a package named tests
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from helpers import Ranks, assert_same_state, latest, without_timings
 
 import sample_ddp
 import train
 from checkpoint import files
-from cli.parser import Parser
 from runtime.config import Config, option
 from runtime.errors import RunError
 from runtime.files import check_output, write_json
+from runtime.parser import Parser
 
 # --log-every divides --ckpt-every: every row of the metrics then covers a whole interval, also the first after a resume
 TRAINING = (

@@ -1,14 +1,14 @@
 """Show how the samples of a training run change: an animation of the grids that train.py --sample-every has drawn.
 
-python animate.py results/000-DiT-XL-2 --output samples.gif
+python -m tools.animate results/000-DiT-XL-2 --output samples.gif
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.parser import Parser
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.parser import Parser
 
 
 @dataclass(frozen=True)

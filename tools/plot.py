@@ -1,7 +1,7 @@
 """Draw the curves of one or more training runs: loss and its parts, gradient norm, validation loss, FID.
 
-    python plot.py results/000-DiT-XL-2 --output curves.png
-    python plot.py results/a results/b --x hours --smooth 20
+    python -m tools.plot results/000-DiT-XL-2 --output curves.png
+    python -m tools.plot results/a results/b --x hours --smooth 20
 
 The numbers are those of metrics.jsonl in the run folders. The panels for which no run has numbers are left out.
 """
@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.parser import Parser
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.parser import Parser
 
 X_LABELS = {"steps": "steps", "images": "images seen", "hours": "hours of training"}
 PANELS = {

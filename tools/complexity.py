@@ -1,12 +1,12 @@
 """Count what a model costs: parameters, MACs, memory and hours of training. The counts come from running the model on
 PyTorch's meta device, which computes shapes and no values.
 
-    python complexity.py --model DiT-B/4 --block in-context --precision bf16 --images 1e8 --peak-tflops 989
-    python complexity.py --precision bf16 --gpus 64 --shard          # memory and an estimate of the time on many GPUs
-    python complexity.py --table                       # the paper's models beside our counts
+    python -m tools.complexity --model DiT-B/4 --block in-context --precision bf16 --images 1e8 --peak-tflops 989
+    python -m tools.complexity --precision bf16 --gpus 64 --shard          # memory and an estimate of the time on many GPUs
+    python -m tools.complexity --table                       # the paper's models beside our counts
 
 The paper's "Gflops" are GMACs: 1e9 multiply-accumulates of the matrix products, the attention and the patch convolution in
-one forward pass of one image. A MAC is two FLOPs. benchmarks/scaling.py draws FID against them.
+one forward pass of one image. A MAC is two FLOPs. studies/scaling.py draws FID against them.
 """
 
 import json
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from checkpoint.config import MAX_SIZE, DesignOptions, ModelOptions
-from cli.parser import Parser
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
 from runtime.files import reason
+from runtime.parser import Parser
 from training import many_gpus
 from training.cost import build, forward_macs, input_side, trainable, training_memory
 

@@ -1,4 +1,4 @@
-"""The files that the cases of benchmarks/mistake_cases.py read: whole ones, and damaged and special ones."""
+"""The files that the cases of tests/stress/mistake_cases.py read: whole ones, and damaged and special ones."""
 
 import json
 import os
@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from helpers import make_autoencoder, make_images, make_inception
 from PIL import Image
-from torch import nn
-
-from benchmarks.mistake_cases import (
+from stress.mistake_cases import (
     BAD_IMAGES,
     INDEX,
     NAN,
@@ -26,6 +24,7 @@ from benchmarks.mistake_cases import (
     npz_bytes,
     npz_files,
 )  # fmt: skip
+from torch import nn
 
 
 def make_special(path, kind):
@@ -84,7 +83,7 @@ def model_file(path, args=(), class_names=None, **config):
 
 
 def make_inputs(root, run_cases):
-    """Everything that the cases read, in root/in. run_cases: of benchmarks/mistakes.py, for what commands make."""
+    """Everything that the cases read, in root/in. run_cases: of tests/stress/mistakes.py, for what commands make."""
     from safetensors.torch import save_file
 
     inputs = root / "in"

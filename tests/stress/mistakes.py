@@ -1,7 +1,7 @@
 """Make every mistake that we can think of, with every command, and check that each is answered with one line.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.mistakes --json mistakes.json
-    OMP_NUM_THREADS=1 python -m benchmarks.mistakes --only evaluate
+    OMP_NUM_THREADS=1 python tests/stress/mistakes.py --json mistakes.json
+    OMP_NUM_THREADS=1 python tests/stress/mistakes.py --only evaluate
 
 A mistake is a wrong value or combination of options, a file that is missing, damaged or of a special kind, a record in it
 that is wrong, a number that is none, a size that does not fit, a full disk, or Ctrl-C. The right answer is one line on
@@ -29,17 +29,16 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # torch-fidelity installs a package named tests
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from helpers import Ranks
+sys.path.insert(0, str(Path(__file__).parents[1]))  # torch-fidelity installs a package named tests
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from helpers import ROOT, Ranks, command_module
+from stress.mistake_cases import KINDS, VALID, all_cases
+from stress.mistake_inputs import make_inputs
 
-from benchmarks.mistake_cases import KINDS, VALID, all_cases
-from benchmarks.mistake_inputs import make_inputs
-from cli.parser import Parser
 from runtime.config import Config, option
 from runtime.files import check_output, write_json
+from runtime.parser import Parser
 
-ROOT = Path(__file__).parent.parent
 MEMORY = 8 * 2**30  # bytes that a command may ask for beyond what this process has
 
 
@@ -94,9 +93,10 @@ class Answer:
         self.pipes, self.said = [(os.pipe(), os.pipe()) for _ in range(case.ranks)], {}
         if case.alone:
             (_, out), (_, err) = self.pipes[0]
+            settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
             self.processes = [subprocess.Popen(
-                [sys.executable, str(ROOT / f"{case.command}.py"), *case.argv], cwd=self.folder, stdout=out, stderr=err,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, preexec_fn=lambda: limit_resources(case),
+                [sys.executable, "-m", command_module(case.command), *case.argv], cwd=self.folder, stdout=out, stderr=err,
+                env=os.environ | settings, preexec_fn=lambda: limit_resources(case),
             )]  # fmt: skip
         else:
             self.processes = Ranks(self.run_command, case.argv, case.ranks, self.output).processes
@@ -114,7 +114,7 @@ class Answer:
         os.chdir(self.folder)
         limit_resources(self.case)
         sys.argv[0] = f"{self.case.command}.py"
-        importlib.import_module(self.case.command).main(argv)
+        importlib.import_module(command_module(self.case.command)).main(argv)
 
     def statuses(self):
         """Exit statuses of the processes; None for one that runs."""
@@ -246,7 +246,7 @@ def prepare():
                "sampling.image_set",
                "sampling.grid", "sampling.original", "data.extraction", "checkpoint.diffusers_folder",
                "data.class_names")  # fmt: skip
-    for module in (*VALID, *modules):
+    for module in (*map(command_module, VALID), *modules):
         importlib.import_module(module)
     from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel  # noqa: F401 -- imported when they are named
 

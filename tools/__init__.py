@@ -1,0 +1,1 @@
+"""Commands beside the main job: cost of a model, conversion, curves, likelihood, web page. python -m tools.NAME."""
