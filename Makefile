@@ -3,12 +3,14 @@
 # make demo-text    the same with captions in place of classes: demo/text.png
 # make paper    the paper's findings on a laptop, and what fewer evaluations cost: docs/paper.md; an hour on two busy cores
 # make test    run the tests
+# make test-lowest PYTHON=python3.10    run them with the lowest versions that pyproject.toml allows, in .venv-lowest
+# make test-newest PYTHON=python3.13    and with the newest, in .venv-newest; TESTS="tests/test_models.py ..." for some of them
 PYTHON ?= python3
 VENV := .venv/bin
 # bytecode makes every start after the first several times faster
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo demo-text paper test lint clean
+.PHONY: setup demo demo-text paper test test-lowest test-newest lint
 
 setup: .venv/.complete
 
@@ -62,6 +64,17 @@ paper: setup
 
 test: setup
 	$(VENV)/python -m pytest -n 3
+
+# --no-build: where the lowest version has no wheel for this Python, the next one that has is tested
+TESTS ?= tests
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-$*/bin/uv pip install --python .venv-$*/bin/python --no-build --resolution $(RESOLUTION) \
+	    --requirements pyproject.toml --group dev
+	.venv-$*/bin/python -m pytest -n 3 $(TESTS)
 
 lint: setup
 	$(VENV)/ruff check .

@@ -1,6 +1,8 @@
-"""Measure samples against a reference: FID, sFID, Inception Score, precision and recall, as in the paper's tables.
+"""Measure samples against a reference: FID, sFID, Inception Score, precision and recall, as in the paper's tables, and
+newer distances, between the features of one network or several.
 
     python evaluate.py VIRTUAL_imagenet256_labeled.npz samples/NAME.npz
+    python evaluate.py REFERENCE SAMPLES --features inception efficientnet-lite0
     torchrun --nproc_per_node=gpu evaluate.py REFERENCE SAMPLES     # all GPUs share the work
 
 Each input is an .npz file (arr_0: uint8 images (N, H, W, 3); or mu, sigma, mu_s, sigma_s; or both) or a folder of images.
@@ -28,7 +30,7 @@ def main(argv=None):
         if report:
             for line in report["warnings"]:
                 print(f"warning: {line}", file=sys.stderr)
-            print(table(f"{report['samples']['images']} images", report))
+            print(table(report))
             with files.write_errors(output, error_class=RunError):
                 files.write_json(output, report)
             print(f"written to {output}")

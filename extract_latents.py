@@ -1,4 +1,4 @@
-"""Encode an image folder once, so that training need not: data/stored_latents.py tells what is stored.
+"""Encode an image folder once, so that training need not: data/latents.py tells what is stored.
 
     torchrun --nproc_per_node=8 extract_latents.py --data-path /path/to/imagenet/train --out latents/imagenet256
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path latents/imagenet256
@@ -13,12 +13,13 @@ from runtime.parser import Parser
 def main(argv=None):
     parser = Parser(ExtractConfig, __doc__)
     config = parser.parse(argv)
-    # imported after the command line is parsed, because PyTorch takes seconds to import
-    from data.extraction import extract
-    from runtime.distributed import processes
+    with parser.report_errors():
+        # imported after the command line is parsed, because PyTorch takes seconds to import
+        from data.extraction import extract
+        from runtime.distributed import processes
 
-    with parser.report_errors(), processes(config.device) as context:
-        extract(config, context)
+        with processes(config.device) as context:
+            extract(config, context)
 
 
 if __name__ == "__main__":

@@ -4,108 +4,167 @@
 
 A noised latent becomes a sequence of tokens; `depth` transformer blocks process it under the condition, which is the
 timestep t and the class y; a linear layer turns each token back into a patch. How the condition reaches the blocks is the
-`block` design, of which the paper compares four. Shapes: N batch, C channels, H = W input side, P patch side,
-T = (H / P)^2 tokens, D width.
+`block` design, of which the paper compares four. Shapes: N batch, C channels, H, W input sides, P patch side,
+T = H W / P^2 tokens, D width.
 
     model = DiT_models["DiT-XL/2"](input_size=32, num_classes=1000)
     eps_and_variance = model(x_t, t, y)      # (N, 2C, H, W)
 
-With `text_width` the condition is a text in place of the class: every block also attends to the text's tokens.
+With another `condition` y is a text or a vector in place of the class: data/condition.py.
 """
 
+import dataclasses
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionRope, build_rotary_pos_embed
-from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention, Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion.registry import OBJECTIVES
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Embeddings of the position, the timestep and the class
+# Embeddings of the patches, their positions, the timestep and the condition
 
 
-def position_embedding(width, grid_size):
-    """Fixed 2D sine-cosine embedding, computed in float64. Returns (T, D): the first half of D encodes the column, the
-    second the row, each as [sin, cos] of position / 10000^(i / (D/4))."""
-    frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
-    angles = np.arange(grid_size)[:, None] * frequencies  # (grid, D/4)
-    one_axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, D/2)
-    row, column = np.divmod(np.arange(grid_size**2), grid_size)
-    return torch.from_numpy(np.concatenate([one_axis[column], one_axis[row]], axis=1))
+class PatchEmbed(nn.Module):
+    """x: (N, C, *grid) -> tokens (N, T, D), by a convolution whose stride is its kernel: a linear layer of each patch."""
+
+    def __init__(self, input_size, patch_size, in_channels, width):
+        super().__init__()
+        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(input_size)]
+        self.proj = convolution(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        # in this order in memory too, which the convolution leaves transposed and every later x would inherit
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+def position_embedding(width, grid):
+    """Fixed sine-cosine embedding, computed in float64. grid: tokens along each side, or of a square's side. Returns
+    (T, D): a part of D for each side, the last side (the column) first, each as [sin, cos] of
+    position / 10000^(i / (D/4)) for two sides."""
+    grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    half = width // (2 * len(grid))  # sines of a side
+    halves = [width // 2 - half * (len(grid) - 1)] + [half] * (len(grid) - 1)  # the last side has what is left over
+    places = np.indices(grid).reshape(len(grid), -1)  # (sides, T)
+    parts = []
+    for position, half in zip(places[::-1], halves, strict=True):
+        angles = position[:, None] * 10000.0 ** -(np.arange(half) / half)
+        parts += [np.sin(angles), np.cos(angles)]
+    return torch.from_numpy(np.concatenate(parts, axis=1))
+
+
+def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=0):
+    """`position_embedding` by the original release's name, as (T, D) numpy; rows of zeros for extra tokens come first."""
+    rows = position_embedding(embed_dim, grid_size).numpy()
+    return np.concatenate([np.zeros((extra_tokens if cls_token else 0, embed_dim)), rows])
 
 
 class TimestepEmbedder(nn.Module):
     """t: (N,) in [0, 1000), fractions allowed -> (N, D): a 256-dimensional sinusoid, then a two-layer MLP."""
 
-    frequency_size = 256
-
-    def __init__(self, width):
+    def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.frequency_size, width), nn.SiLU(), nn.Linear(width, width))
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    @staticmethod
+    def timestep_embedding(t, dim, max_period=10000):
+        """[cos, sin] of t * max_period^(-i / (dim / 2)): (N, dim) float32, whose last column is 0 where dim is odd."""
+        half = dim // 2
+        # computed here: a buffer outside of the state dict would stay empty in a model that is built on the meta device
+        frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * frequencies  # float32 always: half precision cannot tell neighbouring t apart
+        return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
     def forward(self, t):
-        half = self.frequency_size // 2
-        # computed here: a buffer outside of the state dict would stay empty in a model that is built on the meta device
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * frequencies  # (N, 128)
-        # float32 always: half precision cannot tell neighbouring timesteps apart
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        weight = self.mlp[0].weight  # a method of layers that PyTorch has quantized, which take float32
+        dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
+        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """y: (N,) int64 -> (N, D), through a table whose last row, `null_class`, stands for "no class". Or y: (N, rows of the
-    table) float, weights of the rows.
+    """y: (N,) int64 -> (N, D), through a table whose last row, number `num_classes`, stands for "no class". Or y: (N, rows
+    of the table) float, weights of the rows.
 
-    In training each label is replaced by the null class with probability `dropout` (Ho and Salimans 2022), which is what
-    makes guidance possible; a caller that has called `drop` itself puts this module into eval mode. Without dropout there
-    is no null row, unless there are no classes at all."""
+    In training each label is replaced by the null class with probability `dropout_prob` (Ho and Salimans 2022), which is
+    what makes guidance possible; a caller that drops labels itself puts this module into eval mode. Without dropout there
+    is no null row, unless there are no classes at all. Raises ValueError for labels out of range or of another type."""
 
-    def __init__(self, num_classes, width, dropout):
+    def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
-        self.null_class, self.dropout = num_classes, dropout
-        self.embedding_table = nn.Embedding(num_classes + (dropout > 0 or num_classes == 0), width)
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0 or num_classes == 0), hidden_size)
 
-    def forward(self, y):
+    def forward(self, y, train=None, force_drop_ids=None):
+        """train, force_drop_ids: as in the original release, whether to drop, and where (1) whatever chance says."""
+        rows = self.embedding_table.num_embeddings
+        if y.dtype == torch.bool or tuple(y.shape[1:]) != ((rows,) if y.is_floating_point() else ()):
+            wanted = f"labels are (N,) int64, float weights of classes are (N, {rows})"
+            raise ValueError(f"y is {y.dtype} of shape {tuple(y.shape)}: {wanted}")
         if y.is_floating_point():
             return y @ self.embedding_table.weight
-        return self.embedding_table(self.drop(y) if self.training else y)
+        train = self.training if train is None else train
+        if (train and self.dropout_prob > 0) or force_drop_ids is not None:
+            y = self.token_drop(y, force_drop_ids)
+        try:
+            return self.embedding_table(y)
+        except IndexError:  # of a CPU; a GPU would have to be waited for
+            raise ValueError(f"y holds the labels {y.min()} to {y.max()}: they must be 0 to {rows - 1}") from None
 
-    def drop(self, y):
-        if self.dropout == 0:
-            return y
-        return y.masked_fill(torch.rand(len(y), device=y.device) < self.dropout, self.null_class)
+    def token_drop(self, labels, force_drop_ids=None):
+        """labels with the null class by chance, or where force_drop_ids is 1."""
+        if force_drop_ids is None:
+            dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+        else:
+            dropped = force_drop_ids == 1
+        return labels.masked_fill(dropped, self.num_classes)
 
 
 class TextEmbedder(nn.Module):
     """A text y: (N, L, W + 1) float, of each token the W numbers that a text encoder gave, then 1, or 0 for padding ->
     tokens (N, L, D), by a two-layer MLP, and their mask (N, 1, 1, L) bool (Chen et al. 2024, PixArt-alpha). Labels (N,)
-    int64 stand for no text.
+    int64 stand for no text. null_text: (L, W + 1), the empty text."""
 
-    null_text: (L, W + 1), the empty text, which in training replaces each text with probability `dropout`; a caller that
-    has called `drop` itself puts this module into eval mode."""
+    attends = True  # every block attends to the tokens
 
-    def __init__(self, text_width, text_length, width, dropout):
+    def __init__(self, text_width, text_length, hidden_size):
         super().__init__()
-        self.dropout = dropout
         self.null_text = nn.Parameter(torch.zeros(text_length, text_width + 1), requires_grad=False)
         self.null_text.data[0, -1] = 1  # a token to attend to, until the encoder's are put here
-        self.mlp = nn.Sequential(nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(text_width, hidden_size), nn.GELU(approximate="tanh"), nn.Linear(hidden_size, hidden_size)
+        )
 
     def forward(self, y):
         if not y.is_floating_point():
-            y = self.null_text.expand(len(y), -1, -1)
-        elif self.training:
-            y = self.drop(y, self.null_text)
+            y = self.null_text.expand(y.shape[0], -1, -1)
+        if y.ndim != 3 or y.shape[2] != self.null_text.shape[1]:
+            raise ValueError(f"y has shape {tuple(y.shape)}: texts are (N, L, {self.null_text.shape[1]})")
         return self.mlp(y[..., :-1]), y[:, None, None, :, -1].bool()
 
-    def drop(self, y, null_text):
-        if self.dropout == 0:
-            return y
-        return torch.where(torch.rand(len(y), 1, 1, device=y.device) < self.dropout, null_text, y)
+
+class VectorEmbedder(nn.Module):
+    """A vector y: (N, size + 1) float, the numbers and then 1, or 0 for no condition -> (N, D), by a two-layer MLP. Its
+    last layer starts at zero, so that a model trained without it can be continued."""
+
+    def __init__(self, size, hidden_size):
+        super().__init__()
+        self.size = size
+        self.mlp = nn.Sequential(nn.Linear(size + 1, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, y):
+        if y.ndim != 2 or y.shape[1] != self.size + 1:
+            raise ValueError(f"y has shape {tuple(y.shape)}: vectors are (N, {self.size + 1}), the last number 1 or 0")
+        return self.mlp(y)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,23 +173,25 @@ class TextEmbedder(nn.Module):
 
 class TransformerBlock(nn.Module):
     """The standard ViT block. The in-context design uses it as it is, with the condition as two of the tokens; the other
-    designs add to it."""
+    designs add to it. A design is a subclass and its line in BLOCKS."""
 
     num_modulations = 0  # vectors of (N, D) that the design regresses from the condition
+    zero_init = False  # whether the layers that regress them start at zero
+    condition_tokens = False  # whether t_emb and y_emb are two of the tokens
 
-    def __init__(self, width, num_heads, mlp_ratio=4.0, rope=False, text=False):
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, rope=False, text=False):
         super().__init__()
         # an adaptive design brings scale and shift from the condition, so its norms have none of their own
-        norm = partial(nn.LayerNorm, width, elementwise_affine=self.num_modulations == 0, eps=1e-6)
+        norm = partial(nn.LayerNorm, hidden_size, elementwise_affine=self.num_modulations == 0, eps=1e-6)
         self.norm1 = norm()
         attention = partial(AttentionRope, num_prefix_tokens=0) if rope else Attention
-        self.attn = attention(width, num_heads=num_heads, qkv_bias=True)
+        self.attn = attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = norm()
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         if self.num_modulations:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.num_modulations * hidden_size))
         if text:
-            self.norm_text, self.text_attn = nn.LayerNorm(width, eps=1e-6), CrossAttention(width, num_heads)
+            self.norm_text, self.text_attn = nn.LayerNorm(hidden_size, eps=1e-6), CrossAttention(hidden_size, num_heads)
 
     def forward(self, x, c, text=None, **positions):
         """x: (N, T, D). c: the condition: unused here, whose tokens are among x; (N, 2, D) in cross-attention; else (N, D).
@@ -164,10 +225,10 @@ class CrossAttention(nn.Module):
 class CrossAttentionBlock(TransformerBlock):
     """Self-attention, cross-attention to (t_emb, y_emb), MLP."""
 
-    def __init__(self, width, num_heads, mlp_ratio=4.0, **attention):
-        super().__init__(width, num_heads, mlp_ratio, **attention)
-        self.norm_cross = nn.LayerNorm(width, eps=1e-6)
-        self.cross_attn = CrossAttention(width, num_heads)
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, **attention):
+        super().__init__(hidden_size, num_heads, mlp_ratio, **attention)
+        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
 
     def forward(self, x, c, text=None, **positions):
         x = self.add_text(x + self.attn(self.norm1(x), **positions), text)
@@ -176,7 +237,8 @@ class CrossAttentionBlock(TransformerBlock):
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
+    """x: (N, T, D). shift, scale: (N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class AdaLNBlock(TransformerBlock):
@@ -185,7 +247,7 @@ class AdaLNBlock(TransformerBlock):
     num_modulations = 4
 
     def forward(self, x, c, text=None, **positions):
-        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).unsqueeze(1).chunk(4, dim=-1)  # each (N, 1, D)
+        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=-1)  # each (N, D)
         x = self.add_text(x + self.attn(modulate(self.norm1(x), shift1, scale1), **positions), text)
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -194,138 +256,180 @@ class DiTBlock(TransformerBlock):
     """adaLN-Zero: also a gate on each branch, all zero at first, so that every block starts as the identity."""
 
     num_modulations = 6
+    zero_init = True
 
     def forward(self, x, c, text=None, **positions):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = self.add_text(x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), **positions), text)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)  # each (N, D)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), **positions)
+        x = self.add_text(x, text)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class InContextBlock(TransformerBlock):
+    """The standard block; the condition comes as two more tokens."""
+
+    condition_tokens = True
 
 
 BLOCKS = {
     "adaln-zero": DiTBlock,
     "adaln": AdaLNBlock,
     "cross-attention": CrossAttentionBlock,
-    "in-context": TransformerBlock,
+    "in-context": InContextBlock,
 }
 
 
 class FinalLayer(nn.Module):
-    """Norm (adaptive where the blocks' norms are), then a linear map of each token to its patch."""
+    """Norm, adaptive where the blocks' norms are, and a linear map of each token to its patch. patch_size: as in `DiT`."""
 
-    def __init__(self, width, patch_size, out_channels, adaptive):
+    def __init__(self, hidden_size, patch_size, out_channels, adaptive=True):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=not adaptive, eps=1e-6)
-        self.linear = nn.Linear(width, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)) if adaptive else None
+        values = (patch_size**2 if isinstance(patch_size, int) else math.prod(patch_size)) * out_channels
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=not adaptive, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)) if adaptive else None
 
     def forward(self, x, c):
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
-            x = modulate(x, *self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1))
+            x = modulate(x, *self.adaLN_modulation(c).chunk(2, dim=-1))
         return self.linear(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-OUTPUTS = [("diffusion", "eps"), ("diffusion", "v"), ("flow", "v")]
+# Types and bounds of the model's arguments; larger numbers, as of a damaged record, would use up the memory
+MAX_SIZE, MAX_CLASSES = 2**16, 10_000_000
+LIMITS = {
+    "input_size": (int, 1, MAX_SIZE), "patch_size": (int, 1, MAX_SIZE), "in_channels": (int, 1, MAX_SIZE),
+    "hidden_size": (int, 1, MAX_SIZE), "depth": (int, 1, 512), "num_heads": (int, 1, MAX_SIZE),
+    "mlp_ratio": (float, 0, 1024), "class_dropout_prob": (float, 0, 1), "num_classes": (int, 0, MAX_CLASSES),
+    "learn_sigma": (bool, False, True), "rope": (bool, False, True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The arguments of `DiT` but its condition: plain numbers and names, which a checkpoint stores.
+
+    input_size: side of a square x in latent cells (pixels / 8 for the Stable Diffusion autoencoder), or its one to three
+    sides, (H, W). patch_size: likewise. class_dropout_prob: share of labels replaced by the null class in training.
+    num_classes: 0 for an unconditional model. learn_sigma: also predict the interpolation of log-variances, as C more
+    channels. block: one of `BLOCKS`.
+
+    Newer ideas, off by default. objective, predict: what the first C channels of the output are, for those who read them
+    (`diffusion.registry.OBJECTIVES`): eps or v of a "diffusion", the velocity v of a "flow".
+    rope: rotary position embeddings in two dimensions (Su et al. 2021, Heo et al. 2024), beside the fixed ones.
+    Raises ValueError for what cannot be built."""
+
+    input_size: int | tuple = 32
+    patch_size: int | tuple = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    block: str = "adaln-zero"
+    objective: str = "diffusion"
+    predict: str = "eps"
+    rope: bool = False
+
+    def __post_init__(self):
+        sizes = self.input_size, self.patch_size
+        count = next((len(size) for size in sizes if isinstance(size, (tuple, list))), 2)
+        sides, patch = (tuple(size) if isinstance(size, (tuple, list)) else (size,) * count for size in sizes)
+        if not len(sides) == len(patch) == count in (1, 2, 3):
+            raise ValueError(f"input size {sizes[0]!r:.50} and patch size {sizes[1]!r:.50} do not have 1 to 3 sides each")
+        for name, (kind, low, high) in LIMITS.items():
+            for value in {"input_size": sides, "patch_size": patch}.get(name, (getattr(self, name),)):
+                if type(value) not in (kind, int if kind is float else kind) or not low <= value <= high:
+                    raise ValueError(f"{name} {value!r:.50} is no {kind.__name__} from {low} to {high}")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block {self.block!r:.50} is not one of {', '.join(BLOCKS)}")
+        if any(side % cells for side, cells in zip(sides, patch, strict=True)):
+            raise ValueError(f"input size {sizes[0]} is not a multiple of the patch size {sizes[1]}")
+        width, heads = self.hidden_size, self.num_heads
+        if width % heads:
+            raise ValueError(f"hidden size {width} is not a multiple of the number of heads {heads}")
+        if width % (2 * count):
+            raise ValueError(f"hidden size {width} is not a multiple of {2 * count}, which the position embedding needs")
+        if int(width * self.mlp_ratio) < 1:
+            raise ValueError(f"MLP ratio {self.mlp_ratio} leaves the MLP no hidden unit at hidden size {width}")
+        if self.objective not in OBJECTIVES or self.predict not in OBJECTIVES[self.objective].predicts:
+            outputs = ", ".join(f"{name} with {' or '.join(of.predicts)}" for name, of in OBJECTIVES.items())
+            raise ValueError(f"objective {self.objective!r} with {self.predict!r} predicted is not one of {outputs}")
+        if self.rope and (BLOCKS[self.block].condition_tokens or width // heads % 4 or count != 2):
+            raise ValueError("rotary positions need two sides, heads whose width is a multiple of 4, no in-context block")
+        # the sides of x and of a patch, always as tuples, and the tokens along each side
+        derived = {"sides": sides, "patch": patch, "grid": tuple(np.floor_divide(sides, patch).tolist())}
+        for name, size in (("input_size", sides), ("patch_size", patch)):
+            derived[name] = size[0] if size == size[:1] * 2 else size  # one form of each size: a square's is a number
+        self.__dict__.update(derived)  # the dataclass is frozen
 
 
 class DiT(nn.Module):
-    """A diffusion model with a transformer for its backbone.
+    """A diffusion model with a transformer for its backbone. Arguments: those of `DiTConfig`, and
 
-    input_size: side of x in latent cells (pixels / 8 for the Stable Diffusion autoencoder). class_dropout_prob: share of
-    labels replaced by the null class in training. num_classes: 0 for an unconditional model. learn_sigma: also predict
-    the interpolation of log-variances, as C more channels. block: one of `BLOCKS`.
+    condition: what y is in place of a class, an object whose `embedder(hidden_size)` gives the module that turns y into
+    (N, D), or, where it has `attends`, into tokens that every block attends to, and their mask; data/condition.py has them.
+    There are no classes then. What it adds starts at zero, so that a model trained without it can be continued.
 
-    Newer ideas, all off by default. objective, predict: what the first C channels of the output are, for those who read
-    them: eps or v of a "diffusion" (see `diffusion`), or the velocity v of a "flow". rope: rotary position embeddings
-    in two dimensions (Su et al. 2021, Heo et al. 2024), beside the fixed ones. text_width: W of the text encoder whose
-    texts, of up to `text_length` tokens, are the condition; the new branch of each block adds nothing at first, so that a
-    model trained without it can be continued. There are no classes then.
-    Raises ValueError for sizes that cannot be built.
+    config: the arguments of `DiTConfig` by name; each is an attribute too. gradient_checkpointing: with k > 0, every k-th
+    block keeps no activations and computes them again for the gradient. Raises ValueError for what cannot be built."""
 
-    config: all these arguments by name. gradient_checkpointing: with k > 0, every k-th block keeps no activations and
-    computes them again for the gradient.
-    """
-
-    def __init__(
-        self,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        mlp_ratio=4.0,
-        class_dropout_prob=0.1,
-        num_classes=1000,
-        learn_sigma=True,
-        block="adaln-zero",
-        objective="diffusion",
-        predict="eps",
-        rope=False,
-        text_width=0,
-        text_length=120,
-    ):
-        arguments = dict(locals())
+    def __init__(self, *arguments, condition=None, **named):
         super().__init__()
-        self.config = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
-        if block not in BLOCKS:
-            raise ValueError(f"block {block!r} is not one of {', '.join(BLOCKS)}")
-        if input_size % patch_size:
-            raise ValueError(f"input size {input_size} is not a multiple of the patch size {patch_size}")
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden size {hidden_size} is not a multiple of the number of heads {num_heads}")
-        if hidden_size % 4:
-            raise ValueError(f"hidden size {hidden_size} is not a multiple of 4, which the position embedding needs")
-        if int(hidden_size * mlp_ratio) < 1:
-            raise ValueError(f"MLP ratio {mlp_ratio} leaves the MLP no hidden unit at hidden size {hidden_size}")
-        if (objective, predict) not in OUTPUTS:
-            raise ValueError(f"objective {objective!r} with {predict!r} predicted is not one of {OUTPUTS}")
-        if rope and (block == "in-context" or hidden_size // num_heads % 4):
-            raise ValueError("rotary positions need heads whose width is a multiple of 4, and no in-context block")
-        if text_width and num_classes:
-            raise ValueError(f"a model of texts has no classes, these are {num_classes}")
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.num_classes, self.null_class, self.learn_sigma, self.block = num_classes, num_classes, learn_sigma, block
-        self.objective, self.predict = objective, predict
-        self.text_width, self.text_length = text_width, text_length
-        self.gradient_checkpointing = 0
-        self.head_size = hidden_size // num_heads if rope else None
+        sizes = DiTConfig(*arguments, **named)
+        self.config, self.sizes, self.condition = dataclasses.asdict(sizes), sizes, condition
+        for name, value in self.config.items():  # model.in_channels, model.num_classes ...
+            setattr(self, name, value)
+        self.out_channels = sizes.in_channels * (2 if sizes.learn_sigma else 1)
+        self.null_class, self.gradient_checkpointing = sizes.num_classes, 0
+        width, design = sizes.hidden_size, BLOCKS[sizes.block]
+        if condition is not None and sizes.num_classes:
+            raise ValueError(f"a model of another condition has no classes, these are {sizes.num_classes}")
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
-        if text_width:
-            self.text_embedder = TextEmbedder(text_width, text_length, hidden_size, class_dropout_prob)
-        new_block = partial(BLOCKS[block], hidden_size, num_heads, mlp_ratio, rope=rope, text=text_width > 0)
-        self.blocks = nn.ModuleList(new_block() for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, BLOCKS[block].num_modulations > 0)
+        self.x_embedder = PatchEmbed(sizes.sides, sizes.patch, sizes.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        embedder = condition and condition.embedder(width)
+        attends = getattr(embedder, "attends", False)
+        # drawn in any case, for the random stream; with tokens to attend to there is a y_emb too, the same for all
+        labels = LabelEmbedder(sizes.num_classes, width, sizes.class_dropout_prob)
+        self.y_embedder = labels if embedder is None or attends else embedder
+        self.text_embedder = embedder if attends else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(sizes.grid), width), requires_grad=False)
+        new_block = partial(design, width, sizes.num_heads, sizes.mlp_ratio, rope=sizes.rope, text=attends)
+        self.blocks = nn.ModuleList(new_block() for _ in range(sizes.depth))
+        self.final_layer = FinalLayer(width, sizes.patch, self.out_channels, design.num_modulations > 0)
         self.initialize_weights()
 
     @property
     def guided_channels(self):
-        """How many channels of eps are guided by default. The original release guides the first three of the autoencoder's
-        four, and its published numbers depend on it: a scale of 1.5 on three channels is about 1.375 on four."""
-        return 3 if self.in_channels == 4 else self.in_channels
+        """How many channels are guided by default. The original release guides the first three of the autoencoder's four,
+        and its published numbers depend on it: a scale of 1.5 on three channels is about 1.375 on four. A model of another
+        objective, or of another number of channels, is guided on all."""
+        as_published = self.in_channels == 4 and (self.objective, self.predict) == ("diffusion", "eps")
+        return 3 if as_published else self.in_channels
 
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))  # the patch convolution as a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
         if not self.pos_embed.is_meta:  # a meta model has no values, but computing these may need very much memory
-            grid_size = self.input_size // self.patch_size
-            self.pos_embed.data.copy_(position_embedding(self.pos_embed.shape[-1], grid_size))
-        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            self.pos_embed.data.copy_(position_embedding(self.pos_embed.shape[-1], self.sizes.grid))
+        tables = [self.y_embedder.embedding_table] if isinstance(self.y_embedder, LabelEmbedder) else []
+        for embedding in (*tables, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        zero = [self.final_layer.linear] + [block.text_attn.proj for block in self.blocks if self.text_width]
-        if self.block == "adaln-zero":
+        zero = [self.final_layer.linear] + [block.text_attn.proj for block in self.blocks if self.text_embedder]
+        if BLOCKS[self.block].zero_init:
             zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
         for linear in zero:
             nn.init.zeros_(linear.weight)
@@ -333,23 +437,22 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         """x: (N, C, H, W) noised latents. t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0, num_classes], the
-        last for "no class", or (N, num_classes + 1) float weights of their embeddings; for a model of texts (N, L, W + 1),
-        see `TextEmbedder`. Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with
-        learn_sigma=False eps alone."""
-        # (N, T, D), in this order in memory too, which the embedder leaves transposed and every later x would inherit
-        x = self.x_embedder(x).contiguous() + self.pos_embed
+        last for "no class", or (N, num_classes + 1) float weights of their embeddings; with another condition what its
+        embedder takes. Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with
+        learn_sigma=False eps alone. Raises ValueError for other shapes, and for labels of another type."""
+        self.check_shapes(x, t, y)
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         extra = {}  # what blocks get besides x and c
-        if self.text_width:
+        if self.text_embedder is not None:
             extra["text"] = self.text_embedder(y)
-            y = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # the null class, the only one
+            y = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the null class, the only one
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # each (N, D)
-        if BLOCKS[self.block].num_modulations:
-            c = t_emb + y_emb  # (N, D)
-        else:
-            c = torch.stack([t_emb, y_emb], dim=1)  # (N, 2, D)
-        if self.block == "in-context":
+        design = BLOCKS[self.block]
+        # (N, D) where the design regresses modulations from it, else (N, 2, D)
+        c = t_emb + y_emb if design.num_modulations else torch.stack([t_emb, y_emb], dim=1)
+        if design.condition_tokens:
             x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D), the two without a position
-        if self.head_size:
+        if self.sizes.rope:
             extra["rope"] = self.rotations(x.device)
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and i % self.gradient_checkpointing == 0 and torch.is_grad_enabled():
@@ -359,11 +462,23 @@ class DiT(nn.Module):
                 x = block(x, c, **extra)
         return self.unpatchify(self.final_layer(x[:, : self.pos_embed.shape[1]], c))  # of the image's tokens
 
+    def check_shapes(self, x, t, y):
+        """Raises ValueError, in a sentence, for what `forward` does not take."""
+        replaced = self.pos_embed.shape[1] != math.prod(self.sizes.grid)  # by a fork, with another size's
+        wanted = (self.in_channels, *(x.shape[2:] if replaced else self.sizes.sides))
+        if tuple(x.shape[1:]) != wanted or not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}, must be float (N, {', '.join(map(str, wanted))})")
+        for name, values in (("t", t), ("y", y)):
+            shape = getattr(values, "shape", ())
+            if shape[:1] != x.shape[:1] or (name == "t" and len(shape) != 1) or not isinstance(values, torch.Tensor):
+                found = f"{type(values).__name__} of shape {tuple(shape)}"
+                raise ValueError(f"{name} is a {found}, must be a tensor with one entry for each of the {len(x)} in x")
+
     def rotations(self, device):
         """sin and cos of rotary positions for each token and entry of a head's queries, (T, 2d) float32. Computed here: see
         `TimestepEmbedder`."""
-        side = self.input_size // self.patch_size
-        return torch.cat(build_rotary_pos_embed([side, side], dim=self.head_size, in_pixels=False, device=device), dim=-1)
+        width = self.sizes.hidden_size // self.num_heads
+        return torch.cat(build_rotary_pos_embed([*self.sizes.grid], dim=width, in_pixels=False, device=device), dim=-1)
 
     def compile_blocks(self, backend="inductor"):
         """Compile the blocks, where all the time goes, on first use: one is compiled and the others share its code, so that
@@ -372,18 +487,24 @@ class DiT(nn.Module):
             block.compile(backend=backend, dynamic=False)
 
     def unpatchify(self, x):
-        """(N, T, P * P * C') -> (N, C', H, W); a token's values run row in patch, column in patch, channel."""
-        side, patch = self.input_size // self.patch_size, self.patch_size
-        x = x.reshape(len(x), side, side, patch, patch, self.out_channels)
-        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), self.out_channels, side * patch, side * patch)
+        """(N, T, P * P * C') -> (N, C', H, W); a token's values run row in patch, column in patch, channel. A square's side
+        follows from the number of tokens, so that a fork may replace `pos_embed` by that of another size."""
+        grid, patch = self.sizes.grid, self.sizes.patch
+        if x.shape[1] != math.prod(grid) and len(set(grid)) == 1:
+            grid = (round(x.shape[1] ** (1 / len(grid))),) * len(grid)
+        n = len(grid)
+        x = x.reshape(-1, *grid, *patch, self.out_channels)
+        # (N, C', h, p, w, q)
+        x = x.permute(0, 2 * n + 1, *(axis for side in range(n) for axis in (1 + side, 1 + n + side)))
+        return x.reshape(-1, self.out_channels, *(cells * size for cells, size in zip(grid, patch, strict=True)))
 
     def forward_with_cfg(self, x, t, y, cfg_scale):
         """Classifier-free guidance in the original release's form, for scripts written for it: the batch is doubled,
         y holds the labels and then the null class, only the first half of x is read, and both halves of the result hold
         the same guided eps. New code calls `diffusion.guidance.guided_denoiser`."""
-        if len(x) % 2:
+        if x.shape[0] % 2:
             raise ValueError(f"forward_with_cfg needs a doubled batch, [conditional; unconditional], not {len(x)} images")
-        half = x[: len(x) // 2]
+        half = x[: x.shape[0] // 2]
         out = self(torch.cat([half, half]), t, y)
         cond, uncond = out.chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)  # Ho and Salimans 2022, eq. 6, with cfg_scale = 1 + w

@@ -1,7 +1,7 @@
 """Draw many images from a DiT, for evaluation: PNG files and one .npz of all.
 
     torchrun --nproc_per_node=8 sample_ddp.py --num-fid-samples 50000 --cfg-scale 1.5
-    python sample_ddp.py --ckpt results/000-DiT-S-2/checkpoints/0400000.pt --balanced-labels --num-fid-samples 1000
+    python sample_ddp.py --ckpt results/000-DiT-S-2 --balanced-labels --num-fid-samples 1000
 
 Image i depends on the seed and on i alone. After an interruption the same command draws the images that are missing.
 """
@@ -9,6 +9,7 @@ Image i depends on the seed and on i alone. After an interruption the same comma
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from runtime.config import differences
@@ -18,6 +19,10 @@ from runtime.parser import Parser
 from sampling.config import SampleSetConfig
 
 DECODED_ASIDE = {"cuda"}  # devices that decode a batch while they draw the next; a CPU's cores are busy with one
+# Options that do not change the images; other options are recorded
+FREE = ("ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device", "text_encoder", "vector")
+
+ELSEWHERE = "choose another --sample-dir or --folder"
 
 
 def main(argv=None):
@@ -32,26 +37,19 @@ def main(argv=None):
 
 def sample(config, context):
     """Draw the images that are missing in the set's folder, and write all of them to the .npz file."""
-    from data.captions import read_prompts
     from runtime.devices import precision_warning
     from sampling import image_set
-    from sampling.noise import image_label
-    from sampling.original import check_prompts
+    from sampling.labels import SetLabels, choices_of_set
+    from sampling.opened import Opened
     from sampling.pipeline import Pipeline
-    from sampling.source import Source
 
-    options = (config.source, config.sampler, config.guidance, config.compute, "ema", config.text)
-    prompts = context.run_on_main(lambda: read_prompts(config.prompts) if config.prompts else ())
-    source = context.run_on_all_ranks(lambda: Source.open(*options, prompts))
-    context.run_on_all_ranks(lambda: check_prompts(source, "--prompts"))
-    labels, classes = config.labels and source.parse_labels(config.labels), max(source.settings["num_classes"], 1)
-    cycle = range(len(prompts) or classes) if prompts or config.balanced_labels else labels
-
-    def label_of(index):
-        return cycle[index % len(cycle)] if cycle else image_label(config.global_seed, index, classes)
-
-    number, size = config.num_fid_samples, source.settings["image_size"]
-    folder = Path(config.sample_dir) / (config.folder or default_name(config, source.settings))
+    with context.together():
+        opened = Opened.open(config)
+    given = context.on_main(choices_of_set, config, opened)
+    every, in_turn = given or opened.condition.all(), bool(given or config.balanced_labels)
+    labels = SetLabels(opened.condition, every, in_turn, config.global_seed)
+    number, size = config.num_fid_samples, opened.settings["image_size"]
+    folder = Path(config.sample_dir) / (config.folder or default_name(config, opened))
     npz = folder.with_name(f"{folder.name}.npz")
     with ExitStack() as stack:
 
@@ -60,63 +58,33 @@ def sample(config, context):
             stack.enter_context(lock_folder(folder))
             remove_leftovers(folder.parent, npz.name)
             check_output(npz, "--folder" if config.folder else "--sample-dir")
-            check_settings(config, source, labels, folder)
-            return image_set.npz_shape(npz) == (number, size, size, 3)
+            check_settings(opened, given, folder)
+            return image_set.is_complete(npz, (number, size, size, 3))
 
-        if context.run_on_main(claim_folder):
+        if context.on_main(claim_folder):
             context.print(f"Nothing left to do: {npz} holds {number:,} images")
             return
-        pipeline = context.run_on_all_ranks(lambda: Pipeline.build(source, context.device))
+        with context.together():
+            pipeline = Pipeline.build(opened, context.device)
         if warning := precision_warning(config.compute.precision, context.device):
             context.print(warning)
-        context.print(f"{source.settings['model']}, {number:,} images to {folder}, {context.describe()}")
+        sampler = pipeline.sampler
+        context.print(f"{opened.settings['model']}, {sampler.num_sampling_steps} steps of {sampler.sampler}, "
+                      f"{number:,} images to {folder}, {context.describe()}")  # fmt: skip
         try:
             written = False
             while not written:  # again if files were damaged
-                batches = context.run_on_main(
-                    lambda: image_set.incomplete_batches(folder, number, config.per_proc_batch_size)
-                )
-                context.run_on_all_ranks(lambda batches=batches: draw(config, context, pipeline, label_of, folder, batches))
-                written = context.run_on_main(lambda: image_set.write_npz(npz, folder, number, size, label_of))
+                batches = context.on_main(image_set.incomplete_batches, folder, number, config.per_proc_batch_size)
+                with context.together():
+                    draw(config, context, pipeline, labels, folder, batches)
+                written = context.on_main(image_set.write_npz, npz, folder, number, size, labels.label)
         except KeyboardInterrupt:
             context.print(f"Interrupted: the same command draws the images that {folder} still lacks")
             raise
         context.print(f"{npz}: arr_0 {(number, size, size, 3)} uint8, arr_1 labels")
 
 
-def default_name(config, settings):
-    checkpoint = Path(config.source.ckpt).stem if config.source.ckpt else "pretrained"
-    model, vae = settings["model"].replace("/", "-"), settings["vae"].strip("/").replace("/", "-")
-    name = f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{config.guidance.cfg_scale}"
-    return f"{name}-seed-{config.global_seed}"
-
-
-def check_settings(config, source, labels, folder):
-    """Record in options.json what the images of the folder are made with. Raises UserError where that differs from what the
-    images that are there were made with."""
-    free = ("ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device", "text_encoder")
-    settings = {name: value for name, value in config.flat().items() if name not in free}
-    settings |= {**source.settings, "labels": labels, "guide_ckpt": source.guide and source.guide.checksum}
-    settings["prompts"] = source.text_encoder and checksum_of_text(source.class_names)
-    path, crc32 = folder / "options.json", source.checkpoint.checksum
-    recorded = read_json(path)
-    if recorded is None and (path.exists() or any(folder.glob("*.png"))):
-        raise UserError(
-            f"{path}: missing or damaged; choose another --sample-dir or --folder than that of the images there"
-        )
-    if recorded is not None:
-        older = dict.fromkeys(settings) | config.defaults()  # a record may be older than an option
-        differing = differences({**older, **recorded}, settings)
-        if recorded.get("checkpoint_crc32") != crc32:
-            differing.append(f"a checkpoint of CRC-32 {recorded.get('checkpoint_crc32')}, now {crc32}")
-        if differing:
-            different = "; ".join(differing)
-            raise UserError(f"{folder}: its images were made with {different}; choose another --sample-dir or --folder")
-    with write_errors(path):
-        write_json(path, {**settings, "checkpoint_crc32": crc32})
-
-
-def draw(config, context, pipeline, label_of, folder, batches):
+def draw(config, context, pipeline, labels, folder, batches):
     """Draw batches, which are ranges of indices, every world_size-th on this process. Threads draw the noise of the next
     batch and write the files of the one before; on a GPU they also decode it."""
     import torch
@@ -124,44 +92,75 @@ def draw(config, context, pipeline, label_of, folder, batches):
 
     from diffusion import samplers
     from runtime.devices import explain_out_of_memory
-    from sampling import image_set
+    from sampling.image_set import write_pngs
 
     total, batches = sum(map(len, batches)), batches[context.rank :: context.world_size]
-    bar = tqdm(total=total, desc="Sampling", unit="image", disable=not context.is_main)
+    aside = context.device.type in DECODED_ASIDE
     stream = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None
 
-    def finish(x_0, indices, drawn=None):
-        """Decode x_0, in the stream, and have the files written. Returns the writes under way."""
+    def decode_and_write(x_0, indices, drawn):
         with torch.inference_mode(), torch.cuda.stream(stream):  # both hold for one thread
             if drawn:
                 drawn.wait()
-            images = pipeline.to_pixels(x_0)
-        paths = [image_set.png(folder, index) for index in indices]
-        return [writers.submit(image_set.write_png, path, image) for path, image in zip(paths, images, strict=True)]
+            write_pngs(folder, indices, pipeline.to_pixels(x_0))
 
     with (
         explain_out_of_memory("lower --per-proc-batch-size"),
+        tqdm(total=total, desc="Sampling", unit="image", disable=not context.is_main) as bar,
+        ThreadPoolExecutor(1) as drawer,
+        ThreadPoolExecutor(1) as writer,
         torch.inference_mode(),
-        ThreadPoolExecutor(4) as writers,
-        ThreadPoolExecutor(1) as decoder,
-        ThreadPoolExecutor(1) as noise_maker,
-        bar,
     ):
-        noises = (noise_maker.submit(pipeline.noise, config.global_seed, indices) for indices in batches)
-        upcoming, writes_before = next(noises, None), list  # writes_before() waits until the batch before is decoded
-        for indices in batches:
-            noise, upcoming = upcoming.result(), next(noises, None)
-            x_0 = samplers.last(pipeline.steps([label_of(index) for index in indices], *noise))
-            for write in writes_before():
-                write.result()
-            if context.device.type in DECODED_ASIDE:
-                drawn = stream and torch.cuda.current_stream().record_event()
-                writes_before = decoder.submit(finish, x_0, indices, drawn).result
+        draw_noise, written = partial(drawer.submit, pipeline.noise, config.global_seed), None
+        upcoming = draw_noise(batches[0]) if batches else None
+        for indices, following in zip_longest(batches, batches[1:]):
+            x_T, step_noise = upcoming.result()
+            upcoming = draw_noise(following) if following else None
+            x_0 = samplers.last(pipeline.steps(labels.choices(indices), x_T, step_noise))
+            if aside:
+                call = decode_and_write, x_0, indices, stream and torch.cuda.current_stream().record_event()
             else:
-                writes_before = partial(list, finish(x_0, indices))
+                call = write_pngs, folder, indices, pipeline.to_pixels(x_0)
+            if written:
+                written.result()  # which raises its error
+            written = writer.submit(*call)
             bar.update(min(len(indices) * context.world_size, total - bar.n))
-        for write in writes_before():
-            write.result()
+        if written:
+            written.result()
+
+
+def default_name(config, opened):
+    """The name of the set's folder, as published; of another sampler than the published one it says which."""
+    settings, sampler = opened.settings, opened.config.sampler
+    checkpoint = Path(opened.checkpoint.path).stem if config.source.ckpt else "pretrained"
+    model, vae = settings["model"].replace("/", "-"), settings["vae"].strip("/").replace("/", "-")
+    name = f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{config.guidance.cfg_scale}"
+    name += "" if sampler.sampler == "ddpm" else f"-{sampler.sampler}-{sampler.num_sampling_steps}"
+    return f"{name}-seed-{config.global_seed}"
+
+
+def check_settings(opened, given, folder):
+    """Record in options.json what the images of the folder are made with. Raises UserError where that differs from what the
+    images that are there were made with. given: the choices that the user named, or None."""
+    config, by_class = opened.config, opened.condition.option == "--labels"
+    settings = {name: value for name, value in config.flat().items() if name not in FREE} | opened.settings
+    settings["guide_ckpt"] = opened.guide and opened.guide.checksum
+    settings["labels"] = given if by_class else None
+    settings["prompts"] = None if by_class else checksum_of_text(opened.condition.words(given))
+    path, crc32 = folder / "options.json", opened.checkpoint.checksum
+    recorded = read_json(path)
+    if recorded is None:
+        if path.exists() or any(folder.glob("*.png")):
+            raise UserError(path, "missing or damaged", ELSEWHERE)
+    else:
+        older = dict.fromkeys(settings) | config.defaults()  # a record may be older than an option
+        differing = differences({**older, **recorded}, settings)
+        if recorded.get("checkpoint_crc32") != crc32:
+            differing.append(f"a checkpoint of CRC-32 {recorded.get('checkpoint_crc32')}, now {crc32}")
+        if differing:
+            raise UserError(folder, f"its images were made with {'; '.join(differing)}", ELSEWHERE)
+    with write_errors(path):
+        write_json(path, {**settings, "checkpoint_crc32": crc32})
 
 
 if __name__ == "__main__":

@@ -1,31 +1,23 @@
 """Train a DiT on images: an image folder (one folder a class), or scikit-learn's digits.
 
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path /path/to/imagenet/train --run-dir runs/xl2
-    python train.py --data-path digits --vae none --image-size 8 --num-classes 10 --model DiT-S/2 --max-steps 1500
+    python train.py --data-path digits --vae none --image-size 8 --model DiT-S/2 --max-steps 1500
 
 The recipe is the paper's (section 4): AdamW, constant learning rate 1e-4, no weight decay, batch 256, horizontal flips, EMA
 0.9999. A command with --run-dir, given again, resumes where the run stopped.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from checkpoint.config import ModelOptions
 from data.config import DataConfig
 from data.crop import center_crop_arr  # noqa: F401 -- scripts made for the original release import it from here
 from evaluation.config import EvalConfig
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
 from runtime.parser import Parser
-from training.config import (
-    PRESETS,
-    ComputeConfig,
-    FinetuneConfig,
-    MonitorConfig,
-    RecipeConfig,
-    RunConfig,
-    TrainedDesign,
-    TrainedModel,
-)
+from training.config import PRESETS, ComputeConfig, FinetuneConfig, MonitorConfig, RecipeConfig, RunConfig
 from training.signals import StopSignals
 from training.status import mark_starting
 
@@ -35,8 +27,7 @@ class TrainConfig(Config):
     """All options of a training run."""
 
     data: DataConfig
-    model: TrainedModel
-    design: TrainedDesign
+    model: ModelOptions
     finetune: FinetuneConfig
     recipe: RecipeConfig
     compute: ComputeConfig
@@ -44,16 +35,15 @@ class TrainConfig(Config):
     evaluation: EvalConfig
     monitor: MonitorConfig
     vae: str = option("ema", 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
-        'AutoencoderKL, or "none" for pixels')  # fmt: skip
+        'AutoencoderKL, or "none" for pixels', basic=True)  # fmt: skip
     timeout: float | None = option(None, "seconds that a process waits for the others before it gives up; more than it "
         "takes to list the data, to save or to measure FID (default: 1800, and 600 in the exchange of gradients of GPUs)",
         above=0, high=1e6, changeable=True)  # fmt: skip
 
     def check(self):
-        if self.data.text_encoder and self.model.num_classes not in (0, self.model.defaults()["num_classes"]):
-            raise UserError(
-                f"--num-classes {self.model.num_classes}: --text-encoder takes the place of classes; leave it out"
-            )
+        if self.data.kind != "classes" and self.model.num_classes:
+            option = "--text-encoder" if self.data.text_encoder else f"--condition {self.data.kind}"
+            raise UserError(f"--num-classes {self.model.num_classes}: {option} takes the place of classes; leave it out")
         if self.monitor.sample_labels and self.data.text_encoder:
             raise UserError("--sample-labels: --text-encoder takes the place of classes; use --sample-prompts")
         if self.monitor.sample_prompts and not self.data.text_encoder:
@@ -64,7 +54,7 @@ class TrainConfig(Config):
             raise UserError("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
         for name in ("eval_cfg_scale", "sample_cfg_scale"):
             scale = self.flat()[name]
-            if scale not in (None, 1) and self.recipe.label_dropout == 0 and self.model.num_classes:
+            if scale not in (None, 1) and self.recipe.label_dropout == 0 and self.model.num_classes != 0:
                 raise UserError(f"{flag(name)} {scale}: guidance needs null labels, and --label-dropout is 0; pass 1")
 
 
@@ -74,73 +64,65 @@ def main(argv=None):
     signals = StopSignals()  # before the slow imports: a signal that comes during them is not lost
     with parser.report_errors():
         mark_starting(config.run.run_dir)
-        from runtime.devices import explain_out_of_memory
-        from runtime.distributed import processes
-
-        advice = f"lower --global-batch-size {config.recipe.global_batch_size}, or pass --grad-accum or --grad-checkpoint"
-        advice += "" if config.compute.shard else ", or --shard with several processes"
-        with processes(config.compute.device, config.timeout) as context, explain_out_of_memory(advice):
-            status = train(config, context, signals)
+        status = train(config, signals)
     sys.exit(status)
 
 
-def train(config, context, signals):
-    """Train as config says. Returns the exit status: 0 when finished or preempted, 130 after Ctrl-C."""
-    from training import finetune, setup  # PyTorch, timm and torchvision take seconds: not before the command line is read
-    from training.grids import Grids
-    from training.session import Session
+def train(config, signals=None, dataset=None, watchers=()):
+    """Train as a TrainConfig says. signals: StopSignals. dataset: in place of that of --data-path. watchers: more, see
+    `training.watchers`. Returns the exit status: 0 when finished or preempted, 130 after Ctrl-C. Raises UserError."""
+    # PyTorch, timm and torchvision take seconds: not before the command line is read
+    from runtime.devices import explain_out_of_memory
+    from runtime.distributed import processes
+    from training import setup
+    from training.run import Run
+    from training.run_folder import run_folder
     from training.trainer import Trainer
-    from training.validation import Validation
 
-    config = setup.resolve_precision(config, context.device)
-    config, source = context.run_on_all_ranks(lambda: finetune.resolve(config))
-    if config.run.dry_run:
-        from training import plan
+    advice = f"lower --global-batch-size {config.recipe.global_batch_size}, or pass --grad-accum or --grad-checkpoint"
+    advice += "" if config.compute.shard else ", or --shard with several processes"
+    with processes(config.compute.device, config.timeout) as context, explain_out_of_memory(advice):
+        config, source = setup.resolve(config, context)
+        if config.run.dry_run:
+            from training import plan
 
-        plan.show(config, context, context.run_on_all_ranks(lambda: setup.load_data(config, context)))
-        return 0
-    with Session(config, context, signals) as session:
-        dataset, space, model, notes = context.run_on_all_ranks(lambda: setup.prepare(config, context, source))
-        source = None  # frees the memory: its weights have been copied
-        text = setup.open_text(config, dataset, context.device)
-        evaluator = make_evaluator(config, context, space, text, dataset)
-        space, precision = space.place(context.device), config.compute.precision
-        grids = context.run_on_all_ranks(lambda: Grids(config, session, space, dataset.classes, text, dataset))
-        validation = Validation(config, session, dataset, text)
-        total_steps = config.recipe.total_steps(len(dataset))
-        trainer = Trainer(config.recipe, config.compute, context, model, space, precision, total_steps, text)
-        session.resume(trainer, dataset, config.flat())
-        setup.introduce(config, trainer, dataset, session, notes)
-        for batch in session.batches():
-            session.record(trainer.step(batch))
-            validation.measure_if_due()
-            grids.draw_if_due()
-            if session.due(config.run.ckpt_every):
-                session.save()
-            if session.due(config.evaluation.eval_every):
-                with session.meter.paused():
-                    fid = evaluator(trainer.whole(trainer.ema.module), session.stop_requested)
-                session.record_fid(fid, config.evaluation.eval_samples)
-        grids.animate()
-    return session.exit_status
+            plan.show(config, context, dataset)
+            return 0
+        with run_folder(config.run, config.model.name, context) as folder:
+            dataset, model_options = setup.load_data(config.data, config.model, config.recipe, context, dataset)
+            config = replace(config, model=model_options)
+            with context.together():
+                space, condition, model, lines = setup.prepare(config, context, dataset, source)
+                source = None  # frees the memory: its weights have been copied
+                space, condition = space.to(context.device), condition.to(context.device)
+            total_steps, precision = config.recipe.total_steps(len(dataset)), config.compute.precision
+            trainer = Trainer(config.recipe, config.compute, context, model, space, precision, total_steps, condition)
+            watchers = [*make_watchers(config, trainer, dataset, signals), *watchers]
+            run = Run(config, context, folder, trainer, dataset, watchers, signals)
+            run.introduce(lines)
+            for batch in run.batches():
+                run.record(trainer.step(batch))
+                run.watch()
+        return run.exit_status
 
 
-def make_evaluator(config, context, space, text=None, dataset=None):
-    """What measures FID during training, or None. With texts image i has that of an image of the data, chosen at random."""
-    if not config.evaluation.eval_every:
-        return None
-    from data.text_encoder import encode_texts
-    from evaluation.during_training import Evaluator  # SciPy and torch-fidelity take seconds to import
-    from sampling.noise import image_label
+def make_watchers(config, trainer, dataset, signals):
+    """The list of what the options ask to watch: see `training.watchers`."""
+    from training.watchers import Samples, Validation, choose_sampler
 
-    def texts(indices):
-        keys = [(image_label(seed, index, len(dataset)), 0) for index in indices]
-        return encode_texts(text, dataset.texts(keys), context.device)
+    monitor, evaluation, side, watchers = config.monitor, config.evaluation, config.model.image_size, []
+    if monitor.val_every:
+        watchers.append(Validation(monitor, trainer, config.data, side, config.vae, dataset.channels))
+    if monitor.sample_every:
+        with trainer.context.together():
+            watchers.append(Samples(monitor, trainer, side))
+    if evaluation.eval_every:
+        from evaluation.during_training import FID  # SciPy and torch-fidelity take seconds to import
 
-    batch_size = config.recipe.global_batch_size // context.world_size  # what fits in training fits here
-    model, seed = config.model, config.recipe.global_seed
-    of_texts = texts if text else None
-    return Evaluator(config.evaluation, context, space, model.image_size, model.num_classes, batch_size, seed, of_texts)
+        sampler = choose_sampler("eval", trainer.model.objective, evaluation.eval_sampler, evaluation.eval_sampling_steps)
+        drawn = (trainer.context, trainer.space, side, trainer.condition, trainer.part_size, config.recipe.global_seed)
+        watchers.append(FID(evaluation, *drawn, sampler, signals))
+    return watchers
 
 
 # ----------------------------------------------------------------------------------------------------------------------

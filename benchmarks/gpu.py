@@ -1,10 +1,10 @@
 """Everything that is worth measuring on a GPU, one row after the other: training and sampling steps, the commands from end
 to end, checkpoints, and the time to start.
 
-    python -m benchmarks.gpu --minutes 9                 # until all rows are there: the same command goes on
-    python -m benchmarks.gpu --only train-XL sample      # rows whose names begin so
-    python -m benchmarks.gpu --processes 8               # the rows of training with DDP and --shard, on eight GPUs
-    python -m benchmarks.gpu --small --device cpu        # tiny sizes: whether everything works
+    python -m benchmarks gpu --minutes 9                 # until all rows are there: the same command goes on
+    python -m benchmarks gpu --only train-XL sample      # rows whose names begin so
+    python -m benchmarks gpu --processes 8               # the rows of training with DDP and --shard, on eight GPUs
+    python -m benchmarks gpu --small --device cpu        # tiny sizes: whether everything works
 
 Each row is measured in processes of its own and becomes a line of {folder}/rows.jsonl. A row that is there is not measured
 again. At the end, and whenever the time is up, all rows are printed as tables and written to gpu.md and gpu.json.
@@ -22,12 +22,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks import latents, timing
+from benchmarks import timing
+from benchmarks.timing import table
 from checkpoint import files
 from runtime.config import Config, option
 from runtime.devices import has_bf16, pick_device
@@ -143,7 +145,7 @@ def step(script, bench, model, batch_size, variant, *more):
     small = bench.config.small
     rounds = ["--repeats", 2, "--warmup", 1] if small else ["--repeats", 5, "--calls", 10]
     out = bench.run(
-        "-m", f"benchmarks.{script}", "--model", f"DiT-{model}", "--image-size", 32 if small else 256,
+        "-m", "benchmarks", script, "--model", f"DiT-{model}", "--image-size", 32 if small else 256,
         *(TINY if small else ()), "--batch-size", batch_size, "--variants", variant, "--device", bench.device,
         "--compile", bench.compile, "--precision", bench.precision, *rounds, *more, "--json",
         processes=bench.config.processes,
@@ -151,18 +153,10 @@ def step(script, bench, model, batch_size, variant, *more):
     report = json.loads(out[out.index("{") :])
     times = report["variants"][variant]
     seconds = statistics.median(times["seconds"])
-    reached = report["flops_per_step"] / seconds
-    row = {
-        "model": model,
-        "image_size": report["image_size"],
-        "batch_size": batch_size,
-        "variant": variant,
-        "seconds_per_step": seconds,
-        "share of the matrix rate": reached / report["matrix_flops_per_second"],
-        "matrix TFLOP/s": report["matrix_flops_per_second"] / 1e12,
-        "memory GiB": times["peak_memory_gib"],
-        "start seconds": times["first"],
-    }
+    matrix = report["matrix_flops_per_second"]
+    row = {"model": model, "image_size": report["image_size"], "batch_size": batch_size, "variant": variant}
+    row |= {"seconds_per_step": seconds, "share of the matrix rate": report["flops_per_step"] / seconds / matrix}
+    row |= {"matrix TFLOP/s": matrix / 1e12, "memory GiB": times["peak_memory_gib"], "start seconds": times["first"]}
     if times["profile"]:
         whole = sum(times["profile"].values())
         row["profile"] = {category: share / whole for category, share in times["profile"].items()}
@@ -174,8 +168,7 @@ def step(script, bench, model, batch_size, variant, *more):
     return row | rates | {"decoding seconds": decoding}
 
 
-def training(bench, *arguments):
-    return step("train_step", bench, *arguments)
+training = partial(step, "train_step")
 
 
 def sampling(bench, *arguments):
@@ -224,13 +217,14 @@ def compared(benchmark, what, value, expected):
 
 
 def saving(bench, model, batch_size, repeats):
-    """benchmarks/saving.py."""
+    """The row `saving` of benchmarks/rows.py."""
     with temporary(bench) as folder:
         bench.run(
-            "-m", "benchmarks.saving", "--model", f"DiT-{model}", *(TINY if bench.config.small else ()), "--batch-size",
+            "-m", "benchmarks", "saving", "--model", f"DiT-{model}", *(TINY if bench.config.small else ()), "--batch-size",
             batch_size, "--device", bench.device, "--folder", folder, "--repeats", repeats, "--json", folder / "out.json",
         )  # fmt: skip
-        return json.loads((folder / "out.json").read_text())
+        rows = json.loads((folder / "out.json").read_text())["saving"]
+    return {"model": model, "MiB": rows[0]["MiB"], **{row["what"]: row["seconds"] for row in rows}}
 
 
 def starting(bench, batch_size):
@@ -297,20 +291,21 @@ def autoencoder(bench, path):
 @made_once("latents")
 def stored_latents(bench, path):
     """Random moments."""
+    from benchmarks.rows import make_latents
+
     size, images = (32, 256) if bench.config.small else (256, 8192)
     path.mkdir()
-    latents.make_latents(path, latents.LatentsConfig(images=images, image_size=size))
+    make_latents(path, images, size)
 
 
 @made_once("checkpoint.pt")
 def checkpoint(bench, path):
     """Random weights of the model that train_command trains."""
-    from benchmarks.train_step import SPACE, StepConfig
-    from training.setup import build_model
+    from benchmarks.train_step import StepConfig, build_model
 
     words = [str(word) for word in model_options(bench)]
     config = Parser(StepConfig, "").parse(words)
-    model = timing.replace_zeros(build_model(config, SPACE))
+    model = build_model(config)
     files.save(path, {"ema": model.state_dict(), "model_config": model.config, "args": config.flat()})
 
 
@@ -430,7 +425,8 @@ def tables(setting, rows):
     where = f"{setting['machine']}, torch {setting['torch']}, CUDA {setting['cuda']}, {setting['precision']}"
     parts = [where + (f", {setting['processes']} processes" if setting["processes"] > 1 else "")]
     for kind in dict.fromkeys(row["name"].split("-")[0] for row in rows):
-        parts.append(table([row for row in rows if row["name"].split("-")[0] == kind]))
+        of_kind = [row for row in rows if row["name"].split("-")[0] == kind]
+        parts.append(table([{k: v for k, v in row.items() if k not in ("profile", "largest")} for row in of_kind]))
     percent = [(row["name"], row["profile"].items()) for row in rows if "profile" in row]
     profiles = [{"name": name, **{kind: f"{share:.1%}" for kind, share in parts}} for name, parts in percent]
     if profiles:
@@ -441,22 +437,6 @@ def tables(setting, rows):
             lines = [f"| {seconds:.4g} | {kind} | `{what[:90]}` |" for what, kind, seconds in row["largest"] if what]
             parts.append("\n".join([f"The largest parts of a step of {row['name']}\n", *head, *lines]))
     return "\n\n".join(parts) + "\n"
-
-
-def table(rows):
-    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("profile", "largest")]
-    lines = [
-        [name.replace("_", " ") for name in columns],
-        ["---"] * len(columns),
-        *([cell(name, row.get(name)) for name in columns] for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cell(name, value):
-    if isinstance(value, float):
-        return f"{value:.1%}" if "share" in name else f"{value:.4g}"
-    return "" if value is None else str(value)
 
 
 def main(argv=None):
@@ -478,7 +458,3 @@ def main(argv=None):
             print(f"{len(left)} rows are left; the same command goes on with {left[0]}")
         if failed := [row["name"] for row in rows if "error" in row]:
             raise RunError(f"rows that failed: {', '.join(failed)}; with --retry they are measured again")
-
-
-if __name__ == "__main__":
-    main()

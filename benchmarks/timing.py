@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -94,10 +95,10 @@ class Timing:
 
 def compare(config, baseline, ours, flops, images, profile=None, extra=None):
     """Time the variants of a resolved config. Returns the report, a dict. baseline(config) and ours(config), where
-    config.compute.compile may be None, return makers as `race` takes them. flops, images: of one call on one device.
-    extra: {name: maker} of other work to time, once a round, whose median is reported as "{name}_seconds"."""
+    config.compute.compile may be None, make what is timed, in the variant's process. flops, images: of one call on one
+    device. extra: {name: maker} of other work to time, once a round, whose median is reported as "{name}_seconds"."""
     eager = dataclasses.replace(config, compute=dataclasses.replace(config.compute, compile=None))
-    makers = {"baseline": baseline(config), "eager": ours(eager), "compiled": ours(config)}
+    makers = {"baseline": partial(baseline, config), "eager": partial(ours, eager), "compiled": partial(ours, config)}
     makers = {name: makers[name] for name in VARIANTS if name in config.timing.variants}
     product = MatrixProduct(config.compute.device, config.compute.precision)
     extra = extra or {}
@@ -247,14 +248,6 @@ class MatrixProduct:
         return lambda: a @ b
 
 
-def replace_zeros(model):
-    """Give the parameters that adaLN-Zero starts at zero random values: arithmetic on zeros can be faster."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
-
-
 def machine(device):
     """The device's name, which belongs to every measurement."""
     if device == "cuda":
@@ -297,10 +290,24 @@ def show(report, title, as_json):
     )
     print(f"{title}\n{report['machine']}; torch {report['torch']}; {report['precision']} products at "
           f"{rate / 1e9:,.0f} GFLOP/s, {flops / 1e9:,.1f} GFLOP per step")  # fmt: skip
-    print(f"{'':12}{'s/step':>10}{'(min - max)':>20}{'speed-up':>10}{'share':>8}{'memory':>11}{'start-up':>10}")
+    rows = []
     for name, times in report["variants"].items():
         seconds = statistics.median(times["seconds"])
-        spread = f"({min(times['seconds']):.4f} - {max(times['seconds']):.4f})"
-        ratio = f"{base / seconds:.2f}" if base else ""
-        print(f"{name:12}{seconds:10.4f}{spread:>20}{ratio:>10}{flops / seconds / rate:8.1%}"
-              f"{times['peak_memory_gib']:7.2f} GiB{times['first']:8.1f} s")  # fmt: skip
+        row = {"variant": name, "s/step": seconds, "least": min(times["seconds"]), "most": max(times["seconds"])}
+        row |= {"speed-up": base / seconds if base else None, "share of the rate": flops / seconds / rate}
+        rows.append(row | {"memory, GiB": times["peak_memory_gib"], "start-up, s": times["first"]})
+    print(table(rows))
+
+
+def table(rows):
+    """Rows, as dicts, as a Markdown table: shares in percent, other numbers with four digits."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[name.replace("_", " ") for name in columns], ["---"] * len(columns)]
+    lines += [[cell(name, row.get(name)) for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(name, value):
+    if isinstance(value, float):
+        return f"{value:.1%}" if "share" in name else f"{value:.4g}"
+    return "" if value is None else str(value)

@@ -1,8 +1,8 @@
 """A training step from latents: ours, eager and compiled, against the original release's recipe and the matrix rate.
 
-    python -m benchmarks.train_step --model DiT-S/4 --batch-size 16 --device cpu --precision bf16 --json
-    python -m benchmarks.train_step --model DiT-XL/2 --batch-size 64 --device cuda --profile --plot train_step.png
-    torchrun --nproc_per_node=8 -m benchmarks.train_step --model DiT-XL/2 --batch-size 64 --calls 10
+    python -m benchmarks train_step --model DiT-S/4 --batch-size 16 --device cpu --precision bf16 --json
+    python -m benchmarks train_step --model DiT-XL/2 --batch-size 64 --device cuda --profile --plot train_step.png
+    torchrun --nproc_per_node=8 -m benchmarks train_step --model DiT-XL/2 --batch-size 64 --calls 10
 
 The original's recipe is float32 (on a GPU TF32), eager, DDP also on one device, AdamW with PyTorch's defaults, and an EMA
 that is updated one parameter at a time. Ours is the step of train.py. The variants take turns; medians are printed. Under
@@ -12,31 +12,30 @@ torchrun the batch size is that of each process.
 import copy
 import re
 import statistics
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python benchmarks/train_step.py`
 from benchmarks import timing
-from checkpoint.config import DesignOptions, ModelOptions
-from data.autoencoder import StoredSpace
+from checkpoint.config import ModelOptions
+from data.autoencoder import LatentSpace
 from diffusion import create_diffusion
 from runtime import distributed
 from runtime.config import Config, option
 from runtime.devices import set_precision
 from runtime.errors import UserError
-from runtime.files import check_output, replace_file
+from runtime.files import replace_file
 from runtime.launch import launched
 from runtime.parser import Parser
-from tools import complexity
 from training import setup
 from training.config import ComputeConfig, RecipeConfig
+from training.cost import forward_macs
 from training.trainer import Trainer
 
 COLOURS = {
@@ -60,7 +59,7 @@ KERNELS = {
 MATRIX_PRODUCTS = "mm addmm bmm baddbmm mkldnn_convolution cudnn_convolution convolution_backward".split()
 # The profiler's own event where the GPU's queue is full, to which it assigns the kernels of the operation around it again
 QUEUE_FULL = "Command Buffer Full"
-SPACE = StoredSpace(channels=4, factor=8, scaling=1.0, shift=0.0)
+SPACE = LatentSpace(channels=4, factor=8, scaling=1.0, shift=0.0)
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,9 @@ class StepConfig(Config):
 
     timing: timing.TimingConfig
     model: ModelOptions
-    design: DesignOptions
     compute: ComputeConfig
     profile: bool = option(False, "also measure where the time of each variant goes")
-    plot: str | None = option(None, "draw where the time goes into this .png file (default: off)", metavar="FILE")
+    plot: str | None = option(None, "draw where the time goes into this .png file", metavar="FILE", path="output")
 
     def check(self):
         if self.plot and Path(self.plot).suffix != ".png":
@@ -83,22 +81,27 @@ class StepConfig(Config):
         return RecipeConfig(global_batch_size=self.timing.batch_size * launched()[2])
 
 
-@dataclass
-class Ours:
-    """Makes the step of train.py."""
+def build_model(config, condition=None):
+    """The model of a config, by default of classes. Parameters that start at zero get random values: arithmetic on zeros
+    can be faster."""
+    model = setup.build_model(config.model, config.recipe, SPACE, condition)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.is_meta and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
-    config: StepConfig
 
-    def __call__(self):
-        trainer, batch = make_trainer(self.config)
-        return lambda: trainer.step(batch)
+def ours(config):
+    """The step of train.py."""
+    trainer, batch = make_trainer(config)
+    return lambda: trainer.step(batch)
 
 
 def make_trainer(config):
     """(Trainer, a batch of stored latents in the memory that train.py's loader keeps them in)"""
     compute, context = config.compute, distributed.setup(config.compute.device)
     with context.device:  # where drawing the first weights of XL/2 takes no time
-        model = timing.replace_zeros(setup.build_model(config, SPACE))
+        model = build_model(config)
     trainer = Trainer(config.recipe, compute, context, model, SPACE, compute.precision)
     mean, label = random_batch(config, model)
     batch = {"moments": torch.stack([mean, torch.rand_like(mean)], dim=1).half(), "label": label}
@@ -107,37 +110,32 @@ def make_trainer(config):
     return trainer, batch
 
 
-@dataclass
-class OriginalRecipe:
-    """Makes the step of the original release's recipe."""
+def original_recipe(config):
+    """The step of the original release's recipe."""
+    device = distributed.setup(config.compute.device).device
+    set_precision("tf32", device)
+    with device:
+        model = build_model(config).train()
+    average = copy.deepcopy(model).requires_grad_(False)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    diffusion = create_diffusion("")
+    x_0, y = (values.to(device) for values in random_batch(config, model))
 
-    config: StepConfig
+    def step():
+        t = torch.randint(diffusion.num_timesteps, (len(x_0),), device=device)
+        loss = diffusion.training_losses(parallel, x_0, t, {"y": y})["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad(), record_function("moving average"):
+            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+                mean.mul_(0.9999).add_(weight, alpha=1 - 0.9999)
 
-    def __call__(self):
-        device = distributed.setup(self.config.compute.device).device
-        set_precision("tf32", device)
-        with device:
-            model = timing.replace_zeros(setup.build_model(self.config, SPACE)).train()
-        average = copy.deepcopy(model).requires_grad_(False)
-        if not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
-        diffusion = create_diffusion("")
-        x_0, y = (values.to(device) for values in random_batch(self.config, model))
-
-        def step():
-            t = torch.randint(diffusion.num_timesteps, (len(x_0),), device=device)
-            loss = diffusion.training_losses(parallel, x_0, t, {"y": y})["loss"].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad(), record_function("moving average"):
-                for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                    mean.mul_(0.9999).add_(weight, alpha=1 - 0.9999)
-
-        return step
+    return step
 
 
 def random_batch(config, model):
@@ -235,22 +233,14 @@ def draw_profile(path, report, title):
 def measure(config):
     """Time the step. Returns the report, a dict. Raises UserError for what cannot work, before anything slow."""
     config = timing.resolve(config, gpu_precision="bf16")
-    setup.check_batch(config, launched()[2])
-    if config.plot:
-        check_output(config.plot, "--plot")
+    setup.check_batch(config.recipe, config.compute, launched()[2])
     with torch.device("meta"):
-        macs = complexity.forward_macs(setup.build_model(config, SPACE))
+        macs = forward_macs(build_model(config))
     model, compute, size = config.model, config.compute, config.timing.batch_size
     profile = where_time_goes if config.profile or config.plot else None
-    return {
-        "model": model.model,
-        "block": config.design.block,
-        "image_size": model.image_size,
-        "grad_accum": compute.grad_accum,
-        "grad_checkpoint": compute.grad_checkpoint,
-        "batch_size": size,
-        **timing.compare(config, OriginalRecipe, Ours, 3 * 2 * macs * size, size, profile),
-    }
+    setting = {"model": model.name, "block": model.block, "image_size": model.image_size, "batch_size": size}
+    setting |= {"grad_accum": compute.grad_accum, "grad_checkpoint": compute.grad_checkpoint}
+    return setting | timing.compare(config, original_recipe, ours, 3 * 2 * macs * size, size, profile)
 
 
 def main(argv=None):
@@ -266,7 +256,3 @@ def main(argv=None):
             print_profile(report)
         if config.plot:
             draw_profile(config.plot, report, title)
-
-
-if __name__ == "__main__":
-    main()

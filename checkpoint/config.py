@@ -1,13 +1,14 @@
-"""Options that choose a model: the size table's names and the points of the design space beside them."""
+"""Options that choose a model: a name of the size table, and what differs from it."""
 
 from dataclasses import dataclass
 
-from runtime.config import Config, option
+from diffusion.registry import OBJECTIVES
+from runtime.config import Config, KeysOf, option
+from runtime.errors import UserError
 
-# The keys of models.DiT_models and models.BLOCKS, which take seconds to import; a test compares
-MODELS = tuple(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))
-BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
-OBJECTIVES, PREDICTIONS = ("diffusion", "flow"), ("eps", "v")
+DEFAULT = "DiT-XL/2"
+MODELS = tuple(f"DiT-{size}/{patch}" for size in KeysOf("models:SIZES") for patch in (2, 4, 8))
+PREDICTIONS = tuple(dict.fromkeys(predict for objective in OBJECTIVES.values() for predict in objective.predicts))
 MAX_SIZE, MAX_DEPTH = 2**16, 512  # of an image's side or a width, of blocks: larger numbers would use up the memory
 
 
@@ -15,47 +16,44 @@ MAX_SIZE, MAX_DEPTH = 2**16, 512  # of an image's side or a width, of blocks: la
 class ModelOptions(Config):
     """model"""
 
-    model: str = option("DiT-XL/2", "size and patch size", choices=MODELS, metavar="DiT-{S,B,L,XL}/{2,4,8}")
-    image_size: int = option(256, "side of the images in pixels", low=1, high=MAX_SIZE)
-    num_classes: int = option(1000, "number of classes; 0 is an unconditional model", low=0, high=10_000_000)
-
-
-@dataclass(frozen=True)
-class DesignOptions(Config):
-    """design"""
-
-    block: str = option("adaln-zero", "how timestep and class enter the blocks", choices=BLOCKS)
+    model: str | None = option(None, "size and patch size (default: DiT-XL/2, or those of --init-from)", choices=MODELS,
+        metavar="DiT-{S,B,L,XL}/{2,4,8}", basic=True)  # fmt: skip
+    image_size: int = option(256, "side of the images in pixels", low=1, high=MAX_SIZE, basic=True)
+    num_classes: int | None = option(None, "number of classes; 0 is an unconditional model (default: as many as the data "
+        "has)", low=0, high=10_000_000, basic=True)  # fmt: skip
+    block: str | None = option(None, "how timestep and class enter the blocks (default: adaln-zero, or that of "
+        "--init-from)", choices="models:BLOCKS")  # fmt: skip
     hidden_size: int | None = option(None, "width D of the tokens (default: the model's)", low=1, high=MAX_SIZE)
     depth: int | None = option(None, "number of blocks (default: the model's)", low=1, high=MAX_DEPTH)
     num_heads: int | None = option(None, "number of attention heads (default: the model's)", low=1, high=MAX_SIZE)
     patch_size: int | None = option(None, "side of a patch in latent cells (default: the model's)", low=1, high=MAX_SIZE)
-    mlp_ratio: float | None = option(
-        None, "width of the MLP's hidden layer as a multiple of D (default: the model's)", above=0, high=1024
-    )
+    mlp_ratio: float | None = option(None, "width of the MLP's hidden layer as a multiple of D (default: the model's)",
+        above=0, high=1024)  # fmt: skip
     rope: bool | None = option(None, "rotary position embeddings in the attention, beside the fixed ones (default: off)")
+    objective: str | None = option(None, "what is learned: the paper's diffusion, or a flow along straight lines between "
+        "noise and data (Liu et al. 2023; Ma et al. 2024) (default: diffusion, or that of --init-from)",
+        choices="diffusion.registry:OBJECTIVES")  # fmt: skip
+    predict: str | None = option(None, "the model's output: the noise eps, or v, which mixes it with the clean image "
+        "(default: eps, v for a flow, or that of --init-from)", choices=PREDICTIONS)  # fmt: skip
+
+    def check(self):
+        allowed = OBJECTIVES[self.objective].predicts if self.objective else PREDICTIONS
+        if self.predict and self.predict not in allowed:
+            raise UserError(f"--predict {self.predict}", f"a {self.objective} predicts {' or '.join(allowed)}",
+                            "leave the option out")  # fmt: skip
+
+    @property
+    def name(self):
+        """The paper's name of the model; where only sizes are known, as of --init-from, one by them."""
+        sizes = self.depth, self.hidden_size, self.patch_size
+        return self.model or ("DiT-{}x{}/{}".format(*sizes) if all(sizes) else DEFAULT)
 
     def overrides(self):
         """The keyword arguments of DiT that were given, on top of the named model's."""
-        return {name: value for name, value in self.flat().items() if value is not None}
-
-
-@dataclass(frozen=True)
-class DiTConfig(Config):
-    """The arguments of models.DiT, which a checkpoint stores."""
-
-    input_size: int = option(32, low=1, high=MAX_SIZE)
-    patch_size: int = option(2, low=1, high=MAX_SIZE)
-    in_channels: int = option(4, low=1, high=MAX_SIZE)
-    hidden_size: int = option(1152, low=1, high=MAX_SIZE)
-    depth: int = option(28, low=1, high=MAX_DEPTH)
-    num_heads: int = option(16, low=1, high=MAX_SIZE)
-    mlp_ratio: float = option(4.0, above=0, high=1024)
-    class_dropout_prob: float = option(0.1, low=0, high=1)
-    num_classes: int = option(1000, low=0, high=10_000_000)
-    learn_sigma: bool = option(True)
-    block: str = option("adaln-zero", choices=BLOCKS)
-    objective: str = option("diffusion", choices=OBJECTIVES)
-    predict: str = option("eps", choices=PREDICTIONS)
-    rope: bool = option(False)
-    text_width: int = option(0, low=0, high=MAX_SIZE)
-    text_length: int = option(120, low=1, high=MAX_SIZE)
+        others = ("model", "image_size", "num_classes")
+        given = {name: value for name, value in self.flat().items() if value is not None and name not in others}
+        if self.objective:
+            chosen = OBJECTIVES[self.objective]
+            given = {**given, "predict": self.predict or chosen.predicts[0]}
+            given |= {"learn_sigma": False} if chosen.flow else {}
+        return given

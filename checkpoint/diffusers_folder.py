@@ -8,6 +8,7 @@ The weights are the same tensors under other names, with two differences: the em
 into every block, and the position embedding is not stored.
 """
 
+import dataclasses
 import os
 import re
 import shutil
@@ -17,9 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint import files, metadata
-from checkpoint.config import DiTConfig
 from checkpoint.files import CheckpointError
-from models import position_embedding
+from models import DiTConfig, position_embedding
 from runtime.files import read_json, reason, write_json
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -36,21 +36,15 @@ EMBEDDERS = {
 }
 BLOCK = {
     "adaLN_modulation.1": ["norm1.linear"],
-    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
-    "attn.proj": ["attn1.to_out.0"],
-    "mlp.fc1": ["ff.net.0.proj"],
-    "mlp.fc2": ["ff.net.2"],
-}
+    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"], "attn.proj": ["attn1.to_out.0"],
+    "mlp.fc1": ["ff.net.0.proj"], "mlp.fc2": ["ff.net.2"],
+}  # fmt: skip
 # Arguments of models.DiT and what they are called in transformer/config.json, and what all DiTs have in common there
 SIZES = {
-    "input_size": "sample_size",
-    "patch_size": "patch_size",
-    "in_channels": "in_channels",
-    "depth": "num_layers",
-    "num_heads": "num_attention_heads",
-    "num_classes": "num_embeds_ada_norm",
-}
-PLAIN = DiTConfig.defaults()
+    "input_size": "sample_size", "patch_size": "patch_size", "in_channels": "in_channels",
+    "depth": "num_layers", "num_heads": "num_attention_heads", "num_classes": "num_embeds_ada_norm",
+}  # fmt: skip
+DEFAULTS = dataclasses.asdict(DiTConfig())
 COMMON = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
 
 
@@ -66,7 +60,7 @@ def layer_names(depth):
 
 def fixed_positions(config):
     """The state dict's pos_embed (1, T, D)."""
-    return position_embedding(config["hidden_size"], config["input_size"] // config["patch_size"])[None].float()
+    return position_embedding(config["hidden_size"], DiTConfig(**config).grid)[None].float()
 
 
 def from_diffusers(tensors, config):
@@ -116,9 +110,8 @@ def fetch(where):
             folder = snapshot_download(str(where), allow_patterns=["*.json", "*.bin"])
         return folder
     except Exception as error:  # the hub's client and its HTTP library each raise their own kinds
-        raise CheckpointError(
-            f"{where}: no such file or folder, nor a model that the hub gives ({reason(error)[:200]})"
-        ) from None
+        problem = f"no such file or folder, nor a model that the hub gives ({reason(error)[:200]})"
+        raise CheckpointError(where, problem) from None
 
 
 def read(folder):
@@ -128,10 +121,9 @@ def read(folder):
     inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
     index, config = _read_json(folder / "model_index.json"), _read_json(inner / "config.json")
     if not config:
-        raise CheckpointError(
-            f"{folder}: not a DiT in diffusers' format, it has no transformer/config.json; name a checkpoint file, or a "
-            "folder that DiTPipeline.save_pretrained or convert.py has written"
-        )
+        problem = "not a DiT in diffusers' format, it has no transformer/config.json"
+        way_out = "name a checkpoint file, or a folder that DiTPipeline.save_pretrained or convert.py has written"
+        raise CheckpointError(folder, problem, way_out)
     kind = config.get("_class_name")
     if kind not in ("DiTTransformer2DModel", "Transformer2DModel") or not COMMON.items() <= config.items():
         raise CheckpointError(f"{inner}: not a DiT but a {kind}, or one of another design")
@@ -144,7 +136,7 @@ def read(folder):
         sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
         sizes["hidden_size"] = config["num_attention_heads"] * config["attention_head_dim"]
         sizes["learn_sigma"] = config["out_channels"] == 2 * config["in_channels"]
-        sizes = DiTConfig.from_flat(sizes).flat()  # the rest as in the paper
+        sizes = dataclasses.asdict(DiTConfig(**sizes))  # the rest as in the paper
         weights = from_diffusers(tensors, sizes)
     except (ArithmeticError, AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         missing = " is missing" if isinstance(error, KeyError) else ""
@@ -156,17 +148,18 @@ def read(folder):
         if isinstance(levels := vae.get("block_out_channels"), list):  # each level but the last halves the side
             record.setdefault("image_size", sizes["input_size"] * 2 ** (len(levels) - 1))
     if isinstance(names, dict):
-        missing = [i for i in range(sizes["num_classes"]) if str(i) not in names]
-        if missing:
-            raise CheckpointError(f"{folder / 'model_index.json'}: id2label has no name of class {missing[0]}")
-        record["class_names"] = [names[str(i)] for i in range(sizes["num_classes"])]
+        record["class_names"] = [names.get(str(i)) for i in range(sizes["num_classes"])]
+        if None in record["class_names"]:
+            number = record["class_names"].index(None)
+            raise CheckpointError(f"{folder / 'model_index.json'}: id2label has no name of class {number}")
     return weights, record, [inner / "config.json", *paths]
 
 
-def newer_options(config):
-    """The options of a model config that no weights' names or shapes and no config of diffusers tell, as text."""
-    names = ("objective", "predict", "rope", "text_width")
-    return " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names if config[name] != PLAIN[name])
+def newer_options(checkpoint):
+    """What no weights' names or shapes and no config of diffusers tell of a model, as text."""
+    config, names = checkpoint.model_config, ("objective", "predict", "rope")
+    found = [f"--{name} {config[name]}" for name in names if config[name] != DEFAULTS[name]]
+    return " ".join(found + [f"--condition {record['kind']}" for record in [checkpoint.condition_record] if record])
 
 
 def transformer_config(checkpoint):
@@ -174,17 +167,17 @@ def transformer_config(checkpoint):
     place for the model."""
     config = checkpoint.model_config
     width, pos_embed = config["hidden_size"], checkpoint.weights["pos_embed"].float()
-    for reason_against, applies in {
+    for problem, applies in {
+        "its input is not a square": not isinstance(config["input_size"], int) or not isinstance(config["patch_size"], int),
         f"its block design is {config['block']}, not adaln-zero": config["block"] != "adaln-zero",
         f"its MLP ratio is {config['mlp_ratio']}, not 4": int(width * config["mlp_ratio"]) != 4 * width,
-        f"it has {newer_options(config)}": newer_options(config),
+        f"it has {newer_options(checkpoint)}": newer_options(checkpoint),
         "it has no null class": config["class_dropout_prob"] == 0 and config["num_classes"],
         "its position embedding was changed": not pos_embed.allclose(fixed_positions(config), rtol=0, atol=1e-6),
     }.items():
         if applies:
-            raise CheckpointError(
-                f"{checkpoint.path}: diffusers' DiT cannot hold this model, {reason_against}; write a .safetensors file"
-            )
+            problem = f"diffusers' DiT cannot hold this model, {problem}"
+            raise CheckpointError(checkpoint.path, problem, "write a .safetensors file")
     sizes = {theirs: config[ours] for ours, theirs in SIZES.items()}
     sizes["attention_head_dim"] = width // config["num_heads"]
     sizes["out_channels"] = config["in_channels"] * (2 if config["learn_sigma"] else 1)

@@ -4,71 +4,123 @@
     model_config   DiT's arguments            args    all options of the run
     class_names    list of str                step, images_seen, data    where the run stands in which data
 
-It is written atomically, and every byte is verified before a run resumes from it. Nothing that is loaded can run code.
+It is written atomically, and every byte is verified before it is used. Nothing that is loaded can run code.
 """
 
 import argparse
+import errno
 import os
 import re
 import stat
 import zipfile
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
 
 from runtime import files
-from runtime.errors import UserError
+from runtime.errors import RunError, UserError
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message is one line that names it and the way out."""
 
 
-def load(path, mmap=True):
+class UnreadableError(RunError):
+    """A checkpoint that the system cannot read now. It may be undamaged, so that no other may take its place."""
+
+
+def load(path, mmap=True, verify=True):
     """The dict in `path` (.pt, or .safetensors for weights alone) on the CPU. Of classes, only the argparse.Namespace of
-    the original release's files is let in. Raises CheckpointError."""
+    the original release's files is let in. mmap: map tensors where that is possible. verify: compare every byte with the
+    file's checksums first. Raises CheckpointError for a file that is missing, damaged or something else, UnreadableError
+    where the system fails to read it."""
     path = Path(path)
     check_regular_file(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        zipped = zipfile.is_zipfile(path)  # files of older versions of PyTorch are bare pickles, which cannot be mapped
-        # leaving safe_globals removes what it was given: a Namespace that the caller has allowed must stay allowed
-        extra = {argparse.Namespace}.difference(torch.serialization.get_safe_globals())
-        with torch.serialization.safe_globals([*extra]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
-    except PermissionError:
-        raise CheckpointError(f"{path}: no permission to read it") from None
+        # .safetensors and the bare pickles of older versions of PyTorch have no checksums; the pickles cannot be mapped
+        zipped = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
+        if zipped and verify:
+            _check_bytes(path)
+        state = _read(path, mmap and zipped)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can make the readers raise almost anything
         if culprit := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(f"{path}: refused, it carries code ({culprit[1]}); only weights are loaded") from None
-        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from None
+        raise _explain(path, error, "not a checkpoint, or a truncated one") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
+
+
+def _read(path, mmap):
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception:  # perhaps of the mapping: some file systems have none
+            return safetensors.torch.load(path.read_bytes())
+    # leaving safe_globals removes what it was given: a Namespace that the caller has allowed must stay allowed
+    extra = {argparse.Namespace}.difference(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([*extra]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _explain(path, error, otherwise):
+    """The error to raise where reading has failed: only what the file's bytes say is damage."""
+    found = _of_system(error)
+    if "allocate memory" in str(error) or isinstance(error, MemoryError):
+        found = "out of memory"
+    elif found is None or found.errno in (None, errno.EINVAL):  # EINVAL: of a damaged offset
+        try:  # PyTorch's and zipfile's readers hide the system's reason
+            files.checksum(path)
+            return CheckpointError(f"{path}: {otherwise}")
+        except OSError as error_of_system:
+            found = error_of_system
+    why = files.reason(found)
+    return UnreadableError(path, f"cannot be read ({why})", "nothing was changed; run again when it can be read")
+
+
+def _of_system(error):
+    """The error of the system behind an error, or None."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def check_regular_file(path):
     """Raises CheckpointError unless `path` is a regular file: a FIFO, say, would be waited for."""
     try:
         mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else files.reason(error)
-        raise CheckpointError(f"{path}: {what}") from None
+        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise CheckpointError(f"{path}: {files.reason(error)}") from None
+        raise _explain(path, error, "not readable") from None
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: not a file")
 
 
 def verify(path):
     """Read every byte of a checkpoint against the CRC-32 that its archive holds of each member, which torch.load does not
-    do. Raises CheckpointError for a truncated or altered file."""
+    do. Raises CheckpointError for a truncated or altered file, UnreadableError where the system fails to read it."""
     check_regular_file(path)
+    _check_bytes(path)
+
+
+def _check_bytes(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # a flipped byte in the archive's tables can make zipfile raise almost anything
-        raise CheckpointError(f"{path}: truncated or damaged ({str(error) or type(error).__name__})") from None
+        what = f"truncated or damaged ({str(error) or type(error).__name__})"
+        raise _explain(path, error, what) from None
     if damaged:
         raise CheckpointError(f"{path}: damaged: the checksum of {damaged} does not match")
 
@@ -77,39 +129,40 @@ def save(path, state):
     """Write a checkpoint atomically. Raises CheckpointError where the disk is full or cannot be written to."""
     try:
         files.replace_file(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError
-        raise CheckpointError(
-            f"{path}: cannot be written ({files.reason(error)}); earlier checkpoints are untouched"
-        ) from None
+    except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError of its own
+        why = files.reason(_of_system(error) or error)
+        raise CheckpointError(f"{path}: cannot be written ({why}); earlier checkpoints are untouched") from None
 
 
-def newest_first(folder):
-    """The training checkpoints in a folder, latest step first."""
-    return [path for path in _numbered(folder) if path.is_file()]
-
-
-def _numbered(folder):
-    """All that is named like a training checkpoint, latest step first."""
-    found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
-    return sorted(found, key=lambda path: int(path.stem), reverse=True)
+def newest_first(folder, folders=False):
+    """The training checkpoints in a folder, latest step first. folders: with what is named like one and is no file. Raises
+    UnreadableError where the folder cannot be listed: it would look like an empty one."""
+    try:
+        found = [Path(folder, name) for name in os.listdir(folder) if re.fullmatch(r"\d{7,}\.pt", name)]
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise CheckpointError(folder, "is a file, where the run has its folder of checkpoints", "move it away") from None
+    except OSError as error:
+        raise _explain(folder, error, "not readable") from None
+    return sorted((path for path in found if folders or path.is_file()), key=lambda path: int(path.stem), reverse=True)
 
 
 def load_newest(folder, warn):
     """(path, state) of the latest checkpoint in `folder` that is not damaged; (None, None) where there are no checkpoints.
     warn(line) is called for each damaged one. The state is read into memory, so that the file may be pruned.
-    Raises CheckpointError where all are damaged: starting anew would silently give up the run."""
+    Raises CheckpointError where all are damaged: starting anew would silently give up the run; UnreadableError where one
+    cannot be read: it is not passed over."""
     found = newest_first(folder)
     for path in found:
         try:
             verify(path)
-            return path, load(path, mmap=False)
+            return path, load(path, mmap=False, verify=False)
         except CheckpointError as error:
             warn(f"{error}; trying the one before it")
     if found:
-        raise CheckpointError(
-            f"{folder}: all of its checkpoints ({len(found)}) are damaged; restore one from a copy, or start anew in "
-            "another folder"
-        )
+        problem = f"all of its checkpoints ({len(found)}) are damaged"
+        raise CheckpointError(folder, problem, "restore one from a copy, or start anew in another folder")
     return None, None
 
 
@@ -117,7 +170,7 @@ def set_aside(folder, step, warn):
     """Rename the checkpoints of later steps than `step`, from which the run continues: they are damaged, or belong to a
     continuation that --resume PATH has abandoned. As `*.pt.aside` they are neither resumed from nor counted when
     pruning."""
-    for path in _numbered(folder):  # folders too, which the run could not replace
+    for path in newest_first(folder, folders=True):  # which the run could not replace
         if int(path.stem) > step:
             aside = path.with_name(f"{path.name}.aside")
             os.replace(path, aside)

@@ -1,7 +1,7 @@
 """What a .safetensors file of weights says of its model: text in its metadata, of which ours is JSON.
 
 The record of a model is a dict with some of `model_config` (the arguments of models.DiT), `class_names` (list of str),
-`vae` (as --vae names it), `image_size` (pixels), `text_encoder` (as --text-encoder names it) and `text_encoder_crc32`.
+`vae` (as --vae names it), `image_size` (pixels) and `condition` (of data/condition.py, where it is not the class).
 """
 
 import json
@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from checkpoint.files import CheckpointError
 
-NAMES = ("model_config", "class_names", "vae", "image_size", "text_encoder", "text_encoder_crc32")
+NAMES = ("model_config", "class_names", "vae", "image_size", "condition")
+OLD_NAMES = ("text_encoder", "text_encoder_crc32")  # of models of texts, before they had a `condition`
 
 
 def of(checkpoint, vae=None):
@@ -18,7 +19,7 @@ def of(checkpoint, vae=None):
     where no autoencoder is known, because it is a guess then."""
     vae = vae or checkpoint.metadata.get("recorded_vae") or checkpoint.vae
     found = {"model_config": checkpoint.model_config, "class_names": checkpoint.class_names, "vae": vae}
-    found["text_encoder"], found["text_encoder_crc32"] = checkpoint.text_encoder
+    found["condition"] = checkpoint.condition_record
     return found | {"image_size": checkpoint.image_size if checkpoint.vae else None}
 
 
@@ -34,6 +35,6 @@ def read(path):
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     try:
-        return {name: json.loads(metadata[name]) for name in NAMES if name in metadata}
+        return {name: json.loads(metadata[name]) for name in (*NAMES, *OLD_NAMES) if name in metadata}
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: damaged: its metadata is not JSON") from None

@@ -5,6 +5,7 @@ model = checkpoint.build_model()
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import os
@@ -12,12 +13,13 @@ import os
 import torch
 
 from checkpoint import diffusers_folder, files, metadata
-from checkpoint.config import DiTConfig
 from checkpoint.files import CheckpointError
-from models import SIZES, DiT
+from data.condition import read_condition
+from models import BLOCKS, SIZES, DiT, DiTConfig
 from runtime.errors import UserError
 from runtime.files import checksum, checksum_of_text
 
+WRAPPERS = ("module.", "_orig_mod.")  # before the names of a model that DDP or torch.compile has wrapped
 FACTOR = 8  # pixels per latent cell of the autoencoder that models without a record were trained on
 
 
@@ -33,26 +35,26 @@ class Checkpoint:
         self.files = files or [path]
 
     @classmethod
-    def open(cls, where, num_heads=None):
-        """Read a .pt or .safetensors file, or a model in diffusers' format: a folder, or its name on the hub. Tensors are
-        mapped where possible. Raises CheckpointError."""
+    def open(cls, where, num_heads=None, verify=True):
+        """Read a .pt or .safetensors file; the newest checkpoint of a run's folder; or a model in diffusers' format: a
+        folder, or its name on the hub. Tensors are mapped if possible. verify: as `files.load`. Raises CheckpointError."""
+        where = newest_of_run(where)
         if os.path.isdir(where) or diffusers_folder.is_hub_name(where):
             weights, record, paths = diffusers_folder.read(diffusers_folder.fetch(where))
             checkpoint = cls(weights, where, record, num_heads, paths)
         else:
-            checkpoint = cls(files.load(where), where, metadata.read(where), num_heads)
+            checkpoint = cls(files.load(where, verify=verify), where, metadata.read(where), num_heads)
         checkpoint.check_record()
         return checkpoint
 
     def check_record(self):
         """Raises CheckpointError where something that is recorded is not of its type, whether it is needed or not."""
-        _ = (
-            self.vae,
-            self.text_encoder,
-            self.class_names,
-            self.step,
-            self._recorded("image_size", int, self.options, self.metadata),
-        )
+        self._recorded("image_size", int, self.options, self.metadata)
+        _ = self.vae, self.condition_record, self.class_names, self.step
+        # SiT's names: its models take 1 - s where ours take 1000 s, and predict the velocity the other way round
+        if others := [f"{name}={self.options[name]}" for name in ("prediction", "path_type") if name in self.options]:
+            what = f"weights of another program's flow ({', '.join(others)}), whose time runs the other way"
+            raise CheckpointError(f"{self.path}: {what}; sample them with that program")
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is recorded
@@ -63,16 +65,17 @@ class Checkpoint:
         args = self.state.get("args", {})
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         if not isinstance(args, dict):
-            raise CheckpointError(f"{self.path}: damaged: its options (args) are a {type(args).__name__}, not a dict")
+            raise self._damaged(f"its options (args) are a {type(args).__name__}, not a dict")
         return dict(args)
+
+    def _damaged(self, problem):
+        return CheckpointError(f"{self.path}: damaged: {problem}")
 
     def _recorded(self, name, kind, *places):
         """The value in the first of the dicts that has one, or None."""
         value = next((place[name] for place in places if place.get(name) is not None), None)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise CheckpointError(
-                f"{self.path}: damaged: its {name} is {value!r:.50}, not of type {getattr(kind, '__name__', kind)}"
-            )
+            raise self._damaged(f"its {name} is {value!r:.50}, not of type {getattr(kind, '__name__', kind)}")
         return value
 
     @property
@@ -81,23 +84,38 @@ class Checkpoint:
         return self._recorded("vae", str, self.options, self.metadata)
 
     @property
-    def text_encoder(self):
-        """(name, CRC-32) of the encoder of a model of texts, as --text-encoder names it; None where not recorded."""
-        crc32 = self._recorded("text_encoder_crc32", str, self.state, self.metadata)
-        return self._recorded("text_encoder", str, self.options, self.metadata), crc32
+    def condition_record(self):
+        """What the model draws by, where it is not the class: {"kind": ..., what data/condition.py records}, else None."""
+        record = self._recorded("condition", dict, self.state, self.metadata)
+        null_text = self._found.get("text_embedder.null_text")
+        # a model of texts that is older than the record of conditions
+        if record is None and isinstance(null_text, torch.Tensor) and null_text.ndim == 2:
+            crc32 = self._recorded("text_encoder_crc32", str, self.state, self.metadata)
+            record = {"kind": "text", "width": null_text.shape[-1] - 1, "length": len(null_text), "crc32": crc32}
+            record["name"] = self._recorded("text_encoder", str, self.options, self.metadata)
+        return record
+
+    @functools.cached_property
+    def condition(self):
+        """What the model draws by, of `data.condition`."""
+        try:
+            record = self.condition_record or {"num_classes": self.model_config["num_classes"]}
+            return read_condition(record, self.class_names, self._found)
+        except (TypeError, UserError) as error:
+            raise self._damaged(f"its record of the condition: {error}") from None
 
     @property
     def image_size(self):
-        """Side of the images in pixels."""
+        """Side of the images in pixels, the longest one."""
         recorded = self._recorded("image_size", int, self.options, self.metadata)
-        return recorded or FACTOR * self.model_config["input_size"]
+        return recorded or FACTOR * max(DiTConfig(**self.model_config).sides)
 
     @property
     def class_names(self):
         """Names of the classes by number; None without a record."""
         names = self._recorded("class_names", list, self.state, self.options, self.metadata)
         if names is not None and not all(isinstance(name, str) for name in names):
-            raise CheckpointError(f"{self.path}: damaged: its class_names are not all text")
+            raise self._damaged("its class_names are not all text")
         return names
 
     @property
@@ -105,7 +123,7 @@ class Checkpoint:
         """Updates that the training run had made; None without a record."""
         step = self._recorded("step", int, self.state)
         if step is not None and not 0 <= step < 2**63:
-            raise CheckpointError(f"{self.path}: damaged: its step is {step}")
+            raise self._damaged(f"its step is {step}")
         return step
 
     @functools.cached_property
@@ -120,16 +138,26 @@ class Checkpoint:
     @functools.cached_property
     def weights(self):
         """The state dict to sample with: the EMA's where there is one, else the model's, else the file's own dict."""
-        return self._tensors(self.state.get("ema", self.state.get("model", self.state)))
+        return self._tensors(self._found)
+
+    @property
+    def _found(self):
+        """What should be the state dict: the EMA's, the model's, that of another trainer's file, or the file itself."""
+        names = (name for name in ("ema", "model", "state_dict", "module") if name in self.state)
+        found = self.state.get(next(names, None), self.state)
+        return found if isinstance(found, dict) else {}
 
     def _tensors(self, found):
-        """A state dict, checked to be one."""
-        tensors = isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values())
-        if not tensors or not found or not all(isinstance(key, str) for key in found):
-            raise CheckpointError(
-                f"{self.path}: not a checkpoint of this project: it holds neither weights nor `ema` or `model`"
-            )
-        return found
+        """A state dict, checked to be one. Plain numbers, such as counters of steps, are left out."""
+        tensors = found if isinstance(found, dict) else {}
+        tensors = {key: value for key, value in tensors.items() if not isinstance(value, int | float)}
+        if not tensors or not all(isinstance(key, str) and isinstance(tensors[key], torch.Tensor) for key in tensors):
+            raise CheckpointError(f"{self.path}: not a checkpoint of this project: it holds neither weights nor `ema` or "
+                                  "`model`")  # fmt: skip
+        for prefix in WRAPPERS:
+            if all(key.startswith(prefix) for key in tensors):
+                return self._tensors({key.removeprefix(prefix): value for key, value in tensors.items()})
+        return tensors
 
     @functools.cached_property
     def model_config(self):
@@ -138,11 +166,12 @@ class Checkpoint:
         if recorded is None:
             recorded = self._inferred_config()
         elif not isinstance(recorded, dict):
-            raise CheckpointError(f"{self.path}: damaged: its model_config is a {type(recorded).__name__}, not a dict")
+            raise self._damaged(f"its model_config is a {type(recorded).__name__}, not a dict")
+        known = {field.name for field in dataclasses.fields(DiTConfig)}
         try:
-            return DiTConfig.from_flat(recorded).flat()
-        except UserError as error:
-            raise CheckpointError(f"{self.path}: damaged record of the model: {error}") from None
+            return dataclasses.asdict(DiTConfig(**{name: value for name, value in recorded.items() if name in known}))
+        except (ValueError, TypeError) as error:
+            raise self._damaged(f"its record of the model: {error}") from None
 
     def _inferred_config(self):
         """The config by the weights' shapes. What shapes leave open (the heads, and whether there is a null class) is taken
@@ -156,67 +185,57 @@ class Checkpoint:
             rows = tensors["y_embedder.embedding_table.weight"].shape[0]
             out_channels = tensors["final_layer.linear.weight"].shape[0] // patch_size**2
         except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{self.path}: not a DiT: it has no usable {error}") from None
-        modulation = tensors.get("blocks.0.adaLN_modulation.1.weight")
-        if modulation is not None:
-            rows_per_vector = modulation.shape[0] // max(hidden_size, 1) if modulation.ndim else 0
-            block = {6: "adaln-zero", 4: "adaln"}.get(rows_per_vector, f"with {rows_per_vector} modulations")
+            problem = f"it has no {error}" if isinstance(error, KeyError) else "its weights have other shapes"
+            raise CheckpointError(f"{self.path}: not a DiT: {problem}") from None
+        if "blocks.0.adaLN_modulation.1.weight" in tensors:
+            vectors = tensors["blocks.0.adaLN_modulation.1.weight"].numel() // max(hidden_size, 1) ** 2
+            designs = (name for name, design in BLOCKS.items() if design.num_modulations == vectors)
+            block = next(designs, f"with {vectors} modulations")
         else:
             block = "cross-attention" if "blocks.0.cross_attn.q.weight" in tensors else "in-context"
-        null_text = tensors.get("text_embedder.null_text")
-        text = {} if null_text is None else {"text_length": len(null_text), "text_width": null_text.shape[-1] - 1}
         in_table = next((heads for d, width, heads in SIZES.values() if (d, width) == (depth, hidden_size)), None)
         recorded = self._recorded("num_heads", int, self.options)
         num_heads = recorded if recorded is not None else self._num_heads or in_table
         if num_heads is None:
-            raise CheckpointError(
-                f"{self.path}: a DiT of width {hidden_size} and depth {depth} without a record of its heads; "
-                "pass --num-heads"
-            )
-        dropout = self._recorded("label_dropout", int | float, self.options)
-        dropout = 0.1 if dropout is None else dropout
+            problem = f"a DiT of width {hidden_size} and depth {depth} without a record of its heads"
+            raise CheckpointError(self.path, problem, "pass --num-heads")
+        recorded = self._recorded("label_dropout", int | float, self.options)
+        dropout = 0.1 if recorded is None else recorded
         mlp_ratio = mlp_size / max(hidden_size, 1)
         if int(hidden_size * mlp_ratio) < mlp_size:  # DiT truncates the product, which may round below the width
             mlp_ratio = math.nextafter(mlp_ratio, math.inf)
         num_classes = rows - 1 if dropout > 0 else self._recorded("num_classes", int, self.options)
+        num_classes = rows if num_classes is None else num_classes
         return {
-            "input_size": math.isqrt(num_tokens) * patch_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "class_dropout_prob": dropout,
-            "num_classes": rows if num_classes is None else num_classes,
-            "learn_sigma": out_channels == 2 * in_channels,
-            "block": block,
-            **text,
-        }
+            "input_size": math.isqrt(num_tokens) * patch_size, "patch_size": patch_size, "in_channels": in_channels,
+            "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "block": block,
+            "class_dropout_prob": dropout, "num_classes": num_classes, "learn_sigma": out_channels == 2 * in_channels,
+        }  # fmt: skip
 
     def describe(self):
-        """The paper's name of the model, such as DiT-XL/2, or its sizes in words."""
-        config = self.model_config
-        for name, (depth, width, heads) in SIZES.items():
-            if (depth, width, heads) == (config["depth"], config["hidden_size"], config["num_heads"]):
-                return f"DiT-{name}/{config['patch_size']}"
-        return f"a DiT of width {config['hidden_size']}, depth {config['depth']} and patch {config['patch_size']}"
+        """The paper's name of the model, such as DiT-XL/2; of other sizes DiT-{depth}x{width}/{patch}."""
+        depth, width, heads, patch = (self.model_config[n] for n in ("depth", "hidden_size", "num_heads", "patch_size"))
+        name = next((name for name, size in SIZES.items() if size == (depth, width, heads)), f"{depth}x{width}")
+        return f"DiT-{name}/{patch}"
 
     def check_finite(self):
         """Raises CheckpointError where a weight is NaN or infinite: the model would draw black images without a word."""
         for part in (self.weights, self._tensors(self.state.get("model", self.weights))):
             for name, tensor in part.items():
                 if not tensor.is_floating_point() or tensor.layout != torch.strided:
-                    raise CheckpointError(f"{self.path}: damaged: {name} is no plain tensor of floating-point numbers")
+                    raise self._damaged(f"{name} is no plain tensor of floating-point numbers")
                 if not tensor.isfinite().all():
                     raise CheckpointError(f"{self.path}: its weights are not finite ({name}); take an earlier checkpoint")
+
+    def _new_model(self):
+        return DiT(**{**self.model_config, **self.condition.model_arguments()})
 
     def check_weights(self):
         """Raises CheckpointError where the weights do not fit the config or are not finite. Returns the model on the meta
         device: shapes without memory, because a damaged record may ask for any size."""
         try:
             with torch.device("meta"):
-                model = DiT(**self.model_config)
+                model = self._new_model()
             check_shapes(self.weights, model.state_dict())
         except ValueError as error:
             raise CheckpointError(f"{self.path}: its weights do not fit ({error})") from None
@@ -229,9 +248,27 @@ class Checkpoint:
         draw_initial_weights: draw them, and overwrite them: the images of sample.py depend on this part of torch's random
         stream. Raises CheckpointError as `check_weights`."""
         model = self.check_weights()
-        model = DiT(**self.model_config) if draw_initial_weights else model.to_empty(device="cpu")
+        model = self._new_model() if draw_initial_weights else model.to_empty(device="cpu")
         model.load_state_dict(self.weights)
         return model.eval().requires_grad_(False)
+
+
+def newest_of_run(where):
+    """The path of the newest checkpoint where `where` is the folder of a run; else `where`. Raises CheckpointError."""
+    folder = os.path.join(where, "checkpoints")
+    if not os.path.isdir(folder):
+        return where
+    found = files.newest_first(folder)
+    if not found:
+        raise CheckpointError(f"{where}: the run has no checkpoint yet; wait for the first, or name another run")
+    return str(found[0])
+
+
+def record_of(model, class_names=None):
+    """What a checkpoint stores of a model beside its weights: `model_config`, `class_names`, and `condition` where it is
+    not the class."""
+    condition = {"condition": {"kind": model.condition.kind, **model.condition.record()}} if model.condition else {}
+    return {"model_config": model.config, "class_names": class_names, **condition}
 
 
 def check_shapes(weights, expected):

@@ -42,7 +42,8 @@ class BackgroundSaver:
         except RuntimeError:  # what torch raises when the host is out of memory
             self._write(step, state, None)
             return self.wait()
-        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        # asking for the stream would make a CUDA context, also in a run with --device cpu
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         self.thread = threading.Thread(target=self._write, args=(step, state, copied))
         self.thread.start()
 

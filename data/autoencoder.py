@@ -1,23 +1,23 @@
-"""The space that a model's x_0 lives in: latents of the frozen Stable Diffusion autoencoder, or pixels ("none"). A latent
-is a draw from the encoder's posterior, a Gaussian whose mean and standard deviation may also be read from stored ones.
+"""The latent space that a model's x_0 lives in: latents of a frozen autoencoder of diffusers, or pixels ("none").
 
     space = load_space("ema")                # reads the config
-    space.place(device)                      # reads the weights
+    space.to(device)                         # reads the weights
     x_0 = space.encode(images)               # (N, 3, H, W) in [-1, 1] -> (N, C, H/8, W/8), about unit variance
     images = space.decode(x_0)
+
+Another kind of autoencoder is a line in AUTOENCODERS, and a class where its encoder gives something else.
 """
 
+import functools
 import inspect
-import os
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from data.pretrained import attempt
 from runtime.config import Config, option
 from runtime.errors import UserError
-from runtime.files import check_regular
 
 RELEASED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -30,118 +30,173 @@ class Pixels:
     def __init__(self, channels):
         self.channels = channels
 
-    def place(self, device):
+    def to(self, device):
         return self
 
     def encode(self, images):
         return images
 
-    def decode(self, latents):
-        return latents
+    def decode(self, x_0):
+        return x_0
 
 
-class StoredSpace:
-    """The space of stored moments, which needs neither diffusers nor the autoencoder. channels: of a latent. factor: pixels
-    per latent cell. scaling, shift: x_0 = (latent - shift) * scaling has about unit variance."""
+class LatentSpace:
+    """What there is to know of a latent space where no image has to be encoded or decoded: that of stored latents.
+
+    channels: of a latent. factor: pixels per latent cell. scaling, shift: x_0 = (latent - shift) * scaling has about unit
+    variance; each is a number, or a list of one for each channel."""
 
     def __init__(self, channels, factor, scaling, shift):
-        self.channels, self.factor, self.scaling, self.shift = channels, factor, scaling, shift
+        self.channels, self.factor, self.scaling, self.shift = channels, factor, per_channel(scaling), per_channel(shift)
 
-    def place(self, device):
+    def to(self, device):
+        values = (self.scaling, self.shift)
+        self.scaling, self.shift = (value.to(device) if torch.is_tensor(value) else value for value in values)
         return self
 
     def sample(self, moments):
-        """x_0 (N, C, h, w) drawn from the posterior's moments (N, 2, C, h, w) with torch's random stream of their device,
-        the same draw as diffusers' latent_dist.sample(), and scaled to about unit variance."""
-        mean, std = moments.float().unbind(1)
-        return (mean + std * torch.randn(mean.shape, device=mean.device) - self.shift) * self.scaling
+        """x_0 (N, C, h, w) of stored moments (N, M, C, h, w): drawn from the posterior with torch's random stream of their
+        device, the same draw as diffusers' latent_dist.sample(), or with M = 1 the latent itself; then normalised."""
+        mean, *std = moments.float().unbind(1)
+        latent = mean + std[0] * torch.randn(mean.shape, device=mean.device) if std else mean
+        return (latent - self.shift) * self.scaling
+
+
+def per_channel(values):
+    """A number where all values are equal, else a tensor (C, 1, 1)."""
+    values = [values] if isinstance(values, int | float) else list(values)
+    return float(values[0]) if len(set(values)) == 1 else torch.tensor(values)[:, None, None]
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig(Config):
-    """What is needed of an AutoencoderKL's config.json."""
+    """What is needed of an autoencoder's config.json."""
 
     in_channels: int = option(low=1, high=1024)
     latent_channels: int = option(low=1, high=1024)
     block_out_channels: tuple[int, ...] = option(low=1)
     scaling_factor: float = option(above=0)
     shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = option(None, above=0)
+
+    def check(self):
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if values and len(values) != self.latent_channels:
+                raise UserError(f"--{name}", f"{len(values)} numbers, for {self.latent_channels} channels")
+
+    def statistics(self):
+        """(scaling, shift), of each channel or of all, as diffusers' pipelines have them: (z - latents_mean) / latents_std
+        * scaling_factor, or (z - shift_factor) * scaling_factor."""
+        scaling, shift = self.scaling_factor, self.latents_mean or self.shift_factor or 0.0
+        return [scaling / std for std in self.latents_std] if self.latents_std else scaling, shift
 
 
-class Autoencoder(StoredSpace):
-    """diffusers' AutoencoderKL, frozen. name: a local folder or a hub name. Raises UserError, in one line, where there is
-    no autoencoder or it cannot be fetched."""
+class Autoencoder(LatentSpace):
+    """A frozen autoencoder of diffusers, `vae`, whose posterior is a Gaussian. name: of its folder or on the hub. kind: of
+    the class in diffusers."""
 
-    def __init__(self, name):
-        self.name, self.vae = name, None
-        config = self._attempt(self._read_config)
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        super().__init__(config.latent_channels, factor, config.scaling_factor, config.shift_factor or 0.0)
+    def __init__(self, name, kind, config):
+        self.name, self.kind, self.vae = name, kind, None
+        super().__init__(config.latent_channels, 2 ** (len(config.block_out_channels) - 1), *config.statistics())
         if config.in_channels != 3:
-            raise UserError(f"--vae {name}: takes {config.in_channels} channels, the images have 3")
+            raise UserError(f"--vae {name}", f"takes {config.in_channels} channels, the images have 3", "name another one")
 
-    def _attempt(self, read):
-        from diffusers import AutoencoderKL  # takes seconds to import
+    def to(self, device):
+        """Read the weights, at the first call, and move them to the device. Raises UserError."""
+        self.vae = self.vae or attempt_vae(self.name, self._read_weights)
+        self.vae.to(device).eval().requires_grad_(False)
+        return super().to(device)
 
+    def _read_weights(self, diffusers):
+        read = functools.partial(getattr(diffusers, self.kind).from_pretrained, self.name, low_cpu_mem_usage=False)
         try:
-            for path in Path(self.name).glob("*.*"):  # what diffusers might open
-                check_regular(path)
-            return read(AutoencoderKL)
-        except Exception as error:  # diffusers, the hub's client and its HTTP library each raise their own kinds
-            where = "in that folder" if os.path.isdir(self.name) else "there, and no local folder of that name"
-            reason = str(error).strip().removeprefix("--").split("\n")[0][:200] or type(error).__name__
-            raise UserError(
-                f"--vae {self.name}: no usable autoencoder {where} ({reason}); pass a folder written by "
-                "AutoencoderKL.save_pretrained, or --vae none for pixels"
-            ) from None
-
-    def _read_config(self, kind):
-        # a config of an older diffusers lacks the keys that were added since, as that of the released autoencoders lacks
-        # scaling_factor: diffusers then takes the constructor's defaults, and so do we
-        parameters = inspect.signature(kind.__init__).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        return AutoencoderConfig.from_flat({**defaults, **kind.load_config(self.name)})
-
-    def _read_weights(self, kind):
-        vae = kind.from_pretrained(self.name, low_cpu_mem_usage=False)
+            vae = read()
+        except OSError as error:
+            try:
+                vae = read(variant="fp16")  # there may be half-precision files alone
+            except Exception:
+                raise error from None
         for name, tensor in vae.state_dict().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"the weights {name} are not finite")
         return vae
 
-    def place(self, device):
-        self.vae = self.vae or self._attempt(self._read_weights)
-        self.vae.to(device).eval().requires_grad_(False)
-        return self
-
     def encoder_settings(self):
-        """What decides on the latents: scaling, shift, sizes, and the CRC-32 of the encoder's weights, names and values."""
+        """What decides on the latents: statistics, sizes, and the CRC-32 of the encoder's weights, names and values."""
         crc = 0
         for name, tensor in sorted(self.vae.state_dict().items()):
-            if name.startswith(("encoder.", "quant_conv.")):
+            if not name.startswith(("decoder.", "post_quant_conv.")):
                 crc = zlib.crc32(tensor.cpu().numpy().tobytes(), zlib.crc32(name.encode(), crc))
-        names = ("scaling", "shift", "channels", "factor")
-        return {"encoder_crc32": f"{crc:08x}", **{name: getattr(self, name) for name in names}}
+        number = self.moments(torch.zeros(1, 3, self.factor, self.factor, device=self.vae.device)).shape[1]  # 2, or 1
+        found = {"encoder_crc32": f"{crc:08x}", "channels": self.channels, "factor": self.factor, "moments": number}
+        statistics = {"scaling": self.scaling, "shift": self.shift}
+        return found | {k: v.flatten().tolist() if torch.is_tensor(v) else [v] for k, v in statistics.items()}
 
     @torch.no_grad()
     def moments(self, images):
-        """(N, 3, H, W) in [-1, 1] -> (N, 2, C, h, w): mean and standard deviation of the posterior, unscaled."""
+        """(N, 3, H, W) in [-1, 1] -> (N, 2, C, h, w): mean and standard deviation of the posterior, not normalised."""
         posterior = self.vae.encode(images).latent_dist
         # contiguous: in a channels-last order torch.randn_like(x_0) would draw other noise than for stored moments
         return torch.stack([posterior.mean, posterior.std], dim=1).contiguous()
 
     def encode(self, images):
-        """A sample of the posterior, drawn from torch's random stream."""
+        """x_0; a sample of the posterior, drawn from torch's random stream."""
         return self.sample(self.moments(images))
 
     @torch.no_grad()
-    def decode(self, latents):
-        return self.vae.decode(latents / self.scaling + self.shift).sample
+    def decode(self, x_0):
+        return self.vae.decode(x_0 / self.scaling + self.shift).sample
+
+
+class DeterministicAutoencoder(Autoencoder):
+    """One whose encoder gives the latent itself."""
+
+    @torch.no_grad()
+    def moments(self, images):
+        """(N, 3, H, W) in [-1, 1] -> (N, 1, C, h, w), not normalised."""
+        return self.vae.encode(images)[0][:, None].contiguous()
+
+
+# By the name of diffusers' class: Stable Diffusion's (Rombach et al. 2022), DC-AE (Chen et al. 2024) and TAESD
+AUTOENCODERS = {
+    "AutoencoderKL": Autoencoder, "AutoencoderDC": DeterministicAutoencoder, "AutoencoderTiny": DeterministicAutoencoder,
+}  # fmt: skip
+
+
+def load_autoencoder(name):
+    """The Autoencoder of a local folder or hub name, by its config. Raises UserError, in one line, where there is none, or
+    where it cannot be fetched."""
+
+    def read(diffusers):
+        found = diffusers.AutoencoderKL.load_config(name)
+        kind = found.get("_class_name", "AutoencoderKL")
+        if kind not in AUTOENCODERS:
+            raise ValueError(f"it is of the kind {kind}; known are {', '.join(AUTOENCODERS)}")
+        # a config of an older diffusers lacks the keys that were added since, as that of the released autoencoders lacks
+        # scaling_factor: diffusers then takes the constructor's defaults, and so do we
+        parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
+        values = {p.name: p.default for p in parameters if p.default is not p.empty} | found
+        values["block_out_channels"] = values.get("encoder_block_out_channels") or values.get("block_out_channels")
+        return kind, AutoencoderConfig.from_flat(values)
+
+    kind, config = attempt_vae(name, read)
+    return AUTOENCODERS[kind](name, kind, config)
+
+
+def attempt_vae(name, read):
+    import diffusers  # takes seconds
+
+    return attempt("--vae", name, "autoencoder", "pass a folder written by save_pretrained", read, diffusers)
+
+
+SPACES = {"none": Pixels}  # by the name that --vae gives; made with the number of the images' channels
 
 
 def load_space(vae, image_channels=3):
-    """The space that --vae names: "ema" or "mse" (the released fine-tuned decoders), a folder or hub name, or "none"."""
-    return Pixels(image_channels) if vae == "none" else Autoencoder(RELEASED.get(vae, vae))
+    """The latent space that --vae names: one of SPACES, "ema" or "mse" (the released fine-tuned decoders), or a folder or
+    hub name of an autoencoder of diffusers."""
+    return SPACES[vae](image_channels) if vae in SPACES else load_autoencoder(RELEASED.get(vae, vae))
 
 
 def to_model_range(images):
@@ -162,6 +217,5 @@ def check_image_size(image_size, factor, patch_size):
     if image_size % unit:
         below = image_size // unit * unit
         fits = f"{below} and {below + unit} are the nearest that fit" if below else f"{unit} is the smallest that fits"
-        raise UserError(
-            f"--image-size {image_size}: not a multiple of {unit} (autoencoder {factor} times patch {patch_size}); {fits}"
-        )
+        problem = f"not a multiple of {unit} (autoencoder {factor} times patch {patch_size})"
+        raise UserError(f"--image-size {image_size}", problem, fits)

@@ -45,6 +45,10 @@ class Captions:
         """The texts of an image, a list."""
         return [self.texts[number] for number in range(self.starts[index], self.starts[index + 1])]
 
+    def text(self, seed, index, epoch):
+        """The text that an image has in this epoch."""
+        return self.texts[self.choose(seed, index, epoch)]
+
     def choose(self, seed, index, epoch):
         """The number, among `texts`, of the one that an image has in this epoch."""
         count = self.starts[index + 1] - self.starts[index]
@@ -59,50 +63,45 @@ def read_captions(root, names):
         files.check_regular(path)
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise UserError(
-            f"--data-path {root}: has no {FILE}, which tells the text of each image; write one, or leave out --text-encoder"
-        ) from None
+        way_out = "write one, or leave out --text-encoder"
+        raise UserError(f"--data-path {root}", f"has no {FILE}, which tells the text of each image", way_out) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({files.reason(error)})") from None
+        raise UserError(path, f"cannot be read ({files.reason(error)})", "correct it") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             name, texts = entry["file_name"], texts_of(entry)
-            if not isinstance(name, str):
-                raise ValueError
+            found.setdefault(posixpath.normpath(name), []).extend(texts)
         except (ValueError, TypeError, LookupError, RecursionError):
-            raise UserError(
-                f'{path}, line {number}: is not {{"file_name": ..., "text": ...}} with a text or a list of texts; mend it'
-            ) from None
-        found.setdefault(posixpath.normpath(name), []).extend(texts)
+            problem = 'is not {"file_name": ..., "text": ...} with a text or a list of texts'
+            raise UserError(f"{path}, line {number}", problem, "correct it") from None
     if unknown := found.keys() - set(names):
-        raise UserError(
-            f"{path}: names {printable(min(unknown))}, which is no image in {root}; mend the line, or remove it"
-        )
+        problem = f"names {printable(min(unknown))}, which is no image in {root}"
+        raise UserError(path, problem, "correct the line, or remove it")
     if without := [name for name in names if name not in found]:
         more = f" and of {len(without) - 1:,} others" if len(without) > 1 else ""
-        raise UserError(
-            f"{path}: has no text of the image {printable(without[0])}{more}; add a line for it, or move the image away"
-        )
+        problem = f"has no text of the image {printable(without[0])}{more}"
+        raise UserError(path, problem, "add a line for it, or move the image away")
     return Captions([found[name] for name in names])
 
 
 def read_prompts(path):
     """The prompts of a file, a list: the lines of a .txt file, or the "text" of those of a .jsonl file. Raises
     UserError."""
+    where, is_json = f"--prompts {path}", str(path).endswith(".jsonl")
     try:
         files.check_regular(path)
         lines = [line.strip() for line in Path(path).read_bytes().decode().split("\n") if line.strip()]
-        prompts = [text for line in lines for text in texts_of(json.loads(line))] if str(path).endswith(".jsonl") else lines
+        prompts = [text for line in lines for text in texts_of(json.loads(line))] if is_json else lines
     except OSError as error:
-        raise UserError(f"--prompts {path}: cannot be read ({files.reason(error)})") from None
+        raise UserError(where, f"cannot be read ({files.reason(error)})", "name another file") from None
     except (ValueError, TypeError, LookupError, RecursionError):
-        wanted = 'lines with {"text": ...}' if str(path).endswith(".jsonl") else "text in UTF-8"
-        raise UserError(f"--prompts {path}: holds something else than {wanted}; mend it") from None
+        wanted = 'lines with {"text": ...}' if is_json else "text in UTF-8"
+        raise UserError(where, f"holds something else than {wanted}", "correct it") from None
     if not prompts:
-        raise UserError(f"--prompts {path}: holds no prompts; write one into each line")
+        raise UserError(where, "holds no prompts", "write one into each line")
     return prompts
 
 

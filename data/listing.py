@@ -1,16 +1,20 @@
-"""The list of an image folder's files and classes."""
+"""The list of an image folder's files and classes, and readable names of classes."""
 
+import functools
 import itertools
 import os
+import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import is_image_file
 
 from runtime import files
 from runtime.errors import UserError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class Names:
@@ -32,9 +36,9 @@ class Names:
 
 @dataclass
 class Listing:
-    """The images of a folder. names: their paths relative to it. labels: (N,) int64, positions in `folders`, the names of
-    the class folders. checksum: CRC-32 of names and labels, as eight hexadecimal digits. notes: lines about what was left
-    out. captions: the images' texts, where they are read."""
+    """The images of a folder. names: their paths relative to it, for `to_path`. labels: (N,) int64, positions in `folders`,
+    the names of the class folders. checksum: CRC-32 of names and labels, as eight hexadecimal digits. notes: lines about
+    what was left out. captions: the images' texts, where they are read."""
 
     names: Names
     labels: np.ndarray
@@ -49,16 +53,30 @@ def printable(name):
     return str(name).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
+def to_text(path):
+    """A file's name as text in UTF-8, whatever the locale, whose encoding Python reads names with."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def to_path(name):
+    """The other way round."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+def is_image_file(name):
+    return name.lower().endswith(ENDINGS)
+
+
 def list_images(root, loose=False):
     """The Listing of an image folder. Each folder in it is a class, whose images are in it or in folders below it; classes
     are in the order of their names. Hidden files and folders are ignored, and folders without images are no classes. loose:
     images beside the folders are a class too, called ".". Raises UserError where there are no images at all."""
     if not os.path.isdir(root):
         raise UserError(f"--data-path {root}: no such folder")
-    found, unreadable = _walk(str(root))
-    names, labels, classes, stray, endings = [], [], [], 0, Counter()
-    for path, entries in found:
-        folder, images = path.split("/")[0], list(filter(is_image_file, entries))
+    found, left_out = walk(root, "--data-path ")
+    names, labels, classes, stray = [], [], [], 0
+    for path, images in found:
+        folder = path.split("/")[0]
         if path == "." and not loose:
             stray = len(images)
             continue
@@ -66,36 +84,35 @@ def list_images(root, loose=False):
             classes.append(folder)
         names += [f"{path}/{name}".removeprefix("./") for name in images]
         labels += [len(classes) - 1] * len(images)
-        others = itertools.filterfalse(is_image_file, entries)
-        endings.update(os.path.splitext(name)[1].lower() or "without an ending" for name in others if path != ".")
     empty = sorted({path.split("/")[0] for path, _ in found} - {".", *classes})
-    left_out = {
-        "folders without images, which are no classes": empty,
-        "files whose endings are not those of readable images": [f"{n:,} {ending}" for ending, n in endings.most_common()],
-        "images in no class's folder": [f"{stray:,}"] if stray else [],
-        "folders that cannot be read (Permission denied)": unreadable,
-    }
-    notes = [printable(f"Left out of {root}: {what}: {_shortened(of)}") for what, of in left_out.items() if of]
+    left_out = {"folders without images, which are no classes": empty, **left_out}
+    notes = notes_of(root, left_out | {"images in no class's folder": [f"{stray:,}"] if stray else []})
     if not names:
-        no_folders = "holds no folders; put each class's images into a folder of its own"
-        problem = f"no images in any of its {len(empty)} folders" if empty else no_folders
-        raise UserError("; ".join([f"--data-path {root}: {problem}", *notes]))
+        problem = f"no images in any of its {len(empty)} folders" if empty else "holds no folders"
+        raise UserError(f"--data-path {root}", problem, "; ".join(["put each class's images into one of its own", *notes]))
     lines = [f"{'/'.join(name.split('/')[-2:])} {label}" for name, label in zip(names, labels, strict=True)]
     return Listing(Names(names), np.array(labels, np.int64), classes, files.checksum_of_text(lines), notes)
 
 
-def _walk(root):
-    """([(folder, names of its files)], folders that cannot be read), relative to root, a class's folders one after another
-    and sorted. Links are followed, but for those to a folder that they are in, which would never end."""
-    found, unreadable, above = [], [], {root: {os.path.realpath(root)}}
+def walk(root, option=""):
+    """([(folder, names of its images)], {what was left out: words}) of a folder and all below it, as text relative to it,
+    without hidden ones; the folders of a class one after another, and sorted. Links are followed, but for those to a folder
+    that they are in, which would never end. Raises UserError, beginning with `option`, where the folder cannot be read."""
+    root = str(root)
+    found, unreadable, endings, above = [], [], Counter(), {root: {os.path.realpath(root)}}
 
     def failed(error):
-        if not isinstance(error, PermissionError):
-            raise UserError(f"--data-path {error.filename}: cannot be read ({files.reason(error)})")
-        unreadable.append(os.path.relpath(error.filename, root))
+        if not isinstance(error, PermissionError) or error.filename == root:
+            raise UserError(f"{option}{printable(error.filename)}: cannot be read ({files.reason(error)})")
+        unreadable.append(to_text(os.path.relpath(error.filename, root)))
 
     for path, folders, names in os.walk(root, onerror=failed, followlinks=True):
-        found.append((Path(os.path.relpath(path, root)).as_posix(), sorted(n for n in names if not n.startswith("."))))
+        folder = to_text(Path(os.path.relpath(path, root)).as_posix())
+        names = sorted(to_text(name) for name in names if not name.startswith("."))
+        found.append((folder, [*filter(is_image_file, names)]))
+        if folder != ".":
+            others = itertools.filterfalse(is_image_file, names)
+            endings.update(os.path.splitext(name)[1].lower() or "without an ending" for name in others)
         for name in list(folders):
             below = os.path.join(path, name)
             real = os.path.realpath(below)
@@ -103,8 +120,47 @@ def _walk(root):
                 folders.remove(name)
             else:
                 above[below] = above[path] | {real}
-    return sorted(found, key=lambda part: (part[0].split("/")[0], part[0])), unreadable
+    left_out = {
+        "files whose endings are not those of readable images": [f"{n:,} {ending}" for ending, n in endings.most_common()],
+        "folders that cannot be read (Permission denied)": unreadable,
+    }
+    return sorted(found, key=lambda part: (part[0].split("/")[0], part[0])), left_out
 
 
-def _shortened(words, most=5):
-    return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
+def notes_of(root, left_out, most=5):
+    """A line for each kind of what was left out: {what: words}."""
+    short = {what: ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
+             for what, words in left_out.items() if words}  # fmt: skip
+    return [printable(f"Left out of {root}: {what}: {words}") for what, words in short.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names of classes
+
+
+@functools.cache
+def imagenet_names():
+    """{WordNet number: name} of all ImageNet classes, such as {"n02099601": "golden retriever"}. The first 1000 are those
+    of ILSVRC 2012 in the order of their labels, with torchvision's names; the others have WordNet's first terms."""
+    from timm.data import ImageNetInfo
+    from torchvision.models import ResNet50_Weights
+
+    thousand = dict(zip(ImageNetInfo().label_names(), ResNet50_Weights.IMAGENET1K_V1.meta["categories"], strict=True))
+    terms = ImageNetInfo("imagenet-21k-goog").label_descriptions(as_dict=True)
+    return thousand | {number: text.split(",")[0] for number, text in terms.items() if number not in thousand}
+
+
+def readable_names(folders):
+    """A name for each class's folder: its own; but where all folders are called by WordNet numbers that ImageNet has, their
+    names, which are followed by the number where several classes have the same."""
+    if not all(re.fullmatch(r"n\d{8}", folder) and folder in imagenet_names() for folder in folders):
+        return list(folders)
+    names = [imagenet_names()[folder] for folder in folders]
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)]
+
+
+def comparable(name):
+    """A name in the form in which names are compared: lower case, composed (a Mac's folders have decomposed names), and in
+    UTF-8 where an ASCII locale has kept its bytes apart."""
+    return unicodedata.normalize("NFC", name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")).lower()

@@ -1,7 +1,13 @@
 """The order of the data and the horizontal flips: functions of (seed, epoch, image), whatever the number of processes and
 workers. And the DataLoader that reads in this order."""
 
+import multiprocessing.queues
+import os
+import re
 import signal
+import sys
+import tempfile
+import threading
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -9,9 +15,11 @@ from torch.utils.data import DataLoader, Sampler
 from runtime import seeds
 from runtime.errors import UserError
 
+MAX_FOLDER = 75  # characters of TMPDIR: sockets' names have up to 107, of which Python adds 32
 
-def is_mirrored(seed, index, epoch):
-    """Whether an image is seen mirrored in this epoch, 0 or 1, each with probability 1/2."""
+
+def is_flipped(seed, index, epoch):
+    """Whether an image is seen flipped in this epoch, 0 or 1, each with probability 1/2."""
     return int(seeds.generator(seed, seeds.FLIP, epoch, index).integers(2))
 
 
@@ -44,9 +52,16 @@ class GlobalOrder(Sampler):
 
 def _start_worker(worker_id):
     # a scheduler's signal reaches the whole process group; the training process decides when the workers end
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    for name in {"SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"}.intersection(dir(signal)):  # Windows has two of them
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
+    # a thread hands over the batches; without the one that it could not hand over, the training process would wait for ever
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+
+
+def _end_worker(error, batch):
+    print(f"data worker: a batch cannot be handed over ({error})", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _unchanged(batch):
@@ -54,18 +69,34 @@ def _unchanged(batch):
 
 
 def make_loader(dataset, order, num_workers=0, pin_memory=False):
-    """A DataLoader of the dataset's batches in the given order, read ahead by worker processes, of which there are none for
-    a dataset that is `in_memory`. A dataset with `__getitems__` makes a batch of a list of keys itself."""
-    num_workers = 0 if dataset.in_memory else num_workers
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        collate_fn=_unchanged if hasattr(dataset, "__getitems__") else None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        persistent_workers=num_workers > 0,
-    )
+    """Yield a dataset's batches in the given order, read ahead by worker processes, of which there are none for a dataset
+    that is `in_memory`. They start with the first batch, so that `next_batch` reports what goes wrong with that. A dataset
+    with `__getitems__` makes a batch of a list of keys itself."""
+    num_workers, folder = 0 if dataset.in_memory else num_workers, tempfile.gettempdir()
+    if num_workers and len(os.fsencode(folder)) > MAX_FOLDER:
+        way_out = f"set it to a folder of up to {MAX_FOLDER} characters, or pass --num-workers 0"
+        raise UserError(f"TMPDIR {folder}", "too long for the sockets of data workers", way_out)
+    collate, others = _unchanged if hasattr(dataset, "__getitems__") else None, set(multiprocessing.active_children())
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "worker_init_fn": _start_worker}
+    batches = DataLoader(dataset, batch_sampler=order, collate_fn=collate, **options)
+    try:
+        batches = iter(batches)
+        # PyTorch would raise a worker's death anywhere, in the middle of an update too; next_batch notices it by itself
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from batches
+    finally:
+        getattr(batches, "_shutdown_workers", lambda: None)()  # now: the traceback of an error would keep them alive
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()  # they ignore SIGTERM
+
+
+ADVICE = {  # by what the system or PyTorch says
+    "too many open files|ancdata": "raise the limit with ulimit -n, or lower --num-workers",
+    "af_unix": "set TMPDIR to a shorter path, or pass --num-workers 0",
+    "": "if memory was short: lower --num-workers; if /dev/shm is small, as in Docker, start the container with --ipc=host "
+    "or a larger --shm-size; if too many files were open: raise the limit with ulimit -n, or lower --num-workers",
+}
 
 
 def next_batch(batches):
@@ -74,18 +105,12 @@ def next_batch(batches):
     try:
         return next(batches), None
     except (UserError, RuntimeError, OSError, EOFError) as error:
-        # the frames of the traceback hold the DataLoader's iterator; as long as anything holds the error, its workers would
-        # live on, and the interpreter waits for them at exit for ever
-        error.__traceback__ = None
-        text = str(error).strip()
+        error.__traceback__ = None  # its frames hold the DataLoader
+        text = (str(error.args[0]) if len(error.args) == 1 else str(error)).strip()
         if isinstance(error, UserError):  # from a worker, it comes with the worker's traceback around it
-            line = str(*error.args).split("UserError: ")[-1].split("\n")[0]
+            line = text.split(f"{type(error).__name__}: ")[-1].split("\n")[0]
             # open_image does not know of this option, which all commands that read through a loader have
             return None, line.replace("; remove it", "; remove it, or pass --skip-bad-images")
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in text and "shared memory" not in text:
-            raise
-        reason = (text.splitlines() or [type(error).__name__])[-1][:300]
-        return None, (
-            f"a data worker died: {reason} (if memory was short: lower --num-workers; if /dev/shm is "
-            "small, as in Docker, start the container with --ipc=host or a larger --shm-size)"
-        )
+        reason = (text.splitlines() or [type(error).__name__])[-1].split(". ")[0][:300]
+        advice = next(advice for words, advice in ADVICE.items() if re.search(words, text.lower()))
+        return None, f"a data worker died: {reason} ({advice})"

@@ -1,22 +1,20 @@
 """Texts as a model takes them, encoded by a frozen T5 or CLIP text model of the package transformers.
 
 encoder = TextEncoder("google/t5-v1_1-xl")       # reads the config and the tokenizer
-encoder.place(device)                            # reads the weights
+encoder.to(device)                            # reads the weights
 y = encoder(["a handwritten seven"])             # (N, L, W + 1): of each token W numbers, then 1, or 0 for padding
 """
 
 import functools
 import json
 import math
-import os
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from data.pretrained import attempt
 from runtime.errors import UserError
-from runtime.files import check_regular
 
 LENGTH = 120  # tokens, as in PixArt-alpha (Chen et al. 2024)
 CLASSES = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}  # by config.model_type
@@ -33,26 +31,16 @@ class TextEncoder:
         config = getattr(self.config, "text_config", self.config)
         limit = min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
         if length and length > limit:
-            raise UserError(f"--text-length {length}: --text-encoder {name} takes up to {limit} tokens")
+            raise UserError(f"--text-length {length}", f"--text-encoder {name} takes up to {limit} tokens", "lower it")
         self.width, self.length = config.hidden_size, length or min(LENGTH, limit)
 
     def _attempt(self, read):
         try:
             import transformers  # takes seconds to import
         except ImportError:
-            raise UserError('--text-encoder: needs the package transformers; pip install "transformers>=4.49"') from None
-        try:
-            for path in Path(self.name).glob("*.*"):  # what transformers might open
-                check_regular(path)
-            with torch.random.fork_rng(devices=[]):  # some versions draw weights before they read them
-                return read(transformers)
-        except Exception as error:  # transformers, the hub's client and its HTTP library each raise their own kinds
-            where = "in that folder" if os.path.isdir(self.name) else "there, and no local folder of that name"
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-            raise UserError(
-                f"--text-encoder {self.name}: no usable text encoder {where} ({reason}); pass a folder with a T5 or CLIP "
-                "text model and its tokenizer, or a hub name"
-            ) from None
+            raise UserError("--text-encoder", "needs the package transformers", 'pip install "transformers>=5.0"') from None
+        way_out = "pass a folder with a T5 or CLIP text model and its tokenizer, or a hub name, as --text-encoder"
+        return attempt("--text-encoder", self.name, "text encoder", way_out, read, transformers)
 
     def _read_config(self, transformers):
         config = transformers.AutoConfig.from_pretrained(self.name)
@@ -65,13 +53,14 @@ class TextEncoder:
         transformers.logging.set_verbosity_error()  # it would warn of the decoder or image model, which are not needed
         transformers.logging.disable_progress_bar()
         kind = getattr(transformers, CLASSES[self.config.model_type])
-        encoder, report = kind.from_pretrained(self.name, dtype=torch.float32, output_loading_info=True)
+        with torch.random.fork_rng(devices=[]):  # some versions draw weights before they read them
+            encoder, report = kind.from_pretrained(self.name, dtype=torch.float32, output_loading_info=True)
         transformers.logging.set_verbosity(verbosity)
         if report["missing_keys"]:  # they would be drawn at random
             raise ValueError(f"the weights {min(report['missing_keys'])} are missing")
         return encoder
 
-    def place(self, device):
+    def to(self, device):
         self.encoder = self.encoder or self._attempt(self._read_weights)
         self.encoder.to(device).eval().requires_grad_(False)
         return self
@@ -88,9 +77,8 @@ class TextEncoder:
     def tokens(self, texts):
         """(tokens, lengths) of texts: (sum of the lengths, W) float32 without padding, and (N,) int64."""
         device = self.encoder.device
-        found = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(device)
+        options = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
+        found = self.tokenizer(list(texts), **options).to(device)
         mask = found["attention_mask"].bool()  # (N, L)
         mask[:, 0] |= ~mask.any(1)  # of an empty text, where the tokenizer adds no token: there must be one
         with torch.autocast(device.type, enabled=False):
@@ -108,15 +96,23 @@ class TextEncoder:
         return self([""])[0]
 
 
-@functools.lru_cache(maxsize=1)
-def load_text_encoder(name, length):
-    """The TextEncoder with its weights, read once: the training data and the held-out data share it. Raises UserError."""
-    return TextEncoder(name, length).place("cpu")
+_loaded = {}  # {(name, length): the TextEncoder}, one at most
+
+
+def load_text_encoder(name, length=None):
+    """The TextEncoder with its weights, read once: the training data and the held-out data share it. length: None for the
+    encoder's own. Raises UserError."""
+    if (name, length) not in _loaded:
+        encoder = TextEncoder(name, length).to("cpu")
+        _loaded.clear()
+        _loaded.update(dict.fromkeys([(name, length), (name, encoder.length)], encoder))
+    return _loaded[name, length]
 
 
 @dataclass(frozen=True)
 class StoredTexts:
-    """In place of the encoder where all texts are stored: what there is to know of it. null: as `TextEncoder.null`."""
+    """In place of the encoder where the data's texts are stored: what there is to know of it. The encoder is read where
+    other texts are to be encoded, such as prompts. null: as `TextEncoder.null`."""
 
     name: str
     crc32: str
@@ -124,11 +120,17 @@ class StoredTexts:
     length: int
     null: torch.Tensor
 
-    def place(self, device):
+    def to(self, device):
         return self
 
     def __call__(self, texts):
-        raise UserError(f"--text-encoder {self.name}: is needed to encode other texts than the stored ones")
+        return self.load("the stored texts")(texts)
+
+    def load(self, what):
+        """The TextEncoder. Raises UserError where it is not the one that encoded `what`."""
+        encoder = load_text_encoder(self.name, self.length)
+        check_same(encoder, self.crc32, what)
+        return encoder
 
 
 def pad(tokens, lengths, length):
@@ -139,15 +141,8 @@ def pad(tokens, lengths, length):
     return torch.cat([tokens[index.clamp(max=len(tokens) - 1)] * mask, mask.to(tokens.dtype)], dim=2)
 
 
-def encode_texts(text, batch, device):
-    """y (N, L, W + 1) of a batch's texts, or of their stored tokens. text: a TextEncoder or StoredTexts."""
-    if "text_tokens" in batch:
-        tokens, lengths = (batch[name].to(device, non_blocking=True) for name in ("text_tokens", "text_lengths"))
-        return pad(tokens.float(), lengths, text.length)
-    return text(batch["text"])
-
-
-def check_same(option, encoder, crc32, what):
+def check_same(encoder, crc32, what):
     """Raises UserError where an encoder is another one than that of `crc32` (None: not known), which made `what`."""
     if crc32 not in (None, encoder.crc32):
-        raise UserError(f"{option} {encoder.name}: is not the encoder that {what} was made with; pass that one")
+        problem = f"is not the encoder that made {what}"
+        raise UserError(f"--text-encoder {encoder.name}", problem, "pass that one as --text-encoder")

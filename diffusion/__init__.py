@@ -10,21 +10,14 @@ or, by the original release's names,
 """
 
 # torch and numpy take seconds to import: the functions below import them, so that commands can check their options first
-from .registry import check_options
+import contextlib
+
+from .registry import OBJECTIVES, SAMPLERS, Objective, Sampler, check_options, load, make_objective  # noqa: F401 -- public
 
 
-def create_diffusion(
-    timestep_respacing,
-    noise_schedule="linear",
-    use_kl=False,
-    sigma_small=False,
-    predict_xstart=False,
-    learn_sigma=True,
-    rescale_learned_sigmas=False,
-    diffusion_steps=1000,
-    predict="eps",
-    snr_gamma=None,
-):
+def create_diffusion(timestep_respacing, noise_schedule="linear", use_kl=False, sigma_small=False, predict_xstart=False,
+                     learn_sigma=True, rescale_learned_sigmas=False, diffusion_steps=1000, predict="eps",
+                     snr_gamma=None):  # fmt: skip
     """Make the process of the paper: 1000 steps, linear betas, eps prediction, learned variances.
 
     timestep_respacing: "" or None for all steps, else as in `space_timesteps` ("250", "10,15,20", "ddim50").
@@ -33,46 +26,29 @@ def create_diffusion(
     rescale_learned_sigmas: weigh the bound in the hybrid loss by the number of kept steps / 1000. predict: "eps", "x0" or
     "v"; snr_gamma: see `GaussianDiffusion`.
     Raises ValueError for an unknown schedule or an impossible spacing."""
-    from .gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
+    from .gaussian_diffusion import get_named_beta_schedule
+    from .original import OriginalDiffusion
     from .respace import respaced_betas, space_timesteps
 
-    betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
     timesteps = space_timesteps(diffusion_steps, "" if timestep_respacing is None else timestep_respacing)
-    fixed_variance = "small" if sigma_small else "large"
-    return GaussianDiffusion(
-        respaced_betas(betas, timesteps),
-        timestep_map=timesteps,
-        variance="learned" if learn_sigma else fixed_variance,
-        predict="x0" if predict_xstart else predict,
-        use_kl=use_kl,
-        vb_weight=len(timesteps) / 1000 if rescale_learned_sigmas else 1.0,
-        snr_gamma=snr_gamma,
-    )
+    variance = "learned" if learn_sigma else "small" if sigma_small else "large"
+    predict = "x0" if predict_xstart else predict
+    vb_weight = len(timesteps) / 1000 if rescale_learned_sigmas else 1.0
+    betas = respaced_betas(get_named_beta_schedule(noise_schedule, diffusion_steps), timesteps)
+    return OriginalDiffusion(betas, timesteps, variance, predict, use_kl, vb_weight, snr_gamma)
 
 
-def sample(
-    sampler,
-    denoiser,
-    x_T,
-    num_steps,
-    *,
-    eta=0.0,
-    spacing=None,
-    step_noise=None,
-    init=None,
-    strength=1.0,
-    progress=False,
-    create=create_diffusion,
-):
+def sample(sampler, denoiser, x_T, num_steps, *, eta=0.0, spacing=None, step_noise=None, init=None, strength=1.0,
+           progress=False, create=create_diffusion):  # fmt: skip
     """Turn noise into x_0, step by step: returns an iterator that yields dicts of `sample` (x_t, at the end x_0),
     `pred_xstart` and `step`, which counts down to 0; `samplers.last` of it is x_0. Nothing is clipped. The next step of
     "ddpm" and "ddim" starts from the dict's `sample`, which the caller may replace.
 
-    sampler: one of `registry.SAMPLERS`. denoiser: maps (x_t, t) to (N, C or 2C, ...): eps, then the variance's
-    interpolation where it is learned (`flow.eps_denoiser` makes one of models that predict something else); t, the same for
-    the batch, is a Python number in [0, 999], so that the denoiser can decide by it without a GPU synchronisation, and for
-    "heun" and "euler" may be fractional. `guidance.guided_denoiser` makes one of a model. The samplers of flows take a
-    denoiser of the velocity: `flow.flow_steps`. x_T: (N, C, ...), standard normal.
+    sampler: one of `registry.SAMPLERS`, by name. denoiser: maps (x_t, t) to (N, C or 2C, ...): eps, then the variance's
+    interpolation where it is learned (`flow.eps_denoiser` makes one of models that predict something else); for a sampler
+    of flows the velocity. t, the same for the batch, is a Python number in [0, 1000], so that the denoiser can decide by it
+    without a GPU synchronisation, and may be fractional. `guidance.guided_denoiser` makes one of a model. x_T: (N, C, ...),
+    standard normal.
     num_steps: steps in time; the sampler's `evaluations` says how often the denoiser is called.
         "ddpm": as create_diffusion(str(num_steps)). "ddim": "ddimN" where that exists, else evenly spaced.
     eta: of "ddim": noise in each step, 0 none to 1 about DDPM's. step_noise(x, i): the noise of step i, where one is added;
@@ -83,45 +59,44 @@ def sample(
     create: `create_diffusion`, or a partial of it with the options that the model was trained with.
     Raises ValueError for an option that the sampler lacks, or an impossible number of steps."""
     from . import samplers
+    from .gaussian_diffusion import check_shape
 
     chosen = check_options(sampler, eta, spacing)
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength} is not in (0, 1]")
+    process, x = sampling_process(chosen, num_steps, spacing, create), x_T
     if init is not None:
-        samplers.check_shape("init", init, x_T.shape)
-    made = max(1, round(strength * num_steps)) if init is not None else num_steps
-    if chosen.flow:
-        from .flow import flow_steps
-
-        check_number(sampler, num_steps)
-        step_noise = (step_noise or samplers.fresh_noise) if chosen.adds_noise else samplers.no_noise
-        return flow_steps(chosen.flow, denoiser, x_T, num_steps, progress, step_noise, init, made)
-    if chosen.scheduler:
-        process = create("")
-        if process.predict != "eps":
-            raise ValueError(f"{sampler} needs a model that predicts eps; `eps_denoiser` makes one of others")
-        scheduler = samplers.solver_scheduler(chosen, process.betas, num_steps, spacing)
-        return samplers.solver_steps(scheduler, denoiser, x_T, made, progress, init)
-    process = samplers.respaced_process(chosen, num_steps, create)
-    step_noise = samplers.no_noise if chosen.is_deterministic(eta) else step_noise or samplers.fresh_noise
-    make_step = chosen.step(process, eta)
-    return samplers.process_steps(process, make_step, denoiser, x_T, made, progress, step_noise, init)
+        check_shape("init", init, x_T.shape)
+        num_steps = max(1, round(strength * num_steps))
+        x = process.q_sample(init, num_steps - 1, x_T)
+    steps = samplers.progress_bar(range(num_steps - 1, -1, -1), progress)
+    options = {"eta": eta} if "eta" in chosen.options else {}
+    return load(chosen.function)(process, denoiser, x, steps, step_noise or samplers.fresh_noise, **options)
 
 
 def check_sampler(name, num_steps, eta=0.0, spacing=None):
     """Raises ValueError for an option that the sampler lacks, or an impossible number of steps of the 1000."""
-    from . import samplers
+    sampling_process(check_options(name, eta, spacing), num_steps, spacing)
 
-    sampler = check_options(name, eta, spacing)
+
+def sampling_process(sampler, num_steps, spacing=None, create=create_diffusion):
+    """What a Sampler gets as its process: num_steps steps of `create`'s process, or of a flow. Raises ValueError where they
+    are impossible."""
     if sampler.flow:
-        check_number(name, num_steps)
-    elif sampler.scheduler:
-        samplers.solver_scheduler(sampler, create_diffusion("").betas, num_steps, spacing)
-    else:
-        samplers.respaced_process(sampler, num_steps, create_diffusion)
+        from .flow import Flow
 
+        if not 1 <= num_steps <= 1000:
+            raise ValueError(f"{sampler.name} cannot make {num_steps} steps: ask for 1 to 1000")
+        return Flow(num_timesteps=num_steps)
+    if sampler.scheduler:
+        from .samplers import SolverSteps
 
-def check_number(name, num_steps):
-    """Raises ValueError for a number of steps that a sampler of flows does not make."""
-    if not 1 <= num_steps <= 1000:
-        raise ValueError(f"{name} cannot make {num_steps} steps: ask for 1 to 1000")
+        whole = create("")
+        if whole.predict != "eps":
+            raise ValueError(f"{sampler.name} needs a model that predicts eps; `eps_denoiser` makes one of others")
+        return SolverSteps(sampler, whole.betas, num_steps, spacing)
+    *preferred, always = (pattern.format(num_steps) for pattern in sampler.respacings)
+    for respacing in preferred:
+        with contextlib.suppress(ValueError):  # no integer stride leaves exactly num_steps
+            return create(respacing)
+    return create(always)

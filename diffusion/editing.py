@@ -8,27 +8,22 @@ from .samplers import progress_bar
 
 
 @torch.no_grad()
-def ddim_inversion(diffusion, denoiser, x_0, progress=False):
+def ddim_inversion(process, denoise, x_0, progress=False):
     """From an image to the noise from which "ddim" with eta = 0 and the same steps returns to it: DDIM, section 5.4. Each
     step up takes the eps of the level below, so the way back is exact only in the limit of many steps.
 
-    diffusion: the process of the steps, `create_diffusion("ddim50")`. denoiser, and what is yielded: as `diffusion.sample`,
-    with as many evaluations as steps; `step` counts up, and the last `sample` is x_T. x_0: (N, C, ...)."""
-    timesteps = diffusion.timestep_map
+    process: of the steps, `create_diffusion("ddim50")`. denoise, and what is yielded: as `diffusion.sample`, with as many
+    evaluations as steps; `step` counts up, and the last `sample` is x_T. x_0: (N, C, ...)."""
     x = pred_xstart = x_0
-    for i in progress_bar(range(diffusion.num_timesteps), progress):
+    for i in progress_bar(range(process.num_timesteps), progress):
         below = max(i - 1, 0)  # the image itself is taken for a sample of step 0
-        t = torch.full((len(x),), below, device=x.device)
-
-        def model(x, t, timestep=timesteps[below]):
-            return denoiser(x, timestep)
-
+        predicted = process.predict_xstart_from_output(x, below, denoise(x, process.timestep_map[below]))
+        eps = process.predict_eps_from_xstart(x, below, predicted)
         if i == 0:
-            from_image = diffusion.p_mean_variance(model, x, t, clip_denoised=False)["pred_xstart"]
-            x = diffusion.q_sample(x_0, t, diffusion.predict_eps_from_xstart(x, t, from_image))
+            x = process.q_sample(x_0, 0, eps)
         else:
-            out = diffusion.ddim_reverse_sample(model, x, t, clip_denoised=False)
-            x, pred_xstart = out["sample"], out["pred_xstart"]
+            pred_xstart, alpha_bar = predicted, process.at("alphas_cumprod", i, x)
+            x = pred_xstart * alpha_bar.sqrt() + (1 - alpha_bar).sqrt() * eps  # eq. 12 with sigma = 0, upwards
         yield {"sample": x, "pred_xstart": pred_xstart, "step": i}
 
 

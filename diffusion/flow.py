@@ -11,59 +11,52 @@ import math
 import numpy as np
 import torch
 
-from .gaussian_diffusion import mean_flat, per_sample
-from .samplers import check_shape, fresh_noise, progress_bar
+from .gaussian_diffusion import check_shape, mean_flat, per_sample
+from .registry import OBJECTIVES
 
 
 class Flow:
-    """The training objective: the mean squared error of v. Timesteps t = 1000 s are real numbers."""
+    """The flow in num_timesteps equal steps, and its training objective: the mean squared error of v. Step i goes from
+    s = (i + 1) / num_timesteps to i / num_timesteps. Timesteps t = 1000 s, which the model is told, are real numbers."""
 
-    num_timesteps = 1000
+    def __init__(self, predict="v", learn_sigma=False, loss_weight="uniform", num_timesteps=1000):
+        if (predict, learn_sigma, loss_weight) != ("v", False, "uniform"):
+            raise ValueError("a flow predicts v alone, without a variance, and its loss has no weight")
+        self.num_timesteps = num_timesteps
+        self.levels = np.linspace(1, 0, num_timesteps + 1).tolist()[-2::-1]  # s of each step
+        self.timestep_map = [1000 * s for s in self.levels]
+
+    def alpha_sigma(self, i):
+        """(alpha, sigma) of step i, two numbers: x_s = alpha x_0 + sigma eps, sigma = s. Step -1 is the image: (1, 0)."""
+        s = self.levels[i] if i >= 0 else 0.0
+        return 1 - s, s
+
+    def q_sample(self, x_start, i, noise):
+        """x_s of step i. x_start, noise: (N, ...)."""
+        alpha, sigma = self.alpha_sigma(i)
+        return alpha * x_start + sigma * noise
+
+    def predict_xstart_from_output(self, x, i, output):
+        """x_0 as a model of the velocity predicts it at step i."""
+        return x - self.alpha_sigma(i)[1] * check_shape("the model's output, the velocity,", output, x.shape)
 
     def draw_timesteps(self, number, device, sampling="uniform"):
         """Timesteps for training, (number,) float32 in (0, 1000): uniform, or "logit-normal", where s is the sigmoid of a
         standard normal number (Esser et al. 2024, section 3.1)."""
         if sampling == "uniform":
-            return torch.rand(number, device=device) * self.num_timesteps
-        return torch.randn(number, device=device).sigmoid() * self.num_timesteps
+            return torch.rand(number, device=device) * 1000
+        return torch.randn(number, device=device).sigmoid() * 1000
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """The losses at t: (N,) for clean x_start: (N, C, ...). Returns a dict of (N,) tensors: `loss`, and the same as
         `mse`."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        s = per_sample(t / self.num_timesteps, x_start).to(x_start.dtype)
+        s = per_sample(t / 1000, x_start).to(x_start.dtype)
         x_s = (1 - s) * x_start + s * noise
         output = model(x_s, t, **(model_kwargs or {})).to(x_s.dtype)
         check_shape("the model's output, the velocity,", output, x_s.shape)
         mse = mean_flat((noise - x_start - output) ** 2)
         return {"loss": mse, "mse": mse}
-
-
-@torch.no_grad()
-def flow_steps(method, denoiser, x_T, num_steps, progress=False, step_noise=fresh_noise, init=None, made=None):
-    """The last `made` (default: all) of num_steps equal steps in s from 1 to 0; what is yielded is that of
-    `diffusion.sample`, whose arguments denoiser (here of the velocity), step_noise and init are meant.
-
-    method: "euler"; "heun", of order 2; or "sde", Euler-Maruyama for the reverse-time SDE that has the same marginals as
-    the flow, with the diffusion coefficient w_s = s (SiT, eqs. 4 and 10). The last step goes straight to the predicted x_0,
-    with one evaluation and without noise."""
-    levels = np.linspace(1, 0, num_steps + 1).tolist()[num_steps - (made or num_steps) :]
-    x = x_T if init is None else (1 - levels[0]) * init + levels[0] * x_T
-    for i in progress_bar(range(len(levels) - 2, -1, -1), progress):
-        s, to = levels[-2 - i], levels[-1 - i]
-        v = denoiser(x, 1000 * s)
-        check_shape("the denoiser's velocity", v, x.shape)
-        pred_xstart, noise = x - s * v, step_noise(x, i)
-        if i == 0:
-            x = pred_xstart
-        elif method == "heun":
-            x = x + (to - s) * (v + denoiser(x + (to - s) * v, 1000 * to)) / 2
-        elif method == "sde":
-            eps = x + (1 - s) * v  # the score of q(x_s) is -eps / s
-            x = x + (to - s) * (v + 0.5 * eps) + (s * (s - to)) ** 0.5 * noise
-        else:
-            x = x + (to - s) * v
-        yield {"sample": x, "pred_xstart": pred_xstart, "step": i}
 
 
 @torch.no_grad()
@@ -103,11 +96,10 @@ def likelihood_levels(num_steps):
 def eps_denoiser(denoiser, objective, predict, alphas_cumprod):
     """A denoiser of eps, for every sampler of a diffusion, from one that predicts something else, in x_t's noise levels.
 
-    denoiser: maps (x_t, t) to v, then the variance's interpolation where it is learned; or, for the objective
-    "flow", (x_s, 1000 s) to the velocity. alphas_cumprod: (T,) of the full process; between timesteps
-    sqrt(1 / alpha_bar - 1) is linear, as in diffusers' solvers. A flow has the signal-to-noise ratio of x_t at
-    s = sigma / (alpha + sigma), with alpha = sqrt(alpha_bar_t) and sigma = sqrt(1 - alpha_bar_t), where
-    x_s = x_t / (alpha + sigma)."""
+    denoiser: maps (x_t, t) to v, then the variance's interpolation where it is learned; or, for an objective that is a
+    flow, (x_s, 1000 s) to the velocity. alphas_cumprod: (T,) of the full process; between timesteps sqrt(1 / alpha_bar - 1)
+    is linear, as in diffusers' solvers. A flow has the signal-to-noise ratio of x_t at s = sigma / (alpha + sigma), with
+    alpha = sqrt(alpha_bar_t) and sigma = sqrt(1 - alpha_bar_t), where x_s = x_t / (alpha + sigma)."""
     if predict == "eps":
         return denoiser
     ratios = np.sqrt(1 / alphas_cumprod - 1)
@@ -116,7 +108,7 @@ def eps_denoiser(denoiser, objective, predict, alphas_cumprod):
         ratio = np.interp(t, np.arange(len(ratios)), ratios).item()
         alpha = (1 + ratio**2) ** -0.5
         sigma = ratio * alpha
-        if objective == "flow":
+        if OBJECTIVES[objective].flow:
             x_s = x_t / (alpha + sigma)
             return x_s + alpha / (alpha + sigma) * denoiser(x_s, 1000 * sigma / (alpha + sigma))
         output = denoiser(x_t, t)

@@ -12,7 +12,12 @@ import math
 import numpy as np
 import torch
 
-from .samplers import check_shape, fresh_noise, last, run_steps
+
+def check_shape(what, tensor, shape):
+    """The tensor. Raises ValueError where it has another shape, which the equations would broadcast without a word."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+    return tensor
 
 
 def get_named_beta_schedule(schedule_name, num_timesteps):
@@ -40,13 +45,8 @@ def mean_flat(x):
 
 def normal_kl(mean1, log_variance1, mean2, log_variance2):
     """KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats."""
-    return 0.5 * (
-        log_variance2
-        - log_variance1
-        - 1.0
-        + torch.exp(log_variance1 - log_variance2)
-        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    )
+    ratio, distance = torch.exp(log_variance1 - log_variance2), (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 - 1.0 + ratio + distance)
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_variance):
@@ -61,23 +61,6 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
     lower = cdf(inv_std * (x - mean - 1 / 255))
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1.0 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
-
-
-def initial_noise(model, shape, noise, device):
-    """x_T of `shape`: `noise` where given, else drawn, on `device` or by default on the model's."""
-    if noise is not None:
-        check_shape("noise", noise, shape)
-        return noise if device is None else noise.to(device)
-    if device is None:
-        device = next(getattr(model, "__self__", model).parameters()).device  # a bound method has its model's
-    return torch.randn(*shape, device=device)
-
-
-# the tables of a fixed variance and its log
-FIXED_VARIANCES = {
-    "large": ("large_variance", "large_log_variance"),
-    "small": ("posterior_variance", "posterior_log_variance_clipped"),
-}
 
 
 class GaussianDiffusion:
@@ -119,49 +102,49 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1.0 - alpha_bar_prev) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar)  # of x_t
         self.log_betas = np.log(betas)
         # beta_0 would make the last step far too wide; the posterior's variance at 1 is the original's choice
-        self.large_variance = np.append(clipped[0], betas[1:])
-        self.large_log_variance = np.log(self.large_variance)
+        large = np.append(clipped[0], betas[1:])
+        self.fixed_variance = self.posterior_variance if variance == "small" else large
+        self.fixed_log_variance = np.log(clipped if variance == "small" else large)
         snr = alpha_bar / (1 - alpha_bar)
         # the squared error of x_0 times SNR is that of eps, and times SNR + 1 that of v
         of_x0 = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
         self.mse_weights = None if snr_gamma is None else np.minimum(snr, snr_gamma) / of_x0
-        self._placed = {}  # (name, device, is float64) -> the table there: moved once, so that no step copies from the host
-
-    def table(self, name, like):
-        """A table of the schedule, (num_timesteps,), on the device of the tensor `like`: int64 for "timestep_map", else
-        float64 where `like` is, and float32 otherwise."""
-        key = name, like.device, like.dtype == torch.float64
-        if key not in self._placed:
-            table = torch.as_tensor(getattr(self, name))
-            if table.is_floating_point() and like.dtype != torch.float64:
-                table = table.float()
-            self._placed[key] = table.to(like.device)
-        return self._placed[key]
+        self._tables = {}  # (name, device, is float64) -> the table there: moved once, so that no step copies from the host
 
     def at(self, name, t, x):
-        """The table's entries at t: (N,) int64, shaped to broadcast over x: (N, ...)."""
-        check_shape("t", t, (len(x),))
-        return per_sample(self.table(name, x)[t], x)
+        """A table's entries at t, (N,) int64 or one int for all, shaped to broadcast over x: (N, ...), on its device:
+        float32, or float64 where x is; int64 of "timestep_map"."""
+        if not isinstance(t, int):
+            check_shape("t", t, (len(x),))
+        key = name, x.device, x.dtype == torch.float64
+        if key not in self._tables:
+            table = torch.as_tensor(getattr(self, name))
+            as_float32 = table.is_floating_point() and x.dtype != torch.float64
+            self._tables[key] = (table.float() if as_float32 else table).to(x.device)
+        return per_sample(self._tables[key][t], x)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    def alpha_sigma_at(self, t, x):
+        """(alpha, sigma) at t, as `at`: x_t = alpha x_0 + sigma eps."""
+        return self.at("sqrt_alphas_cumprod", t, x), self.at("sqrt_one_minus_alphas_cumprod", t, x)
+
+    def alpha_sigma(self, i):
+        """The same of step i as two numbers. Step -1 is the image: (1, 0)."""
+        alpha_bar = self.alphas_cumprod[i].item() if i >= 0 else 1.0
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
     # The forward process
 
     def q_mean_variance(self, x_start, t):
         """Mean, variance and log-variance of q(x_t | x_0), each (N, ...): DDPM, eq. 4."""
-        mean = self.at("sqrt_alphas_cumprod", t, x_start) * x_start
-        variance = self.at("sqrt_one_minus_alphas_cumprod", t, x_start) ** 2
+        alpha, sigma = self.alpha_sigma_at(t, x_start)
         log_variance = self.at("log_one_minus_alphas_cumprod", t, x_start)
-        return mean, variance.expand_as(x_start), log_variance.expand_as(x_start)
+        return alpha * x_start, (sigma**2).expand_as(x_start), log_variance.expand_as(x_start)
 
     def q_sample(self, x_start, t, noise=None):
-        """Draw x_t from q(x_t | x_0): DDPM, eq. 4. x_start, noise: (N, ...); t: (N,) int64. Returns (N, ...)."""
-        if noise is None:
-            noise = torch.randn_like(x_start)
-        check_shape("noise", noise, x_start.shape)
-        return (
-            self.at("sqrt_alphas_cumprod", t, x_start) * x_start
-            + self.at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
-        )
+        """Draw x_t from q(x_t | x_0): DDPM, eq. 4. x_start, noise: (N, ...); t: (N,) int64 or an int. Returns (N, ...)."""
+        noise = torch.randn_like(x_start) if noise is None else check_shape("noise", noise, x_start.shape)
+        alpha, sigma = self.alpha_sigma_at(t, x_start)
+        return alpha * x_start + sigma * noise
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), each (N, ...): DDPM, eqs. 6 and 7."""
@@ -170,37 +153,45 @@ class GaussianDiffusion:
         variance = self.at("posterior_variance", t, x_t).expand_as(x_t)
         return mean, variance, self.at("posterior_log_variance_clipped", t, x_t).expand_as(x_t)
 
-    # ------------------------------------------------------------------------------------------------------------------
     # The reverse process
 
     def call_model(self, model, x_t, t, model_kwargs=None):
-        """The model at step t of this process. Whatever precision it computes in, the equations go on in x_t's."""
-        output = model(x_t, self.model_timesteps(t, x_t), **(model_kwargs or {})).to(x_t.dtype)
-        channels = 2 * x_t.shape[1] if self.variance == "learned" else x_t.shape[1]
-        check_shape(f"the model's output, with {self.variance} variance,", output, (len(x_t), channels, *x_t.shape[2:]))
-        return output
+        """The output of the model at step t, and what else it returns: the second of a pair, or None."""
+        output = model(x_t, self.model_timesteps(t, x_t), **(model_kwargs or {}))
+        return output if isinstance(output, tuple) else (output, None)
 
     def model_timesteps(self, t, x):
         """The timesteps of the full process, which models and classifiers are told: (N,) int64."""
         return self.at("timestep_map", t, x).flatten()
 
+    def split_output(self, output, x_t):
+        """A model's output as (prediction, variance's interpolation or None), each like x_t: whatever precision the model
+        computes in, the equations go on in x_t's."""
+        parts = 2 if self.variance == "learned" else 1
+        shape = (len(x_t), parts * x_t.shape[1], *x_t.shape[2:])
+        output = check_shape(f"the model's output, with {self.variance} variance,", output, shape).to(x_t.dtype)
+        return output.chunk(2, dim=1) if parts == 2 else (output, None)
+
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
         """p(x_{t-1} | x_t), and the model's idea of x_0, from one call of the model.
 
         x: (N, C, ...) at step t: (N,) int64. denoised_fn, then with clip_denoised a clamp to [-1, 1], are applied to
-        the predicted x_0. Returns a dict of `mean`, `variance`, `log_variance`, `pred_xstart`, each like x."""
-        output = self.call_model(model, x, t, model_kwargs)
-        return self._p_from_output(output, x, t, clip_denoised, denoised_fn)
+        the predicted x_0. Returns a dict of `mean`, `variance`, `log_variance`, `pred_xstart`, each like x, and of `extra`
+        where the model returns (output, extra)."""
+        output, extra = self.call_model(model, x, t, model_kwargs)
+        p = self.p_from_output(output, x, t, clip_denoised, denoised_fn)
+        return p if extra is None else {**p, "extra": extra}
 
-    def _p_from_output(self, output, x, t, clip_denoised=True, denoised_fn=None):
-        if self.variance == "learned":
-            output, fraction = output.chunk(2, dim=1)
+    def p_from_output(self, output, x, t, clip_denoised=False, denoised_fn=None):
+        """`p_mean_variance` of a model's output at step t: (N,) int64 or an int."""
+        output, fraction = self.split_output(output, x)
+        if fraction is not None:
             fraction = (fraction + 1) / 2  # from [-1, 1]; IDDPM, eq. 15
             high, low = self.at("log_betas", t, x), self.at("posterior_log_variance_clipped", t, x)
             log_variance = fraction * high + (1 - fraction) * low
             variance = torch.exp(log_variance)
         else:
-            variance, log_variance = (self.at(name, t, x).expand_as(x) for name in FIXED_VARIANCES[self.variance])
+            variance, log_variance = (self.at(f"fixed_{name}", t, x).expand_as(x) for name in ("variance", "log_variance"))
         pred_xstart = self.predict_xstart_from_output(x, t, output)
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
@@ -210,12 +201,13 @@ class GaussianDiffusion:
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
 
     def predict_xstart_from_output(self, x_t, t, output):
-        """x_0 as a model predicts it whose output, without the variance, is what `predict` says."""
+        """x_0 as a model predicts it whose output is what `predict` says. A variance in the output is not read."""
+        output = check_shape("the model's output", output[:, : x_t.shape[1]], x_t.shape).to(x_t.dtype)
         if self.predict == "eps":
             return self.predict_xstart_from_eps(x_t, t, output)
         if self.predict == "x0":
             return output
-        alpha, sigma = self.at("sqrt_alphas_cumprod", t, x_t), self.at("sqrt_one_minus_alphas_cumprod", t, x_t)
+        alpha, sigma = self.alpha_sigma_at(t, x_t)
         return alpha * x_t - sigma * output
 
     def predict_xstart_from_eps(self, x_t, t, eps):
@@ -229,134 +221,23 @@ class GaussianDiffusion:
         scaled_noise = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x_start
         return scaled_noise / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Classifier guidance: cond_fn(x, t, **model_kwargs) is the gradient of log p(y | x_t) with respect to x, times its
-    # scale; t is the timestep of the full process
-
-    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """The mean of p_mean_var, a result of `p_mean_variance`, shifted by the variance times the gradient: Dhariwal and
-        Nichol 2021, algorithm 1."""
-        return p_mean_var["mean"] + p_mean_var["variance"] * self._gradient(cond_fn, x, t, model_kwargs)
-
-    def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """p_mean_var, a result of `p_mean_variance`, with the `pred_xstart` and `mean` of an eps from which
-        sqrt(1 - alpha_bar) times the gradient is subtracted: Dhariwal and Nichol 2021, algorithm 2."""
-        shift = self.at("sqrt_one_minus_alphas_cumprod", t, x) * self._gradient(cond_fn, x, t, model_kwargs)
-        eps = self.predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"]) - shift
-        pred_xstart = self.predict_xstart_from_eps(x, t, eps)
-        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {**p_mean_var, "mean": mean, "pred_xstart": pred_xstart}
-
-    def _gradient(self, cond_fn, x, t, model_kwargs):
-        gradient = cond_fn(x, self.model_timesteps(t, x), **(model_kwargs or {}))
-        check_shape("cond_fn's gradient", gradient, x.shape)
-        return gradient
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Single steps. x: (N, C, ...) at step t: (N,) int64. clip_denoised, denoised_fn and model_kwargs are those of
-    # `p_mean_variance`. Each step returns a dict of `sample`, which is x at the next step, and `pred_xstart`.
-
-    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
-                 draw_noise=torch.randn_like):  # fmt: skip
-        """One step of ancestral sampling, from t to t - 1: DDPM, algorithm 2. draw_noise(x) gives the step's noise, in the
-        shape of x; it is asked at t = 0 too, where nothing is added."""
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        mean = p["mean"] if cond_fn is None else self.condition_mean(cond_fn, p, x, t, model_kwargs)
-        noise = draw_noise(x)
-        check_shape("noise", noise, x.shape)
-        std = torch.exp(0.5 * p["log_variance"]) * per_sample(t != 0, x)
-        return {"sample": mean + std * noise, "pred_xstart": p["pred_xstart"]}
-
-    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0,
-                    draw_noise=torch.randn_like):  # fmt: skip
-        """One step of DDIM, from t to t - 1: eq. 12, with the sigma of eq. 16 times eta; 0 is deterministic, 1 is close to
-        DDPM. draw_noise as in `p_sample`."""
-        pred_xstart, eps = self._ddim_prediction(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        alpha_bar, alpha_bar_prev = self.at("alphas_cumprod", t, x), self.at("alphas_cumprod_prev", t, x)
-        # 0 at t = 0, where alpha_bar_prev is 1
-        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
-        noise = draw_noise(x)
-        check_shape("noise", noise, x.shape)
-        mean = pred_xstart * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
-        return {"sample": mean + sigma * noise, "pred_xstart": pred_xstart}
-
-    def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
-                            eta=0.0):  # fmt: skip
-        """One step of DDIM towards noise, from t to t + 1: eq. 12 with sigma = 0. Raises ValueError for another eta than 0,
-        with which there is no way back."""
-        if eta != 0:
-            raise ValueError(f"eta {eta}: only the deterministic DDIM, with eta 0, can be reversed")
-        pred_xstart, eps = self._ddim_prediction(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        alpha_bar = self.at("alphas_cumprod_next", t, x)
-        return {"sample": pred_xstart * alpha_bar.sqrt() + (1 - alpha_bar).sqrt() * eps, "pred_xstart": pred_xstart}
-
-    def _ddim_prediction(self, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs):
-        """x_0 and eps as DDIM predicts them: with the clamp and the classifier's gradient."""
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        if cond_fn is not None:
-            p = self.condition_score(cond_fn, p, x, t, model_kwargs)
-        return p["pred_xstart"], self.predict_eps_from_xstart(x, t, p["pred_xstart"])
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Sampling loops through every step of this process, by the original release's names
-
-    def p_sample_loop(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None,
-                      model_kwargs=None, device=None, progress=False):  # fmt: skip
-        """Ancestral sampling: DDPM, algorithm 2.
-
-        shape: (N, C, ...). noise: x_T, by default drawn. device: by default the noise's, or the model's. progress: show a
-        progress bar. The others as in `p_sample`. Each step draws one torch.randn_like(x), the last too. Returns x_0."""
-        return last(self.p_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress
-        ))  # fmt: skip
-
-    def p_sample_loop_progressive(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None,
-                                  model_kwargs=None, device=None, progress=False):  # fmt: skip
-        """`p_sample_loop`, yielding after each step the dict of `p_sample`. The next step starts from the dict's `sample`,
-        which the caller may replace, as for inpainting."""
-
-        def step(x, t, i):
-            return self.p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-
-        return run_steps(step, initial_noise(model, shape, noise, device), self.num_timesteps, progress)
-
-    def ddim_sample_loop(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None,
-                         model_kwargs=None, device=None, progress=False, eta=0.0):  # fmt: skip
-        """DDIM sampling, DDIM eqs. 12 and 16: deterministic for eta = 0, close to `p_sample_loop`, whose arguments and
-        random stream it shares, for eta = 1."""
-        return last(self.ddim_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta
-        ))  # fmt: skip
-
-    def ddim_sample_loop_progressive(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None,
-                                     model_kwargs=None, device=None, progress=False, eta=0.0):  # fmt: skip
-        """`ddim_sample_loop`, yielding after each step the dict of `ddim_sample`, as `p_sample_loop_progressive`."""
-
-        def step(x, t, i):
-            return self.ddim_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
-
-        return run_steps(step, initial_noise(model, shape, noise, device), self.num_timesteps, progress)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Losses and likelihood
+    # Losses, and the likelihood's bound
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """The training objective at steps t: (N,) int64, for clean x_start: (N, C, ...). Returns a dict of (N,) tensors:
         `loss`, and its parts `mse` (L_simple, DDPM, eq. 14) and `vb` (the bound's term in bits per dimension, which
         trains the variance with the mean detached: IDDPM, section 3.1), or `loss` alone with use_kl."""
-        if noise is None:
-            noise = torch.randn_like(x_start)
+        noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        output = self.call_model(model, x_t, t, model_kwargs)
+        output, _ = self.call_model(model, x_t, t, model_kwargs)
         if self.use_kl:
-            return {"loss": self.num_timesteps * self._bound_term(output, x_start, x_t, t, clip_denoised=False)["vb"]}
+            return {"loss": self.num_timesteps * self.bound_term(output, x_start, x_t, t)["vb"]}
         terms = {}
-        mean_output = output
-        if self.variance == "learned":
-            mean_output, variance_output = output.chunk(2, dim=1)
-            detached = torch.cat([mean_output.detach(), variance_output], dim=1)
-            terms["vb"] = self._bound_term(detached, x_start, x_t, t, clip_denoised=False)["vb"] * self.vb_weight
-        terms["mse"] = mean_flat((self.target(x_start, t, noise) - mean_output) ** 2)
+        prediction, fraction = self.split_output(output, x_t)
+        if fraction is not None:
+            detached = torch.cat([prediction.detach(), fraction], dim=1)
+            terms["vb"] = self.bound_term(detached, x_start, x_t, t)["vb"] * self.vb_weight
+        terms["mse"] = mean_flat((self.target(x_start, t, noise) - prediction) ** 2)
         weighted = terms["mse"] if self.mse_weights is None else self.at("mse_weights", t, x_start).flatten() * terms["mse"]
         terms["loss"] = weighted + terms.get("vb", 0)
         return terms
@@ -367,7 +248,7 @@ class GaussianDiffusion:
             return noise
         if self.predict == "x0":
             return x_start
-        alpha, sigma = self.at("sqrt_alphas_cumprod", t, x_start), self.at("sqrt_one_minus_alphas_cumprod", t, x_start)
+        alpha, sigma = self.alpha_sigma_at(t, x_start)
         return alpha * noise - sigma * x_start
 
     def draw_timesteps(self, number, device, sampling="uniform"):
@@ -378,38 +259,19 @@ class GaussianDiffusion:
         share = torch.randn(number, device=device).sigmoid()
         return (share * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
-    def _bound_term(self, output, x_start, x_t, t, clip_denoised):
+    def bound_term(self, output, x_start, x_t, t, clip_denoised=False):
         """One term of the variational bound, in bits per dimension, (N,): L_{t-1} of DDPM, eq. 5, and L_0 at t = 0."""
-        p = self._p_from_output(output, x_t, t, clip_denoised)
+        p = self.p_from_output(output, x_t, t, clip_denoised)
         mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         kl = mean_flat(normal_kl(mean, log_variance, p["mean"], p["log_variance"]))
         nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, p["mean"], p["log_variance"]))
         return {"vb": torch.where(t == 0, nll, kl) / math.log(2), "pred_xstart": p["pred_xstart"]}
 
-    def prior_bpd(self, x_start):
-        """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, (N,): L_T of DDPM, eq. 5."""
-        t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
-        zero = torch.zeros((), dtype=x_start.dtype, device=x_start.device)
-        mean, _, log_variance = self.q_mean_variance(x_start, t)
-        return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
 
-    @torch.no_grad()
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, step_noise=fresh_noise):
-        """The whole variational bound, DDPM, eq. 5, one step after the other from the last to the first.
+class Diffusion(GaussianDiffusion):
+    """The paper's process as a training objective. predict: "eps", "x0" or "v". loss_weight: "uniform", or "min-snr" with
+    gamma = 5 as in Hang et al. 2023."""
 
-        x_start: (N, C, ...) in [-1, 1]. step_noise(x_start, i) gives the noise of step i, in the shape of x_start. Returns
-        a dict: `total_bpd` and `prior_bpd` (N,); `vb`, `xstart_mse` and `mse` (N, num_timesteps), bits per dimension and
-        mean squared errors of x_0 and eps, most noise first."""
-        columns = {"vb": [], "xstart_mse": [], "mse": []}
-        for i in reversed(range(self.num_timesteps)):
-            t = torch.full((len(x_start),), i, device=x_start.device)
-            noise = step_noise(x_start, i)
-            x_t = self.q_sample(x_start, t, noise)
-            term = self._bound_term(self.call_model(model, x_t, t, model_kwargs), x_start, x_t, t, clip_denoised)
-            eps = self.predict_eps_from_xstart(x_t, t, term["pred_xstart"])
-            columns["vb"].append(term["vb"])
-            columns["xstart_mse"].append(mean_flat((term["pred_xstart"] - x_start) ** 2))
-            columns["mse"].append(mean_flat((eps - noise) ** 2))
-        terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
-        prior_bpd = self.prior_bpd(x_start)
-        return {"total_bpd": terms["vb"].sum(1) + prior_bpd, "prior_bpd": prior_bpd, **terms}
+    def __init__(self, predict="eps", learn_sigma=True, loss_weight="uniform"):
+        betas, variance = get_named_beta_schedule("linear", 1000), "learned" if learn_sigma else "large"
+        super().__init__(betas, None, variance, predict, snr_gamma=5.0 if loss_weight == "min-snr" else None)

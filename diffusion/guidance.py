@@ -25,11 +25,11 @@ def rescale_to(guided, cond, phi):
     return phi * rescaled + (1 - phi) * guided
 
 
-def scale_at(t, cfg_scale, interval=None, schedule="constant", num_timesteps=1000):
+def scale_at(t, cfg_scale, interval=None, schedule="constant"):
     """The guidance scale at the timestep t, a number: 1 outside of `interval`, in it 1 + (cfg_scale - 1) times the share
-    that `registry.GUIDANCE_SCHEDULES` gives. interval: (low, high) in t / num_timesteps, both ends included (Kynkäänniemi
-    et al. 2024)."""
-    time = t / num_timesteps
+    that `registry.GUIDANCE_SCHEDULES` gives. interval: (low, high) in t / 1000, both ends included (Kynkäänniemi et al.
+    2024)."""
+    time = t / 1000
     if interval is not None and not interval[0] <= time <= interval[1]:
         return 1.0
     share = GUIDANCE_SCHEDULES[schedule](1 - time)
@@ -37,27 +37,17 @@ def scale_at(t, cfg_scale, interval=None, schedule="constant", num_timesteps=100
 
 
 def guided_denoiser(
-    model,
-    y,
-    null_class,
-    cfg_scale=1.0,
-    channels=None,
-    interval=None,
-    schedule="constant",
-    rescale=0.0,
-    guide=None,
-    num_timesteps=1000,
+    model, y, null_class, cfg_scale=1.0, channels=None, interval=None, schedule="constant", rescale=0.0, guide=None
 ):
     """A denoiser for `diffusion.sample`: a model of (x_t, t, y), guided towards the condition y. Where the scale is 1 the
     model is called once on the batch, elsewhere once on [conditional; unconditional].
 
-    y: (N,) int64 labels, or (N, K) weights as of `mix_classes`, or (N, L, W + 1) texts. null_class: the label of "no
-    class", or the text (L, W + 1) that stands for none. cfg_scale, interval, schedule, num_timesteps: see `scale_at`.
-    channels: how many of eps's channels are guided, the first ones; None is all of them, `DiT.guided_channels` what the
-    original release guides. rescale: phi of `rescale_to`, over the guided channels. guide: a weaker model of (x_t, t, y),
-    to be guided away from in place of the unconditional prediction; it is given y (Karras et al. 2024, autoguidance).
-    The variance's channels are the conditional prediction's.
-    Raises ValueError for values out of range."""
+    y: (N,) int64 labels, or (N, K) weights as of `mix_classes`, or what the model's `Condition` gives. null_class: the
+    label of "no class", or a tensor that stands for no condition, of y's shape or of one sample's. cfg_scale, interval,
+    schedule: see `scale_at`. channels: how many of eps's channels are guided, the first ones; None is all of them; see
+    `DiT.guided_channels`. rescale: phi of `rescale_to`, over the guided channels. guide: a weaker model of (x_t, t, y), to
+    be guided away from in place of the unconditional prediction; it is given y (Karras et al. 2024, autoguidance). The
+    variance's channels are the conditional prediction's. Raises ValueError for values out of range."""
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"guidance schedule {schedule!r} is not one of {', '.join(GUIDANCE_SCHEDULES)}")
     if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
@@ -66,17 +56,16 @@ def guided_denoiser(
         raise ValueError(f"guidance rescale {rescale} is not in [0, 1]")
     y_both = None if guide is not None else torch.cat([y, null_like(y, null_class)])
 
-    def call(network, x, t, labels):
-        return network(x, torch.full((len(x),), t, device=x.device), labels).to(x.dtype)
-
     def denoise(x_t, t):
-        scale = scale_at(t, cfg_scale, interval, schedule, num_timesteps)
+        scale = scale_at(t, cfg_scale, interval, schedule)
+        times = torch.full((len(x_t),), t, device=x_t.device)
         if scale == 1:
-            return call(model, x_t, t, y)
+            return model(x_t, times, y).to(x_t.dtype)
         if guide is not None:
-            cond, weak = call(model, x_t, t, y), call(guide, x_t, t, y)
+            cond, weak = model(x_t, times, y), guide(x_t, times, y)
         else:
-            cond, weak = call(model, torch.cat([x_t, x_t]), t, y_both).chunk(2)
+            cond, weak = model(torch.cat([x_t, x_t]), torch.cat([times, times]), y_both).chunk(2)
+        cond, weak = cond.to(x_t.dtype), weak.to(x_t.dtype)
         guided = x_t.shape[1] if channels is None else channels
         eps = combine(cond[:, :guided], weak[:, :guided], scale)
         if rescale:

@@ -36,12 +36,11 @@ def space_timesteps(num_timesteps, section_counts):
 
 
 def _strided(num_timesteps, spacing):
-    digits = spacing.removeprefix("ddim")
-    count = int(digits) if digits.isdecimal() else 0
     for stride in range(1, num_timesteps + 1):
-        if len(range(0, num_timesteps, stride)) == count:
-            return list(range(0, num_timesteps, stride))
-    raise ValueError(f'"{spacing}": no integer stride keeps exactly {digits} of {num_timesteps} timesteps')
+        kept = range(0, num_timesteps, stride)
+        if f"ddim{len(kept)}" == spacing:
+            return list(kept)
+    raise ValueError(f'"{spacing}": no integer stride keeps exactly this number of {num_timesteps} timesteps')
 
 
 def respaced_betas(betas, timesteps):

@@ -1,1 +1,1 @@
-"""FID, sFID, Inception Score, precision and recall: the Inception network, sets of images, FID during training."""
+"""Distances between sets of images: feature networks, metrics, FID during training; likelihood."""

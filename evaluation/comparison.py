@@ -1,49 +1,63 @@
 """A set of samples compared with a reference: the work of evaluate.py, shared by all processes of a Context."""
 
+import functools
 import math
 import os
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
+from evaluation.extraction import extract_all, gaussians
+from evaluation.features import load_network
 from evaluation.image_sets import checksum, open_images
-from evaluation.inception import SPATIAL, Features, extract, gaussians, inception_weights, load_inception
-from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from evaluation.metrics import METRICS, FeatureSet, Statistics, standard_errors
 from runtime import files
 from runtime.devices import explain_out_of_memory
 from runtime.errors import UserError
 
-METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
-NEIGHBOURS, SPLIT_SIZE, PAPER_SAMPLES = 3, 5000, 50_000
+SPLIT_SIZE, PAPER_SAMPLES = 5000, 50_000
+FEWEST = 4  # images, that precision and recall need
+HALVES_FROM = 20  # samples from which on standard errors are computed
+PUBLISHED = {"fid": "fd", "sfid": "sfd", **{name: name for name in ("inception_score", "precision", "recall")}}
 
 
 def compare(config, context):
-    """(report, path): the report on rank 0, whose place is `path`; None on other ranks. The report holds the five METRICS,
-    None for one that needs images which an input does not have; what they were made from; and `warnings`.
+    """(report, path): the report on rank 0, whose place is `path`; None on other ranks. The report holds, for each network,
+    the numbers of METRICS, None for one that needs what an input does not have, and standard errors; what they were made
+    from; and `warnings`. The numbers of the Inception network stand, as published ones are called, at its top too.
 
     config: an EvaluateConfig. Raises UserError."""
-    names = "reference", "samples"
-    inputs = context.run_on_all_ranks(lambda: {name: open_images(getattr(config, name)) for name in names})
-    output = context.run_on_main(lambda: check_outputs(config))
-    warnings = context.run_on_main(lambda: check(**inputs))
-    weights = context.run_on_main(lambda: inception_weights(config.inception_weights))
-    network = context.run_on_all_ranks(lambda: load_inception(weights, context.device))
-    checksums = context.run_on_main(
-        lambda: {name: checksum(images.path, images.files) for name, images in inputs.items()}
-        | {"inception_weights": checksum(weights)}
-    )
+    with context.together():
+        inputs = {name: open_images(getattr(config, name)) for name in ("reference", "samples")}
+    output = context.on_main(check_outputs, config)
+    warnings = context.on_main(lambda: [*check(**inputs)])
+    with context.together():
+        networks = {name: load_network(name, config.inception_weights, context.device) for name in config.features}
+    sums = context.on_main(lambda: {name: checksum(images.path, images.files) for name, images in inputs.items()})
+    weights = context.on_main(lambda: {name: network.weights for name, network in networks.items()})
     features = {}
     for name, images in inputs.items():
-        key = f"{checksums[name][:16]}-{checksums['inception_weights'][:16]}"
-        features[name] = features_of(images, network, context, config, key, warnings)
+        keys = {network: f"{sums[name][:16]}-{weights[network]['sha256'][:16]}" for network in networks}
+        features[name] = features_of(images, networks, context, config, keys, warnings)
     if not context.is_main:
         return None, output
-    numbers = measure(inputs, features, context.device)
-    warnings += check_predictions(features["samples"]) if features["samples"] else []
-    return make_report(config, context, numbers, inputs, weights, checksums, warnings), output
+    found = {}
+    for name, network in networks.items():
+        sets = []
+        for key, images in inputs.items():
+            there = features[key][name]
+            moments = gaussians(images, there, context.device, network.published)
+            sets.append(replace(there or FeatureSet(), pooled=there and there.pooled.to(context.device), **moments))
+        numbers, errors = measure(*sets, config.resamples, inputs["samples"].path)
+        warnings += check_predictions(name, sets[1].logits)
+        made_from = {"preprocessing": network.preprocessing, "weights": weights[name]}
+        found[name] = {**numbers, "standard_errors": errors, **made_from}
+    return make_report(config, context, found, inputs, sums, warnings), output
 
 
 def check_outputs(config):
@@ -52,140 +66,147 @@ def check_outputs(config):
     samples = Path(os.path.realpath(config.samples))
     output = samples.with_name(f"{samples.name}.metrics.json")
     files.check_output(output, "the report")
-    if config.cache is not None:
+    if config.cache:
         with files.write_errors(f"--cache {config.cache}", "; name another folder"):
             Path(config.cache).mkdir(parents=True, exist_ok=True)
-        files.check_output(Path(config.cache) / "features.npz", "--cache")
+        files.check_output(Path(config.cache, "features.pt"), "--cache")
     return output
 
 
 def check(reference, samples):
-    """Warnings about what a number from these two sets would mean. Raises UserError where it would mean nothing."""
+    """Yields warnings about what a number from these two sets would mean. Raises UserError where it would mean nothing."""
     for images in (reference, samples):
         images.check()
-        if 0 < len(images) <= NEIGHBOURS:
-            raise UserError(f"{images.path}: {len(images)} images; at least {NEIGHBOURS + 1} are needed")
-    warnings = []
+        if 0 < len(images) < FEWEST:
+            raise UserError(images.path, f"{len(images)} images; at least {FEWEST} are needed")
     if 0 < len(samples) < PAPER_SAMPLES:
-        warnings.append(
-            f"{len(samples)} samples, fewer than {PAPER_SAMPLES}: with fewer images FID and sFID grow and the "
+        yield (
+            f"{len(samples)} samples, fewer than {PAPER_SAMPLES}: with fewer images FD and sFD grow and the "
             "Inception Score shrinks; compare only with numbers from as many, not with published ones"
         )
     if reference.size and samples.size and reference.size != samples.size:
         (h1, w1), (h2, w2) = reference.size, samples.size
-        warnings.append(
-            f"reference images have {w1}x{h1} pixels, samples {w2}x{h2}: the difference in sharpness after resizing to "
-            "299x299 is part of every number"
-        )
+        yield f"reference images have {w1}x{h1} pixels, samples {w2}x{h2}: the difference in sharpness is in every number"
     for images in (reference, samples):
         if images.labels is not None and len(images) > 1 and len(np.unique(images.labels)) == 1:
-            warnings.append(
+            yield (
                 f"{images.path}: all images have the label {images.labels[0]}; the numbers compare one class with all "
                 "classes of the other set, and the Inception Score, which rewards variety of classes, means nothing"
             )
-    for images, unknown in ((reference, "precision and recall"), (samples, "Inception Score, precision and recall")):
         if not len(images):
-            warnings.append(f"{images.path}: has statistics and no images, so no {unknown}")
-    return warnings
+            yield f"{images.path}: statistics without images; only FID and sFID of the Inception network compare with them"
+    if in_order(samples.labels):
+        yield f"{samples.path}: ordered by label; the Inception Score, of splits of {SPLIT_SIZE}, is too low: shuffle them"
+    # of the files in a folder; the images of an .npz file may come from anywhere
+    jpeg = [np.mean([file.suffix.lower() in (".jpg", ".jpeg") for file in images.files])
+            for images in (reference, samples) if images.path.is_dir()]  # fmt: skip
+    if len(jpeg) == 2 and abs(jpeg[0] - jpeg[1]) > 0.1:
+        yield (
+            f"{jpeg[0]:.0%} of the reference are JPEG files, {jpeg[1]:.0%} of the samples: the traces of that compression "
+            "are part of every number; save both sets in one format"
+        )
 
 
-def check_predictions(features):
-    """A warning where the network sees one class in most samples, which labels do not tell: mode collapse, for example."""
-    counts = torch.bincount(features.logits.argmax(dim=1))
-    share = counts.max().item() / len(features.logits)
-    warning = (
-        f"the network puts {share:.0%} of the samples into one class ({counts.argmax().item()}): with one class only, "
-        "FID and recall measure what is missing rather than how good the images are"
-    )
-    return [warning] if share > 0.5 else []
+def in_order(labels):
+    """Whether labels of more than one split change from one to the next far more rarely than shuffled ones."""
+    if labels is None or len(labels) <= SPLIT_SIZE:
+        return False
+    _, counts = np.unique(labels, return_counts=True)
+    return np.mean(labels[1:] != labels[:-1]) < (1 - np.square(counts / len(labels)).sum()) / 2
 
 
-def features_of(images, network, context, config, key, warnings):
-    """Features of a set on rank 0, None on other ranks or without images; read from --cache, or kept there under `key`."""
+def check_predictions(name, logits):
+    """Yields a warning where a network sees one class in most samples, which labels do not tell: mode collapse, say."""
+    counts = torch.zeros(1) if logits is None else torch.bincount(logits.argmax(dim=1)) / len(logits)
+    if (share := counts.max().item()) > 0.5:
+        yield (
+            f"{name} puts {share:.0%} of the samples into one class ({counts.argmax().item()}): with one class only, FD "
+            "and recall measure what is missing rather than how good the images are"
+        )
+
+
+def features_of(images, networks, context, config, keys, warnings):
+    """{network: FeatureSet} of a set on rank 0, of None on other ranks or without images. With --cache they are read from
+    there, or kept there under the `keys` of the networks; what is not there takes one pass over the images."""
+    found = dict.fromkeys(networks)
     if not len(images):
-        return None
-    path = Path(config.cache) / f"{key}.npz" if config.cache is not None else None
-    if context.broadcast(bool(path and path.exists())):
-        return context.run_on_all_ranks(lambda: load_features(path) if context.is_main else None)
-    with explain_out_of_memory("lower --batch-size"):
-        features = extract(network, images, context, config.batch_size, f"features of {images.path.name}")
-    if features and path:
+        return found
+    paths = {name: Path(config.cache, f"{key}.pt") for name, key in keys.items()} if config.cache else {}
+    kept = context.broadcast([name for name, path in paths.items() if path.exists()])
+    with context.together():
+        if context.is_main:
+            found |= {name: load_features(paths[name]) for name in kept}
+    missing = {name: network for name, network in networks.items() if name not in kept}
+    if missing:
+        with explain_out_of_memory("lower --batch-size"):
+            found |= extract_all(missing, images, context, config.batch_size, f"features of {images.path.name}")
+    for name in missing if context.is_main and paths else ():
+        content = {**vars(found[name]), "spatial": found[name].spatial and vars(found[name].spatial)}
         try:
-            save_features(features, path)
+            files.replace_file(paths[name], functools.partial(torch.save, content))
         except OSError as error:  # hours of work must not be lost for it
-            warnings.append(f"--cache {path}: cannot be written ({files.reason(error)}); the features are not kept")
-    return features
-
-
-def save_features(features, path):
-    spatial = {f"spatial_{name}": value for name, value in vars(features.spatial).items()}  # count, mean and scatter
-    arrays = {"pooled": features.pooled, "logits": features.logits, **spatial}
-    files.replace_file(path, lambda file: np.savez(file, **arrays))
+            warnings.append(f"--cache {paths[name]}: cannot be written ({files.reason(error)}); the features are not kept")
+    return found
 
 
 def load_features(path):
     try:
         files.check_regular(path)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(array) for name, array in file.items()}
-        spatial = Statistics(SPATIAL)
-        spatial.count, spatial.mean = int(arrays["spatial_count"]), arrays["spatial_mean"]
-        spatial.scatter = arrays["spatial_scatter"]
-        return Features(arrays["pooled"], arrays["logits"], spatial)
-    except Exception as error:  # a damaged zip raises one of many
+        content = torch.load(path, weights_only=True)
+        if content["spatial"]:
+            statistics = Statistics(0)
+            vars(statistics).update(content["spatial"])
+            content["spatial"] = statistics
+        return FeatureSet(**content)
+    except Exception as error:  # a damaged file raises one of many
         raise UserError(f"--cache: {path} cannot be read ({files.reason(error)}); delete it") from error
 
 
-def measure(inputs, features, device):
-    """The METRICS by name; None for one that needs images which an input does not have. Raises UserError where a number is
-    not finite."""
-    reference, samples = (gaussians(inputs[name], features[name], device) for name in ("reference", "samples"))
-    numbers = dict.fromkeys(METRICS)
-    for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
-        if mu in reference and mu in samples:
-            numbers[name] = frechet_distance(reference[mu], reference[sigma], samples[mu], samples[sigma])
-    if features["samples"]:
-        numbers["inception_score"] = inception_score(features["samples"].logits, SPLIT_SIZE)
-    if features["samples"] and features["reference"]:
-        pooled = (features[name].pooled.to(device) for name in ("reference", "samples"))
-        numbers["precision"], numbers["recall"] = precision_recall(*pooled, k=NEIGHBOURS, progress=True)
-    for name, number in numbers.items():
-        if number is not None and not math.isfinite(number):
-            raise UserError(f"{inputs['samples'].path}: {METRICS[name]} is not finite; the statistics or features overflow")
-    return numbers
+def measure(reference, samples, resamples, path):
+    """({name: number or None}, {name: standard error}) of METRICS, of two FeatureSets. resamples: see `standard_errors`; 0
+    for none. Raises UserError, which names `path`, for a number that is not finite."""
+    numbers, errors = {name: None for metric in METRICS for name in metric.titles}, {}
+    fewest = min((len(x.pooled) for x in (reference, samples) if x.pooled is not None), default=math.inf)
+    for metric in tqdm(METRICS, desc="metrics", unit="metric"):
+        there = metric.reference is None or getattr(reference, metric.reference) is not None
+        if not there or getattr(samples, metric.samples) is None or fewest < metric.fewest:
+            continue
+        values = metric.measure(reference, samples)
+        numbers |= zip(metric.titles, values, strict=True)
+        if not all(map(math.isfinite, values)):
+            titles = ", ".join(metric.titles.values())
+            raise UserError(path, f"{titles} is not finite; the statistics or features overflow")
+        count = 0 if samples.pooled is None else len(samples.pooled)
+        if metric.halves and resamples and count >= HALVES_FROM:
+            halves = standard_errors(lambda part, of=metric.measure: of(reference, samples.part(part)), count, resamples)
+            errors |= zip(metric.titles, halves, strict=True)
+    return numbers, errors
 
 
-def make_report(config, context, numbers, inputs, weights, checksums, warnings):
-    sets = {
-        name: {
-            "path": str(images.path),
-            "sha256": checksums[name],
-            "images": len(images),
-            "height_width": images.size,
-            "statistics_of_file": sorted(images.statistics),
-        }
-        for name, images in inputs.items()
-    }
-    versions = {name: version(name) for name in ("torch", "torch-fidelity", "numpy", "pillow")}
-    return {
-        **numbers,
-        **sets,
-        "inception_weights": {"path": str(weights), "sha256": checksums["inception_weights"]},
-        "settings": {
-            "batch_size": config.batch_size,
-            "processes": context.world_size,
-            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else str(context.device),
-            "neighbours": NEIGHBOURS,
-            "split_size": SPLIT_SIZE,
-        },
-        "versions": {"python": platform.python_version(), **versions},
-        "warnings": warnings,
-    }
+def make_report(config, context, found, inputs, sums, warnings):
+    report = {"networks": found, "warnings": warnings}
+    if inception := found.get("inception"):
+        report |= {name: inception[key] for name, key in PUBLISHED.items()} | {"inception_weights": inception["weights"]}
+    for name, images in inputs.items():
+        report[name] = {"path": str(images.path), "sha256": sums[name], "images": len(images), "height_width": images.size,
+                        "statistics_of_file": sorted(images.statistics)}  # fmt: skip
+    device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else str(context.device)
+    settings = {"batch_size": config.batch_size, "processes": context.world_size, "device": device}
+    report["settings"] = {**settings, "resamples": config.resamples, "split_size": SPLIT_SIZE}
+    packages = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
+    return report | {"versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}}
 
 
-def table(title, numbers):
-    """Text: the METRICS of a report under their names, "-" for None."""
-    digits = {"precision": 4, "recall": 4}
-    cells = ["-" if numbers[name] is None else f"{numbers[name]:.{digits.get(name, 3)}f}" for name in METRICS]
-    lines = (" " * len(title), METRICS.values()), (title, cells)
-    return "\n".join(start + "".join(f"{cell:>17}" for cell in row) for start, row in lines)
+def table(report):
+    """Text: a line for each number of METRICS, a column for each network of a report, "-" for None."""
+    networks = report["networks"]
+    lines = [f"{report['samples']['images']} images".ljust(24) + "".join(f"{name:>24}" for name in networks)]
+    for metric in METRICS:
+        for name, title in metric.titles.items():
+            cells = []
+            for found in networks.values():
+                error = found["standard_errors"].get(name)
+                cells.append("-" if found[name] is None else f"{found[name]:.{metric.digits}f}")
+                cells[-1] += "" if error is None else f" +- {error:.{metric.digits}f}"
+            lines.append(title.ljust(24) + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)

@@ -1,9 +1,10 @@
-"""Options of evaluate.py, of likelihood.py, and of FID during training."""
+"""Options of evaluate.py, of tools/likelihood.py, and of FID during training."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.config import Config, option
+from diffusion.registry import SAMPLERS
+from runtime.config import Config, KeysOf, option
 from runtime.errors import UserError
 from sampling.config import SourceConfig
 
@@ -13,12 +14,7 @@ class InceptionConfig(Config):
     """Inception network"""
 
     inception_weights: str | None = option(None, "file of the Inception network's weights (default: torch-fidelity's file, "
-        "downloaded when missing)", metavar="FILE", changeable=True)  # fmt: skip
-
-    def check(self):
-        path = self.inception_weights
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"--inception-weights {path}: no such file; leave the option out to download the weights")
+        "downloaded when missing)", path="file", metavar="FILE", changeable=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,54 +23,69 @@ class EvaluateConfig(InceptionConfig):
 
     reference: str = option(help=".npz file or folder of images to compare with", positional=True, metavar="REFERENCE")
     samples: str = option(help=".npz file or folder of the images to measure", positional=True, metavar="SAMPLES")
-    batch_size: int = option(64, "images per process and forward pass of the Inception network", low=1)
-    cache: str | None = option(None, "folder that keeps the features, 12 kB an image and 33 MB a set, and gives them back "
-        "when the same images are measured again (default: none)", metavar="FOLDER")  # fmt: skip
+    features: tuple[str, ...] = option(("inception",), "feature networks to measure with, several in one pass over the "
+        "images: inception, as published; efficientnet-lite0; clip, for CMMD; timm:NAME for any model of timm, such as "
+        "timm:vit_large_patch14_dinov2.lvd142m for FD-DINOv2 (default: inception)", metavar="NETWORK")  # fmt: skip
+    resamples: int = option(10, "random halves of the samples whose numbers give the standard errors; 0 for none", low=0)
+    batch_size: int = option(64, "images per process and forward pass of the feature networks", low=1)
+    cache: str | None = option(None, "folder that keeps the features, of inception 12 kB an image and 33 MB a set, and "
+        "gives them back when the same images are measured again (default: none)", metavar="FOLDER")  # fmt: skip
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
+
+    def check(self):
+        known = KeysOf("evaluation.features:NETWORKS")
+        for name in self.features:
+            if name.partition(":")[0] not in known:
+                raise UserError(f"--features {name}", "no such network", f"take one of {', '.join(known)}; see --help")
+        if self.resamples == 1:
+            raise UserError("--resamples 1", "one half has no standard error", "give 2 or more, or 0 for none")
 
 
 @dataclass(frozen=True)
 class EvalConfig(InceptionConfig):
     """evaluation"""
 
-    eval_every: int | None = option(
-        None, "measure FID of the averaged weights every N steps (default: never)", low=1, metavar="N", changeable=True
-    )
+    eval_every: int | None = option(None, "measure FID of the averaged weights every N steps (default: never)", low=1,
+        metavar="N", changeable=True)  # fmt: skip
     eval_reference: str | None = option(None, "images that FID compares with: an .npz file, which may hold mu and sigma "
         "instead of images, or a folder", metavar="PATH", changeable=True)  # fmt: skip
     eval_samples: int = option(10_000, "images that are drawn to measure FID; FID falls as their number grows, so compare "
         "only values of equally many images", low=2, changeable=True)  # fmt: skip
-    eval_cfg_scale: float = option(
-        1.0, "guidance scale of the images drawn to measure FID; 1 turns guidance off", low=0, changeable=True
-    )
-    eval_sampling_steps: int = option(
-        250, "DDPM steps of the images drawn to measure FID", low=1, high=1000, changeable=True
-    )
+    eval_cfg_scale: float = option(1.0, "guidance scale of the images drawn to measure FID; 1 turns guidance off", low=0,
+        changeable=True)  # fmt: skip
+    eval_sampler: str | None = option(None, "sampler of the images drawn to measure FID (default: the objective's own: "
+        "ddpm, or flow-heun for flows)", choices=tuple(SAMPLERS), metavar="SAMPLER", changeable=True)  # fmt: skip
+    eval_sampling_steps: int | None = option(None, "steps of that sampler (default: the objective's: 250 of ddpm, 20 of "
+        "flow-heun)", low=1, high=1000, changeable=True)  # fmt: skip
 
     def check(self):
-        super().check()
         if (self.eval_every is None) != (self.eval_reference is None):
             raise UserError("--eval-every and --eval-reference: both are needed, or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodConfig(SourceConfig):
-    """likelihood.py's options."""
+    """Options of tools/likelihood.py."""
 
-    ckpt: str = option(help="checkpoint of train.py, weights as .safetensors, or a folder or hub name in diffusers' "
-        "format")  # fmt: skip
+    ckpt: str = option(help="checkpoint of train.py, .safetensors, or a folder or hub name in diffusers' format")
     vae: str | None = option(None, 'autoencoder of the model, which must be "none": pixels (default: the recorded one)')
     data_path: str = option(help='folder of images with one folder per class, or "digits" or "mnist"')
-    num_images: int = option(
-        1000, "images to measure, chosen from the data at random by --seed; all of them if there are fewer", low=2
-    )
+    text_encoder: str | None = option(None, "text encoder of a model of texts (default: the recorded one)")
+    num_images: int = option(1000, "images to measure, chosen from the data by --seed; all if there are fewer", low=2)
     num_timesteps: int = option(1000, "timesteps of the diffusion process; with fewer than the 1000 of training it is a "
         "different process, whose bound is looser; of a flow, steps through its ODE", low=2, high=1000)  # fmt: skip
     batch_size: int = option(32, "images per process and forward pass of the model", low=1)
     seed: int = option(0, "seed of the choice of images and of the noise of each image", low=0)
-    output: str = option("likelihood.json", "file of the report; the plot is written beside it, as .png", metavar="FILE")
+    output: str | None = option(None, "file of the report; the plot is written beside it, as .png (default: the "
+        "name of the checkpoint's file with .likelihood.json, beside it)", metavar="FILE")  # fmt: skip
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
-        if Path(self.output).suffix != ".json":
-            raise UserError(f"--output {self.output}: name a .json file; the plot gets the same name with .png")
+        if self.report.suffix != ".json":
+            raise UserError(f"--output {self.output}", "name a .json file; the plot gets the same name with .png")
+
+    @property
+    def report(self):
+        """The report's path. What is no file, such as a hub name, may be no place to write to: then in this folder."""
+        ckpt = Path(self.ckpt)
+        return Path(self.output or (ckpt.with_suffix(".likelihood.json") if ckpt.is_file() else "likelihood.json"))

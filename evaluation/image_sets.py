@@ -7,7 +7,6 @@ for batch in images.batches(0, len(images), batch_size=64):     # uint8 (N, H, W
 import contextlib
 import hashlib
 import math
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +16,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from data.images import open_image
+from data.listing import ENDINGS, notes_of, to_path, walk
+from evaluation.metrics import check_covariance
 from runtime.errors import UserError
 from runtime.files import reason
 from runtime.npy import read_npy_header
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 LARGEST = 1e30  # of a statistic; larger ones are errors, and their squares would overflow
 MAX_RATIO = 1032  # of zip's compression (deflate)
@@ -39,10 +39,9 @@ def open_images(path):
 def check_file(path):
     """Refuse what is not a regular file: reading from a FIFO or a terminal would wait for ever. Raises UserError."""
     if not path.exists():
-        what = "a link to a file that does not exist" if path.is_symlink() else "no such file or folder"
-        raise UserError(f"{path}: {what}")
+        raise UserError(path, "a link to a file that does not exist" if path.is_symlink() else "no such file or folder")
     if not path.is_file():
-        raise UserError(f"{path}: not a regular file")
+        raise UserError(path, "not a regular file")
 
 
 class NpzImages:
@@ -54,71 +53,74 @@ class NpzImages:
     def __init__(self, path):
         self.path, self.files, self.size, self.labels, self.length = path, [path], None, None, 0
         if path.suffix == ".json":
-            raise UserError(f"{path}: a report, not a set of images; name the .npz file or the folder that it is about")
+            raise UserError(path, "a report, not a set of images", "name the .npz file or the folder that it is about")
         if not zipfile.is_zipfile(path):
-            raise UserError(f"{path}: not a .npz file, or one cut short; write or download it again")
-        with self._errors(), zipfile.ZipFile(path) as archive:
+            raise UserError(path, "not a .npz file, or one cut short", "write or download it again")
+        with self._archive() as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
             self.statistics = {name: self._read_statistic(archive, name) for name in STATISTICS if name in names}
             for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
                 if (mu in names) != (sigma in names):
-                    raise UserError(f"{path}: holds only one of {mu} and {sigma}; give both or neither")
+                    raise UserError(path, f"holds only one of {mu} and {sigma}", "give both or neither")
             if "arr_0" in names:
                 self._check_images(archive)
             elif not self.statistics:
-                raise UserError(f"{path}: holds {sorted(names)}; needs arr_0 (images) or mu and sigma")
+                raise UserError(path, f"holds {sorted(names)}; needs arr_0 (images) or mu and sigma")
             if "arr_1" in names:
                 with self._open(archive, "arr_1") as (stream, shape, dtype):
                     if shape == (self.length,):  # other arrays are no labels
                         self.labels = np.frombuffer(stream.read(), dtype)
 
     @contextlib.contextmanager
-    def _errors(self):
-        """Raise what is wrong with the file as one line. A damaged zip makes its readers raise almost anything."""
+    def _archive(self):
+        """The open file, in which a damaged zip makes the readers raise almost anything. Raises UserError for it."""
         try:
-            yield
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.path}: damaged .npz file ({reason(error)}); write or download it again") from error
+            raise UserError(self.path, f"damaged .npz file ({reason(error)})", "write or download it again") from error
 
     @contextlib.contextmanager
     def _open(self, archive, name, row_major=True):
-        """(stream, shape, dtype) of one array; the stream is at its first value."""
+        """(stream, shape, dtype) of one array; the stream is at its first value. Raises UserError for a ValueError of the
+        block too, whose text continues a sentence about the array."""
         member = archive.getinfo(f"{name}.npy")
         with archive.open(member) as stream:
             try:
                 size = min(member.file_size, MAX_RATIO * self.path.stat().st_size)
-                shape, dtype = read_npy_header(stream, size, row_major)
+                yield stream, *read_npy_header(stream, size, row_major)
             except ValueError as error:
-                raise UserError(f"{self.path}: {name} {error}") from None
-            yield stream, shape, dtype
+                raise UserError(self.path, f"{name} {error}") from None
 
     def _read_statistic(self, archive, name):
         # a covariance is symmetric, so that its order does not matter
         with self._open(archive, name, row_major=False) as (stream, shape, dtype):
             if shape != STATISTICS[name]:
-                raise UserError(f"{self.path}: {name} has shape {shape}, must have {STATISTICS[name]}")
+                raise ValueError(f"has shape {shape}, must have {STATISTICS[name]}")
             if dtype.kind not in "fiu":
-                raise UserError(f"{self.path}: {name} is {dtype}; must be floating-point numbers")
+                raise ValueError(f"is {dtype}; must be floating-point numbers")
             values = np.frombuffer(stream.read(), dtype).reshape(shape).astype(np.float64)
-        if not (np.abs(values) < LARGEST).all():
-            raise UserError(f"{self.path}: {name} holds NaN, infinity or values above {LARGEST:g}; compute it again")
+            if not (np.abs(values) < LARGEST).all():
+                raise ValueError(f"holds NaN, infinity or values above {LARGEST:g}; compute it again")
+            if values.ndim == 2:
+                check_covariance(values)
         return values
 
     def _check_images(self, archive):
         with self._open(archive, "arr_0") as (stream, shape, dtype):
             if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                raise UserError(f"{self.path}: arr_0 has shape {shape}; must be (N, H, W, 3) in row-major order")
+                raise ValueError(f"has shape {shape}; must be (N, H, W, 3) in row-major order")
             if dtype != np.uint8:
                 values = ""
                 if dtype.kind in "iuf":
-                    some = stream.read(min(shape[0], 16) * math.prod(shape[1:]) * dtype.itemsize)
-                    first = np.frombuffer(some, dtype)
+                    size = min(shape[0], 16) * math.prod(shape[1:]) * dtype.itemsize
+                    first = np.frombuffer(stream.read(size), dtype)
                     values = f" with values from {first.min():.4g} to {first.max():.4g} in its first images"
-                raise UserError(
-                    f"{self.path}: arr_0 is {dtype}{values}; must be uint8, 0 to 255. Converted as they are, such images "
-                    "become black or noise; for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"
+                raise ValueError(
+                    f"is {dtype}{values}; must be uint8, 0 to 255. Converted as they are, such images become black or "
+                    "noise; for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"
                 )
         self.length, self.size = shape[0], shape[1:3]
 
@@ -131,14 +133,14 @@ class NpzImages:
     def batches(self, start, stop, batch_size):
         """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises UserError for a damaged file."""
         image = self.size[0] * self.size[1] * 3
-        with self._errors(), zipfile.ZipFile(self.path) as archive, self._open(archive, "arr_0") as (stream, _, _):
+        with self._archive() as archive, self._open(archive, "arr_0") as (stream, _, _):
             stream.seek(start * image, 1)
             for first in range(start, stop, batch_size):
                 n = min(batch_size, stop - first)
-                data = stream.read(n * image)
+                data = bytearray(stream.read(n * image))
                 if len(data) < n * image:
                     raise EOFError("arr_0 ends early")
-                yield np.frombuffer(bytearray(data), np.uint8).reshape(n, *self.size, 3)
+                yield np.frombuffer(data, np.uint8).reshape(n, *self.size, 3)
             if stop == self.length:
                 stream.read(1)  # at the end of the member zipfile compares the checksum
 
@@ -148,15 +150,12 @@ class FolderImages:
 
     def __init__(self, path, workers=4):
         self.path, self.workers, self.statistics = path, workers, {}
-
-        def refuse(error):
-            raise UserError(f"{error.filename}: cannot be read ({reason(error)})")
-
-        found = (Path(parent, name) for parent, _, names in os.walk(path, onerror=refuse) for name in names)
-        images = [file for file in found if file.suffix.lower() in EXTENSIONS]
-        self.files = sorted(images, key=lambda file: file.relative_to(path).as_posix())
+        found, left_out = walk(path)
+        self.files = sorted((path / to_path(folder) / to_path(name) for folder, names in found for name in names),
+                            key=lambda file: file.relative_to(path).as_posix())  # fmt: skip
+        self.notes = notes_of(path, left_out)
         if not self.files:
-            raise UserError(f"{path}: no image in this folder ({' '.join(sorted(EXTENSIONS))})")
+            raise UserError(path, f"no image in this folder ({' '.join(sorted(ENDINGS))})")
         self.size = open_image(self.files[0]).size[::-1]
         parents = [file.parent.relative_to(path).as_posix() for file in self.files]
         self.labels = np.array(parents) if set(parents) != {"."} else None
@@ -166,6 +165,8 @@ class FolderImages:
 
     def check(self):
         """Read the header of every file. Raises UserError for one that is no 8-bit image or that has another size."""
+        for note in self.notes:
+            tqdm.write(note)
         for file in tqdm(self.files, desc=f"checking {self.path.name}", unit="image"):
             self._check_header(file)
 
@@ -175,9 +176,9 @@ class FolderImages:
             with Image.open(file) as image:
                 mode, size = image.mode, image.size[::-1]
         except Exception as error:  # PIL raises many kinds
-            raise UserError(f"{file}: not a readable image ({reason(error)}); remove it or write it again") from error
+            raise UserError(file, f"not a readable image ({reason(error)})", "remove it or write it again") from error
         if mode.startswith(("I", "F")):
-            raise UserError(f"{file}: mode {mode}, more than 8 bits a channel; save it as 8-bit RGB")
+            raise UserError(file, f"mode {mode}, more than 8 bits a channel", "save it as 8-bit RGB")
         if sorted(size) != sorted(self.size):  # the rotation that EXIF data may ask for is not known here
             self._check_size(file, size)
 

@@ -1,10 +1,9 @@
-"""The likelihood of a pixel-space model in bits per dimension: the work of likelihood.py. Of a diffusion it is the
+"""The likelihood of a pixel-space model in bits per dimension: the work of tools/likelihood.py. Of a diffusion it is the
 variational bound, of a flow the density that its ODE gives."""
 
 import math
 import textwrap
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,123 +13,90 @@ from checkpoint.opened import Checkpoint
 from data.autoencoder import load_space, to_model_range
 from data.config import DataConfig
 from data.images import load_dataset
+from data.latents import is_latents_folder
 from data.order import make_loader
-from data.stored_latents import is_latents_folder
 from diffusion import create_diffusion
 from diffusion.flow import flow_log_likelihood, likelihood_levels
+from diffusion.registry import OBJECTIVES
 from runtime import files, seeds
 from runtime.devices import explain_out_of_memory, set_precision
 from runtime.errors import RunError, UserError
-from sampling.source import settle
+from sampling.opened import settle
 
 
 def measure_likelihood(config, context):
     """The report of a LikelihoodConfig on rank 0, None on other ranks. Raises UserError."""
-    for path in (config.output, Path(config.output).with_suffix(".png")):
-        files.check_output(path, "--output")
-    checkpoint = Checkpoint.open(config.ckpt, config.num_heads)
-    settings = settle(config, checkpoint, pixel_space(config, checkpoint))
-    dataset = open_dataset(config, checkpoint, settings["image_size"], context)
-    labels = class_numbers(config, checkpoint, dataset)
-    indices = choose(len(dataset), config.num_images, config.seed)
-    model, steps = checkpoint.build_model().requires_grad_(False), config.num_timesteps
-    if model.objective == "flow":
+    with context.together():
+        for path in (config.report, config.report.with_suffix(".png")):
+            files.check_output(path, "--output")
+        checkpoint = Checkpoint.open(config.ckpt, config.num_heads)
+        where, channels = f"--data-path {config.data_path}", checkpoint.model_config["in_channels"]
+        if is_latents_folder(config.data_path):
+            raise UserError(where, "holds latents of extract_latents.py", "name the folder of images")
+        image_size = settle(config, checkpoint, pixel_space(config, checkpoint))["image_size"]
+        encoder = config.text_encoder or checkpoint.condition.record().get("name")  # of a model of texts
+        data = DataConfig(data_path=config.data_path, flip=False, text_encoder=encoder)
+    dataset = load_dataset(data, image_size, context=context)
+    with context.together():
+        if dataset.channels != channels:
+            problem = f"images of {dataset.channels} channels, {config.ckpt} works on {channels}"
+            raise UserError(where, problem, "name images of that kind")
+        condition = checkpoint.condition.for_data(dataset, data).to(context.device)
+        indices = choose(len(dataset), config.num_images, config.seed)
+        model, steps = checkpoint.build_model().requires_grad_(False), config.num_timesteps
+    if OBJECTIVES[model.objective].flow:
         terms, timesteps = partial(flow_terms, steps), [1000 * s for s in likelihood_levels(steps)[1:]]
     else:
         diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma, predict=model.predict)
         terms, timesteps = partial(bound, diffusion), diffusion.timestep_map
     with set_precision("fp32", context.device), explain_out_of_memory("lower --batch-size"):
-        rows = measure(model.to(context.device), terms, dataset, labels, indices, config, context)
+        rows = measure(model.to(context.device), terms, dataset, condition, indices, config, context)
     if not context.is_main:
         return None
     if not rows.isfinite().all():
         raise RunError(f"--ckpt {config.ckpt}: the likelihood is not finite; take another checkpoint")
-    return summarise(rows, timesteps) | {"settings": record(config, checkpoint, context)}
+    return make_report(rows, timesteps, config, checkpoint, context)
 
 
 def pixel_space(config, checkpoint):
-    """The space of a model of pixels. Raises UserError for a model of latents."""
-    channels, vae = checkpoint.model_config["in_channels"], config.vae or checkpoint.vae
+    """The latent space of a model of pixels. Raises UserError for a model of latents."""
+    where, channels, vae = f"--ckpt {config.ckpt}", checkpoint.model_config["in_channels"], config.vae or checkpoint.vae
     if channels not in (1, 3):
-        raise UserError(
-            f"--ckpt {config.ckpt}: works on latents, so its likelihood is one of latents and not of images, to which "
-            "the autoencoder gives no probability; use a model that was trained with --vae none"
-        )
+        problem = "works on latents, so its likelihood is none of images, to which the autoencoder gives no probability"
+        raise UserError(where, problem, "use a model that was trained with --vae none")
     if vae != "none":
-        found = f"--vae is {vae}" if vae else "records no --vae"
-        raise UserError(
-            f"--ckpt {config.ckpt}: {channels} channels, like pixels, but {found}; if it works on pixels, pass --vae none"
-        )
+        problem = f"{channels} channels, like pixels, but {f'--vae is {vae}' if vae else 'records no --vae'}"
+        raise UserError(where, problem, "if it works on pixels, pass --vae none")
     return load_space(vae, channels)
-
-
-def open_dataset(config, checkpoint, image_size, context):
-    """The images of --data-path. Raises UserError where they are not of the model's kind."""
-    path, channels = config.data_path, checkpoint.model_config["in_channels"]
-    if is_latents_folder(path):
-        raise UserError(f"--data-path {path}: holds latents of extract_latents.py; name the folder of images")
-    dataset = load_dataset(DataConfig(data_path=path, flip=False), image_size, context=context)
-    if channels != dataset.channels:
-        raise UserError(f"--data-path {path}: images of {dataset.channels} channels, {config.ckpt} works on {channels}")
-    return dataset
-
-
-def class_numbers(config, checkpoint, dataset):
-    """The model's number of each of the dataset's classes: by name where the checkpoint records names, else in order."""
-    num_classes, names = checkpoint.model_config["num_classes"], checkpoint.class_names
-    if not num_classes:
-        return [0] * len(dataset.classes)
-    if not names:
-        if len(dataset.classes) != num_classes:
-            raise UserError(
-                f"--data-path {config.data_path}: {len(dataset.classes)} classes, {config.ckpt} has {num_classes} and "
-                "records no names to tell which these are; give a folder of all classes"
-            )
-        return list(range(num_classes))
-    numbers = []
-    for name, folder in zip(dataset.classes, getattr(dataset, "folders", dataset.classes), strict=True):
-        # some checkpoints record the folders' names; a name that two classes share is recorded with the folder's
-        known = [candidate for candidate in (folder, name, f"{name} ({folder})") if candidate in names]
-        if not known:
-            raise UserError(
-                f"--data-path {config.data_path}: {name!r} is no class of {config.ckpt}, which knows "
-                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; name the folders as in training"
-            )
-        numbers.append(names.index(known[0]))
-    return numbers
 
 
 def choose(num_images, wanted, seed):
     """Indices of the images to measure: the first `wanted` of a shuffled order, so that a larger number keeps the images of
-    a smaller one."""
+    a smaller one. Raises UserError for one image."""
     if num_images < 2:
-        raise UserError("--data-path: holds one image; a standard error needs at least 2")
+        raise UserError("--data-path", "holds one image; a standard error needs at least 2")
     return seeds.generator(seed, seeds.BOUND_CHOICE).permutation(num_images)[:wanted].tolist()
 
 
-def measure(model, terms, dataset, labels, indices, config, context):
+def measure(model, terms, dataset, condition, indices, config, context):
     """The terms of the images `indices` of the dataset, in their order, on every rank. The ranks take whole batches in
     turn, so that the number of ranks does not change the result in any bit. terms: `bound` or `flow_terms` with its first
     argument."""
     batches = [indices[first : first + config.batch_size] for first in range(0, len(indices), config.batch_size)]
+    mine, rows = batches[context.rank :: context.world_size], []
+    total = sum(map(len, mine)) * config.num_timesteps * (2 if OBJECTIVES[model.objective].flow else 1)
+    bar = tqdm(total=total, desc="Likelihood", unit="step", unit_scale=True, disable=not context.is_main)
+    with context.together(), bar:
+        for batch in make_loader(dataset, [[(index, 0) for index in batch] for batch in mine]):
+            y = condition.y(batch, context.device)
 
-    def measure_share():
-        mine, rows = batches[context.rank :: context.world_size], []
-        total = sum(map(len, mine)) * config.num_timesteps * (2 if model.objective == "flow" else 1)
-        with tqdm(total=total, desc="Likelihood", unit="step", unit_scale=True, disable=not context.is_main) as bar:
-            for batch in make_loader(dataset, [[(index, 0) for index in batch] for batch in mine]):
-                x_0 = to_model_range(batch["image"].to(context.device))
-                y = torch.tensor(labels)[batch["label"]].to(context.device)
+            def denoise(x_t, t, y=y):
+                bar.update(len(x_t))
+                return model(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)), y)  # a flow's t is one number
 
-                def denoise(x_t, t, y=y):
-                    bar.update(len(x_t))
-                    t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))  # a flow's is one number for all
-                    return model(x_t, t, y)
-
-                rows.append(terms(denoise, x_0, config.seed, batch["index"].tolist()))
-        return rows
-
-    gathered = context.all_gather(context.run_on_all_ranks(measure_share))
+            x_0 = to_model_range(batch["image"].to(context.device))
+            rows.append(terms(denoise, x_0, config.seed, batch["index"].tolist()))
+    gathered = context.all_gather(rows)
     return torch.cat([gathered[b % context.world_size][b // context.world_size] for b in range(len(batches))])
 
 
@@ -150,16 +116,14 @@ def bound(diffusion, denoise, x_0, seed, indices):
 
 
 def flow_terms(num_steps, velocity, x_0, seed, indices):
-    """-log2 p(x_0) of a flow in bits per dimension, as summands: (N, num_steps + 1) float64 on the CPU: of each step of the
-    ODE, from the data on, and at last of the noise, where the width of the 256 levels is counted. See
-    `diffusion.flow.flow_log_likelihood`.
+    """-log2 p(x_0) of a flow in bits per dimension, as summands (N, num_steps + 1) float64 on the CPU: of each step of the
+    ODE, from the data on, and last of the noise, with the width of the 256 levels. See `flow_log_likelihood`.
 
     x_0: (N, C, H, W) in [-1, 1], of 256 levels, which uniform noise makes continuous (Theis et al. 2016, section 3.1): the
     mean is an upper bound for the levels. That noise and the probe of image n depend on (seed, indices[n]) alone."""
     generators = [seeds.generator(seed, seeds.BOUND_NOISE, index) for index in indices]
-    shape = x_0.shape[1:]
-    noise = np.stack([generator.random(shape, "float32") - 0.5 for generator in generators]) * (2 / 255)
-    probe = np.stack([generator.integers(2, size=shape) * 2 - 1 for generator in generators])
+    noise = np.stack([generator.random(x_0.shape[1:], "float32") - 0.5 for generator in generators]) * (2 / 255)
+    probe = np.stack([generator.integers(2, size=x_0.shape[1:]) * 2 - 1 for generator in generators])
     noise, probe = (torch.from_numpy(values).to(x_0) for values in (noise, probe))
     prior, integrals = flow_log_likelihood(velocity, x_0 + noise, num_steps, probe)
     rows = torch.cat([integrals, prior[:, None]], dim=1).cpu().double() / (-math.log(2) * x_0[0].numel())
@@ -167,51 +131,46 @@ def flow_terms(num_steps, velocity, x_0, seed, indices):
     return rows
 
 
-def summarise(rows, timesteps):
-    """Mean over images, and its standard error, of the total, the prior and the term of each of the `timesteps`.
-
-    rows: (N, num_timesteps + 1), see `bound` and `flow_terms`. timesteps: of the training process, ascending."""
+def make_report(rows, timesteps, config, checkpoint, context):
+    """Mean over images, and its standard error, of the total, the prior and the term of each of the `timesteps`, and what
+    they were made from. rows: see `bound` and `flow_terms`. timesteps: of the training process, ascending."""
 
     def moments(values):
         return {"mean": values.mean(0).tolist(), "standard_error": (values.std(0) / math.sqrt(len(rows))).tolist()}
 
+    settings = {name: getattr(config, name) for name in ("ckpt", "data_path", "num_timesteps", "batch_size", "seed")}
     return {
         "unit": "bits per dimension",
         "images": len(rows),
         "total": moments(rows.sum(1)),
         "prior": moments(rows[:, -1]),
         "terms": {"timestep": timesteps, **moments(rows[:, :-1])},
-    }
-
-
-def record(config, checkpoint, context):
-    """What the report's numbers were made from."""
-    return {
-        **{name: getattr(config, name) for name in ("ckpt", "data_path", "num_timesteps", "batch_size", "seed")},
-        "checkpoint_crc32": checkpoint.checksum,
-        "checkpoint_step": checkpoint.step,
-        "objective": checkpoint.model_config["objective"],
-        "processes": context.world_size,
-        "device": context.device.type,
-        "torch": torch.__version__,
+        "settings": {
+            **settings,
+            "checkpoint_crc32": checkpoint.checksum,
+            "checkpoint_step": checkpoint.step,
+            "objective": checkpoint.model_config["objective"],
+            "processes": context.world_size,
+            "device": context.device.type,
+            "torch": torch.__version__,
+        },
     }
 
 
 def describe(report):
-    total, terms = report["total"], report["terms"]["mean"]
-    prior, steps = report["prior"]["mean"], f"{len(terms)} timesteps"
+    """One line: the total, its parts, and of how many images and steps."""
+    total, terms, prior = report["total"], report["terms"]["mean"], report["prior"]["mean"]
     parts = f"decoder term {terms[0]:.4f}, other terms {sum(terms[1:]):.4f}, prior {prior:.2g}"
-    if report["settings"]["objective"] == "flow":
+    steps = f"{len(terms)} timesteps"
+    if OBJECTIVES[report["settings"]["objective"]].flow:
         parts, steps = f"change of volume {sum(terms):.4f}, prior {prior:.4f}", f"{len(terms)} steps of the ODE"
-    return (
-        f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension: {parts} ({report['images']} images, "
-        f"{steps})"
-    )
+    bits = f"{total['mean']:.4f} +- {total['standard_error']:.4f} bits per dimension"
+    return f"{bits}: {parts} ({report['images']} images, {steps})"
 
 
 def write_report(report, output):
     """Write the report as JSON, and a plot of its terms beside it. Raises RunError."""
-    figure, path = plot(report), Path(output).with_suffix(".png")
+    figure, path = plot(report), output.with_suffix(".png")
     with files.write_errors(output, error_class=RunError):
         files.write_json(output, report)
         files.replace_file(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight"))
@@ -227,9 +186,9 @@ def plot(report):
     axes = figure.subplots()
     axes.fill_between(t + 1, mean - error, mean + error, alpha=0.3, linewidth=0)
     axes.plot(t + 1, mean, marker=".", markersize=3, linewidth=1)
-    scale = "linear" if report["settings"]["objective"] == "flow" else "log"
-    time = "timestep t + 1" if scale == "log" else "time 1000 s + 1 at the end of the step"
-    axes.set(xscale="log", yscale=scale, xlabel=time, ylabel="bits per dimension")
+    is_flow = OBJECTIVES[report["settings"]["objective"]].flow
+    axes.set(xscale="log", yscale="linear" if is_flow else "log", ylabel="bits per dimension")
+    axes.set_xlabel("time 1000 s + 1 at the end of the step" if is_flow else "timestep t + 1")
     axes.set_title(textwrap.fill(describe(report), 70), fontsize="medium")
     axes.grid(alpha=0.3)
     return figure

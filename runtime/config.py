@@ -5,34 +5,60 @@
         lr: float = option(1e-4, "learning rate", above=0)
         clip_grad_norm: float | None = option(None, "scale gradients down to this norm (default: off)", above=0)
 
-A field's type, bounds and choices are checked whenever a config is made: from the command line (cli/ builds the parsers
-from the fields), from a file, or in code. Field names are the flags' names, with _ for -. Configs may be nested.
+A field's type, bounds and choices are checked whenever a config is made: from the command line (runtime/parser.py), from a
+file, or in code. Field names are the flags' names, with _ for -. Configs may be nested.
 """
 
+import ast
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
+import sys
 import types
 import typing
 
+from runtime import files
 from runtime.errors import UserError
 
 MAX_INT = 2**63 - 1  # of every whole number without a bound of its own: arrays and random generators take no larger ones
 
 
-def option(default=dataclasses.MISSING, help="", *, low=None, high=None, above=None, choices=None, changeable=False,
-           metavar=None, const=None, positional=False, repeatable=False):  # fmt: skip
+def option(default=dataclasses.MISSING, help="", *, low=None, high=None, above=None, choices=None, path=None,
+           changeable=False, basic=False, metavar=None, const=None, positional=False, repeatable=False):  # fmt: skip
     """A field of a Config.
 
     help: a sentence that stands alone; the default is added to it unless it says "(default". low, high: inclusive bounds
-    of a number; above: an exclusive one. choices: the allowed values. changeable: whether a resumed run may change the
-    value (options that change the result may not). const: the value of the flag when it is given without one.
-    positional: an argument without a flag. repeatable: of a tuple, that the flag may be given several times, for more
-    values."""
-    metadata = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "changeable": changeable}
-    metadata |= {"metavar": metavar, "const": const, "positional": positional, "repeatable": repeatable}
+    of a number; above: an exclusive one. choices: the allowed values, or "module:TABLE", the keys of a dict. path: what a
+    command line must name, a "file" or "folder" that exists, or an "output" file that can be written. changeable: whether
+    a resumed run may change the value (options that change the result may not). basic: an option of every day, which
+    --help shows first. const: the value of the flag when it is given without one. positional: an argument without a flag.
+    repeatable: of a tuple, that the flag may be given several times, for more values."""
+    metadata = {name: value for name, value in locals().items() if name != "default"}
+    metadata["choices"] = KeysOf(choices) if isinstance(choices, str) else choices
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class KeysOf:
+    """The keys of a dict in a module, "models:BLOCKS": of the module if it is imported, else by reading its source, since
+    importing it may take seconds. The source has to show the dict as {"key": value, ...}."""
+
+    def __init__(self, table):
+        self.module, self.name = table.split(":")
+
+    def __iter__(self):
+        found = getattr(sys.modules.get(self.module), self.name, None)  # None too while the module is being imported
+        return iter(self._keys_in_source() if found is None else found)
+
+    @functools.cache  # noqa: B019 -- there is one object for each option
+    def _keys_in_source(self):
+        with open(importlib.util.find_spec(self.module).origin, encoding="utf-8") as file:
+            for node in ast.parse(file.read()).body:
+                names = [getattr(name, "id", None) for name in getattr(node, "targets", [getattr(node, "target", None)])]
+                if self.name in names and isinstance(node.value, ast.Dict):
+                    return [ast.literal_eval(key) for key in node.value.keys]
+        raise AssertionError(f"{self.module}.py shows no dict {self.name}")
 
 
 @functools.cache
@@ -56,6 +82,11 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def _label(field):
+    """How a message names the option of a field."""
+    return field.metadata["metavar"] if field.metadata.get("positional") else flag(field.name)
+
+
 def check_value(value, kind, metadata):
     """The value, converted to `kind` (a list or an int where a float is wanted are fine). Raises ValueError, whose text
     continues a sentence that names the option: "-1 is not a number, more than 0"."""
@@ -72,20 +103,18 @@ def check_value(value, kind, metadata):
         bounds = (("{} or more", low), ("{} or less", high), ("more than {}", above))
         bounds = " and ".join(words.format(bound) for words, bound in bounds if bound is not None)
         raise ValueError(f"{value!r:.80} is not {wanted}{', ' if bounds else ''}{bounds}")
-    if value == "":  # such as that of a shell variable that is not set
-        raise ValueError("is empty; give a value")
-    if kind is str and not _is_encodable(value):
-        raise ValueError(f"{value!r:.80} has characters that no file name can have")
+    if kind is str:
+        if not value:  # such as that of a shell variable that is not set
+            raise ValueError("is empty; give a value")
+        try:
+            encodable = b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:  # half of a surrogate pair
+            encodable = False
+        if not encodable:
+            raise ValueError(f"{value!r:.80} has characters that no file name can have")
     if choices and value not in choices:
         raise ValueError(f"{value!r:.80} is not one of {', '.join(map(str, choices))}")
     return value
-
-
-def _is_encodable(text):
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +127,6 @@ class Config:
             value = getattr(self, field.name)
             if value is None and optional:
                 continue
-            name = field.metadata.get("metavar") if field.metadata.get("positional") else flag(field.name)
             try:
                 if count is None:
                     value = check_value(value, kind, field.metadata)
@@ -107,38 +135,45 @@ class Config:
                 else:
                     value = tuple(check_value(entry, kind, field.metadata) for entry in value)
             except ValueError as error:
-                raise UserError(f"{name}: {error}") from None
+                raise UserError(_label(field), error) from None
             object.__setattr__(self, field.name, value)
         self.check()
 
     def check(self):
         """For subclasses: refuse combinations of values. Raises UserError that names the options."""
 
+    def check_paths(self):
+        """Raises UserError where a path is not the file or folder that its option says (`path` of `option`)."""
+        values = self.flat()
+        for field in self.all_fields():
+            kind, paths = field.metadata.get("path"), values[field.name]
+            for path in [paths] if isinstance(paths, str) else (kind and paths) or []:
+                if kind == "output":
+                    files.check_output(path, _label(field))
+                elif kind:
+                    files.check_input(path, _label(field), kind)
+
     def flat(self):
         """{field name: value} of this config and the configs nested in it, as plain JSON values, None included."""
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Config):
-                values |= value.flat()
-            else:
-                values[field.name] = list(value) if isinstance(value, tuple) else value
+            values |= value.flat() if isinstance(value, Config) else {field.name: _plain(value)}
         return values
 
     @classmethod
     def from_flat(cls, values):
         """The config of flat values, such as those of a file. Missing ones take their defaults, unknown ones are ignored.
-        A nested config that is a field's default gives its own values as the defaults. Raises UserError."""
-        own = {}
+        Raises UserError."""
+        own, values = {}, cls.defaults() | values
         for field in dataclasses.fields(cls):
             kind = field_types(cls)[field.name][0]
             if issubclass(kind, Config):
-                defaults = {} if field.default is dataclasses.MISSING else field.default.flat()
-                own[field.name] = kind.from_flat({**defaults, **values})
-            elif field.name in values:
+                own[field.name] = kind.from_flat(values)
+            elif field.name not in values:
+                raise UserError(flag(field.name), "is missing", "it has no default")
+            else:
                 own[field.name] = values[field.name]
-            elif field.default is dataclasses.MISSING:
-                raise UserError(f"{flag(field.name)}: is missing; it has no default")
         return cls(**own)
 
     @classmethod
@@ -153,7 +188,7 @@ class Config:
 
     @classmethod
     def defaults(cls):
-        """{name: default} of all fields that have one."""
+        """{name: default} of all fields that have one. A nested config that is a field's default gives its values."""
         values = {}
         for field in dataclasses.fields(cls):
             kind = field_types(cls)[field.name][0]
@@ -173,6 +208,10 @@ def differences(recorded, now, ignore=()):
     """What differs between recorded settings and the present ones, as phrases that name the flag: ["--lr 0.1, now 0.2"].
 
     recorded, now: {name: value}. Only what both know is compared, and `ignore` is not."""
-    names = [name for name in now if name in recorded and name not in ignore]
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
-    return [f"{flag(name)} {recorded[name]}, now {plain[name]}" for name in names if recorded[name] != plain[name]]
+    both = {name: _plain(value) for name, value in now.items() if name in recorded and name not in ignore}
+    return [f"{flag(name)} {recorded[name]}, now {value}" for name, value in both.items() if recorded[name] != value]
+
+
+def _plain(value):
+    """The form that a value has in JSON."""
+    return list(value) if isinstance(value, tuple) else value

@@ -14,12 +14,10 @@ from runtime.errors import OutOfMemoryError, UserError
 
 def pick_device(name=None):
     """The name of the device to use: `name`, or by default the best there is. Raises UserError where it is missing."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if not available[name]():
-        raise UserError(f"--device {name}: PyTorch finds none here; leave the option out for the best there is")
-    return name
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is not None and not available[name]:
+        raise UserError(f"--device {name}", "PyTorch finds none here", "leave the option out for the best there is")
+    return name or next(device for device in available if available[device])
 
 
 def has_bf16(device):
@@ -56,36 +54,34 @@ def precision_warning(precision, device):
 def check_compile(backend, device):
     """Raises UserError where torch.compile would fail at the first step, for want of a compiler or an unknown backend.
     backend: the value of --compile, or None. device: "cuda", "mps" or "cpu"."""
-    if backend is None:
-        return
+    if backend not in (None, "inductor") and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise UserError(f"--compile {backend}", "not a backend of torch.compile", f"take one of {', '.join(known)}")
     if backend != "inductor":
-        if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-            raise UserError(f"--compile {backend}: not a backend of torch.compile; these are {', '.join(known)}")
         return
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device == "cuda" and not importlib.util.find_spec("triton"):
-        raise UserError("--compile: needs the package triton, which PyTorch's builds for CUDA bring; install it")
+        raise UserError("--compile", "needs the package triton, which PyTorch's builds for CUDA bring", "install it")
     if device == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
-        raise UserError("--compile: needs a C compiler, and there is neither gcc nor clang; install one")
+        raise UserError("--compile", "needs a C compiler, and there is neither gcc nor clang", "install one")
     if device == "cpu" and not shutil.which(compiler):
-        raise UserError(f"--compile: needs a C++ compiler, and there is no {compiler}; install it, or name another in CXX")
+        problem = f"needs a C++ compiler, and there is no {compiler}"
+        raise UserError("--compile", problem, "install it, or name another in CXX")
 
 
 def host_memory():
-    """Bytes of memory that this process may use, swap not counted; None where the system does not tell."""
+    """Bytes of memory that this process may use, swap not counted; None where the system does not say."""
+    total = None
     with contextlib.suppress(OSError, ValueError, AttributeError):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with contextlib.suppress(OSError, ValueError):  # of the container; "max" where it has no limit
-            total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        return total
-    return None
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's; "max" where it has no limit
+    return total
 
 
 def check_memory(needed, advice):
-    """Raises OutOfMemoryError where more bytes are needed than there are: the machine would swap, and the system kill the
-    process without a word. needed: a lower bound."""
-    if (there := host_memory()) and needed > there:
-        raise OutOfMemoryError(f"out of memory: needs {needed / 2**30:,.0f} GiB or more of {there / 2**30:,.0f}; {advice}")
+    """Raises OutOfMemoryError where more bytes are needed than there are: the machine would swap, and then the system would
+    kill the process, which could not say why. needed: a lower bound."""
+    if (total := host_memory()) and needed > total:
+        raise OutOfMemoryError(f"out of memory: needs {needed / 2**30:,.0f} GiB or more of {total / 2**30:,.0f}; {advice}")
 
 
 @contextlib.contextmanager
@@ -93,10 +89,10 @@ def explain_out_of_memory(advice):
     """Raise PyTorch's errors about memory as one line that ends with `advice`, the options that save memory."""
     try:
         yield
-    except MemoryError:
-        raise OutOfMemoryError(f"out of memory; {advice}") from None
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
-        text = str(error).split("\n")[0]
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+    except OutOfMemoryError as error:  # of check_memory, which may not know the options
+        raise OutOfMemoryError(f"{str(error).rpartition('; ')[0] or error}; {advice}") from None
+    except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
+        text = str(error).split("\n")[0][:160]
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
             raise
-        raise OutOfMemoryError(f"out of memory ({text[:160]}); {advice}") from None
+        raise OutOfMemoryError(f"out of memory{text and f' ({text})'}; {advice}") from None

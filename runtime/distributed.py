@@ -4,6 +4,8 @@ import contextlib
 import datetime
 import os
 import re
+import sys
+import threading
 import uuid
 from dataclasses import dataclass
 
@@ -26,6 +28,7 @@ class Context:
     world_size: int
     device: torch.device
     host_group: object = None  # the gloo process group for small objects, which go from host to host
+    _depth: int = 0  # blocks of together() that are open
 
     @property
     def is_main(self):
@@ -42,19 +45,23 @@ class Context:
             print(text, flush=True)
 
     def barrier(self):
+        self._check_exchange()
         if self.world_size > 1:
             dist.barrier(group=self.host_group)
 
-    def all_gather(self, value):
-        """Every rank's picklable value, in the order of ranks, on every rank. Does not wait for the devices."""
-        values = [value]
+    def all_gather(self, value, nested=False):
+        """Every rank's picklable value, in the order of ranks, on every rank. Does not wait for the devices.
+
+        nested: for together() alone, as of `broadcast`."""
+        self._check_exchange(nested)
+        values = [value] * self.world_size
         if self.world_size > 1:
-            values = [None] * self.world_size
             dist.all_gather_object(values, value, group=self.host_group)
         return values
 
-    def broadcast(self, value):
+    def broadcast(self, value, nested=False):
         """Rank 0's picklable value, on every rank."""
+        self._check_exchange(nested)
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, 0, group=self.host_group)
@@ -62,28 +69,45 @@ class Context:
 
     def any(self, flags):
         """For each of a few booleans whether any rank's is true: a list, on every rank."""
-        if self.world_size == 1:
-            return [bool(flag) for flag in flags]
+        self._check_exchange()
         total = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.host_group)
-        return [bool(flag) for flag in total]
+        if self.world_size > 1:
+            dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.host_group)
+        return total.bool().tolist()
 
-    def run_on_all_ranks(self, action):
-        """action() of this rank. Where it raises a UserError on one rank, every rank raises that error, instead of waiting
-        for the one that failed."""
-        value, error = None, None
+    def _check_exchange(self, nested=False):
+        assert nested or not self._depth, "nothing may be exchanged inside of together(): see there"
+
+    @contextlib.contextmanager
+    def together(self):
+        """A block that all ranks run. Where it raises a UserError on one rank, every rank raises that error at the block's
+        end, instead of waiting for the one that failed.
+
+        Blocks may stand inside of blocks, in functions that the outer one calls: the first error, whatever the block, is
+        what each rank's next exchange finds, and it ends all of them. So nothing else may be exchanged inside a block: a
+        rank that failed earlier would not take part."""
+        error, self._depth = None, self._depth + 1
         try:
-            value = action()
+            yield
         except UserError as problem:
+            if problem.shared:  # of a block inside this one: all ranks are leaving with it
+                raise
             error = problem
-        for problem in filter(None, self.all_gather(error)):
-            problem.of_one_rank = False  # all ranks know it now: one of them prints it
-            raise problem
-        return value
+        finally:
+            self._depth -= 1
+        found = self.all_gather((self._depth, error), nested=True)
+        for _, problem in found:
+            if problem is not None:
+                problem.shared, problem.of_one_rank = True, False  # all ranks know it now: one of them prints it
+                raise problem
+        assert len(set(found)) == 1, f"the ranks run different blocks of together(), at depths {found}"
 
-    def run_on_main(self, action):
-        """action() of rank 0 alone. Its value, which must be picklable, or the UserError that it raises, on every rank."""
-        return self.broadcast(self.run_on_all_ranks(lambda: action() if self.is_main else None))
+    def on_main(self, function, *args):
+        """function(*args) of rank 0 alone. Its value, which must be picklable, or the UserError that it raises, on every
+        rank."""
+        with self.together():
+            value = function(*args) if self.is_main else None
+        return self.broadcast(value, nested=True)
 
 
 class LostProcessError(RunError):
@@ -129,35 +153,48 @@ def setup(device=None, timeout=None):
     """Join the other processes; see `processes`, which also leaves them."""
     name = pick_device(device)
     rank, local_rank, world_size = launched()
+    torch_device = torch.device(name)
     if name == "cuda":
         found = torch.cuda.device_count()
         if found == 1 and "RANK" not in os.environ:
             local_rank = 0  # `srun --gpus-per-task=1` shows each process its own GPU alone
         if local_rank >= found:
-            raise UserError(
-                f"process {local_rank} of this node has no GPU: there are {found}; start no more processes on a node than "
-                f"it has GPUs, with torchrun's --nproc_per_node={found} or srun's --ntasks-per-node={found}"
-            )
+            way_out = f"torchrun's --nproc_per_node={found} or srun's --ntasks-per-node={found}"
+            raise UserError(f"process {local_rank} of this node has no GPU", f"there are {found}",
+                            f"start no more processes on a node than it has GPUs, with {way_out}")  # fmt: skip
+        torch_device = torch.device(name, local_rank)
+        torch.cuda.set_device(torch_device)
     if name == "mps" and world_size > 1:
         raise UserError("MPS cannot be shared by processes: use plain `python`, or --device cpu")
-    place = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-    context = Context(rank, local_rank, world_size, place)
-    if name == "cuda":
-        torch.cuda.set_device(place)
+    context = Context(rank, local_rank, world_size, torch_device)
     if world_size > 1:
         rendezvous_address()
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         patience = datetime.timedelta(seconds=timeout) if timeout else None
-        advice = (
-            "check that each host's name stands for an address that the others reach, not for 127.0.1.1, or set "
-            "GLOO_SOCKET_IFNAME to the name of the network interface, such as eth0"
-        )
-        with explain("cannot connect to the others", advice):
+        advice = "check that each host's name stands for an address that the others reach, not for 127.0.1.1, or set "
+        advice += "GLOO_SOCKET_IFNAME to the name of the network interface, such as eth0"
+        with explain("cannot connect to the others", advice), announce_waiting(rank, world_size):
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=JOIN))
             store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
             context.host_group = dist.new_group(backend="gloo", timeout=patience) if name == "cuda" else dist.group.WORLD
     return context
+
+
+@contextlib.contextmanager
+def announce_waiting(rank, world_size, after=10.0):
+    """Print a line where the block, in which all processes meet, takes longer than so many seconds."""
+    start = "start all of them with srun or torchrun"
+    if "RANK" not in os.environ:  # a shell inside of an allocation looks like the first of its tasks
+        start += ", or set SLURM_STEP_NUM_TASKS=1 for one process alone"
+    text = f"process {rank} of {world_size} waits for the other {world_size - 1} to start, for up to {JOIN}; {start}"
+    timer = threading.Timer(after, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def agree_on_attempt(store, rank, world_size, patience=JOIN.seconds):

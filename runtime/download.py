@@ -11,11 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from runtime.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there, two processes must not download the same file at once
-    fcntl = None
+from runtime.files import do_without, fcntl
 
 TIMEOUT = 60  # seconds without a byte
 
@@ -48,13 +44,13 @@ def fetch(url, path, check=None):
                     check(part)
             except ValueError as error:
                 file.truncate(0)  # the file is not removed because others may be waiting for the lock on it
-                raise DownloadError(f"{url}: the downloaded file is unusable: {error}; run again to download it anew, "
-                                    f"{by_hand}") from None  # fmt: skip
+                problem = f"the downloaded file is unusable: {error}"
+                raise DownloadError(url, problem, f"run again to download it anew, {by_hand}") from None
             if not fcntl:
                 file.close()  # Windows does not rename open files
             os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:  # of the network or of the disk
-        raise DownloadError(f"{url}: download failed: {error}; run again to resume it, {by_hand}") from None
+        raise DownloadError(url, f"download failed: {error}", f"run again to resume it, {by_hand}") from None
     return path
 
 
@@ -62,11 +58,12 @@ def lock(file):
     """Wait until no other process has `file` locked, and lock it until it is closed or this process ends."""
     if not fcntl:
         return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{file.name}: waiting for another process that is downloading it", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with do_without(f"{file.name}: its file system has no locks; start no second download of it"):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{file.name}: waiting for another process that is downloading it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def resume(url, file):

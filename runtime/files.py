@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all, JSON, checksums and locks."""
+"""Files that are written atomically, JSON, checksums, locks, and checks of paths."""
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import stat
+import sys
 import zlib
 from pathlib import Path
 
@@ -16,34 +18,61 @@ except ImportError:  # Windows has no such locks: two runs in one folder are the
     fcntl = None
 
 
+MISSING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # the file system lacks the call
+
+
 def replace_file(path, write):
     """Write a file atomically: write(file) fills a temporary file beside `path`, which is flushed to the disk and only then
-    renamed. Whatever happens, `path` is the old file or the new one. Raises what write() raises, and OSError."""
-    path, temporary = Path(path), _temporary(path)
+    renamed. Where this raises, what write() raises or an OSError, `path` is what it was."""
+    path = Path(path)
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            with do_without(f"{path.parent}: its file system cannot flush files to the disk"):
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error under way is the one to report
+            temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the new name has to reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    if os.name == "posix":  # the new name has to reach the disk too; the file is complete whether it does or not
+        try:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:  # SMB and FUSE lack the call
+            warn_once(f"{path.parent}: a power failure may undo what was written last ({reason(error)})")
+
+
+@functools.cache
+def warn_once(text):
+    print(f"Warning: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def do_without(consequence):
+    """Go on, with a line of warning, where a file system lacks the call of the block: some network file systems do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
+        warn_once(f"{consequence} ({reason(error)})")
 
 
 def _temporary(path):
-    path = Path(path)
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}.dit.tmp")
 
 
 def remove_leftovers(folder, name="*"):
     """Delete the temporary files that killed writes of files called `name` have left in `folder`."""
-    for path in Path(folder).glob(f".{name}.*.tmp"):
-        path.unlink(missing_ok=True)
+    for path in Path(folder).glob(f".{name}.*.dit.tmp"):
+        with contextlib.suppress(OSError):  # a folder of that name, or already gone
+            path.unlink()
 
 
 def reason(error):
@@ -99,15 +128,28 @@ def checksum_of_text(lines):
     return f"{zlib.crc32(chr(10).join(lines).encode(errors='surrogateescape')):08x}"
 
 
+def check_input(path, option, kind):
+    """Raises UserError, which names the option, unless `path` is a "file" or a "folder", as `kind` says, that exists."""
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        link = " (a link to what does not exist)" if os.path.islink(path) else ""
+        raise UserError(f"{option} {path}", f"no such {kind}{link}", f"check the path {os.path.abspath(path)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}", f"cannot be read ({reason(error)})", f"name another {kind}") from None
+    if is_folder != (kind == "folder"):
+        raise UserError(f"{option} {path}", f"is a {'folder' if is_folder else 'file'}", f"name a {kind}")
+
+
 def check_output(path, option):
     """Refuse, before any work, an output file that could not be written: a folder or special file, or a file in a folder
-    that is missing or closed to us. Raises UserError that names the option."""
-    path = Path(path)
+    that is missing or not writable. Raises UserError that names the option."""
+    path, where = Path(path), f"{option} {path}"
     if os.path.isdir(path):
-        raise UserError(f"{option} {path}: is a folder; name a file")
+        raise UserError(where, "is a folder", "name a file")
     folder = path.absolute().parent
     if not os.path.isdir(folder):
-        raise UserError(f"{option} {path}: its folder does not exist; make {folder}, or name another file")
+        raise UserError(where, "its folder does not exist", f"make {folder}, or name another file")
     try:
         with contextlib.suppress(FileNotFoundError):
             check_regular(path)
@@ -117,7 +159,7 @@ def check_output(path, option):
         temporary.open("wb").close()
         temporary.unlink()
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written to ({reason(error)}); name another file") from None
+        raise UserError(where, f"cannot be written to ({reason(error)})", "name another file") from None
 
 
 def lock_folder(folder):
@@ -130,14 +172,15 @@ def lock_folder(folder):
             check_regular(folder / ".lock")
         lock = open(folder / ".lock", "a")  # noqa: SIM115 -- the caller's to close
         if fcntl:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with do_without(f"{folder}: its file system has no locks; start no second command that writes there"):
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove_leftovers(folder)
         return lock
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN) and (folder / ".lock").exists() and os.access(folder, os.W_OK):
-            raise UserError(f"{folder}: another run is writing here; wait for it, or choose another folder") from None
+            raise UserError(folder, "another run is writing here", "wait for it, or choose another folder") from None
         why = "it is not a folder" if isinstance(error, FileExistsError) else reason(error)
-        raise UserError(f"{folder}: cannot be written to ({why})") from None
+        raise UserError(folder, f"cannot be written to ({why})", "choose another folder") from None
 
 
 def unwritable(path, error):

@@ -17,9 +17,8 @@ def launched():
     try:
         return tuple(int(os.environ.get(name, default)) for name, default in zip(names, (0, 0, 1), strict=True))
     except ValueError:
-        raise UserError(
-            f"the environment's {', '.join(names)} are not numbers; start with torchrun, or unset them"
-        ) from None
+        variables = f"the environment's {', '.join(names)} are not numbers"
+        raise UserError(f"{variables}; start with torchrun, or unset them") from None
 
 
 def rendezvous_address():

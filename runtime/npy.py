@@ -1,10 +1,12 @@
-"""The header of numpy's .npy format, read from a stream that need not be a file, and checked before memory is allocated."""
+"""numpy's .npy format: its header, read from a stream that need not be a file, and checked before memory is allocated; and
+the arrays of an .npz file as memory maps."""
 
 import math
+import zipfile
 
 import numpy as np
 
-from runtime.files import reason
+from runtime.files import check_regular, reason
 
 
 def read_npy_header(stream, size=None, row_major=True):
@@ -28,7 +30,28 @@ def read_npy_header(stream, size=None, row_major=True):
     if fortran_order and row_major:
         raise ValueError(f"has shape {shape} in column-major (Fortran) order; save it in row-major order, as "
                          "numpy.ascontiguousarray(x)")  # fmt: skip
-    promised, there = math.prod(shape) * dtype.itemsize, None if size is None else max(size - stream.tell(), 0)
-    if there is not None and promised > there:
-        raise ValueError(f"has a header that promises {promised:,} bytes where there are {there:,}; the file is damaged")
+    promised = math.prod(shape) * dtype.itemsize
+    if size is not None and promised > (found := max(size - stream.tell(), 0)):
+        raise ValueError(f"has a header that promises {promised:,} bytes where there are {found:,}; the file is damaged")
     return shape, dtype
+
+
+def map_npz(path, name):
+    """The array of this name in an .npz file whose arrays are not compressed, as a memory map: what is used of it is read.
+    Raises KeyError where there is none, ValueError, whose text continues a sentence about the file, and OSError."""
+    check_regular(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"has {name} compressed; write it with numpy.savez")
+            with archive.open(member) as stream:
+                shape, dtype = read_npy_header(stream, member.file_size)
+                header = stream.tell()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"is not a readable .npz file ({error})") from None
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)  # its name's and its extra field's length, which differ from the directory's
+        sizes = np.frombuffer(file.read(4), "<u2")
+    data = member.header_offset + 30 + int(sizes.sum()) + header
+    return np.memmap(path, dtype, "r", data, shape)

@@ -3,20 +3,66 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import gc
+import itertools
 import os
 import sys
 
 from runtime.config import Config, check_value, field_types, flag
 from runtime.errors import RunError, UserError
+from runtime.launch import launched
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds the default to an option's help, unless there is none or the help tells it in words."""
+    """Adds the default to an option's help, unless there is none, it is "off", or the help states it in words."""
 
     def _get_help_string(self, action):  # the method that the base class itself overrides
-        told = action.default is None or action.required or "(default" in (action.help or "")
-        return action.help if told else super()._get_help_string(action)
+        clear = action.default is None or action.default is False or action.required or "(default" in (action.help or "")
+        return action.help if clear else super()._get_help_string(action)
+
+
+class Output:
+    """A text stream whose failed writes are dropped: a run does not end because its output does, as with `| head`, a closed
+    terminal or a full disk."""
+
+    def __init__(self, stream):
+        # None where the shell has closed it; what is opened next would take its number and get what libraries print
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        with contextlib.suppress(AttributeError, ValueError):  # an object that is not a file
+            self._stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def prepare_process():
+    """What every command does before it imports PyTorch."""
+    if not isinstance(sys.stdout, Output):
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    # what is imported next makes 600,000 objects; looking through them again and again takes an eighth of a start
+    gc.set_threshold(50_000)
+    spin_briefly()
+
+
+def spin_briefly():
+    """Let OpenMP's threads give up their cores soon while they wait, unless the user has said how they shall wait. libgomp
+    reads the variable when PyTorch loads it.
+
+    Steps a second of DiT-S/2 on two busy cores (load 7 to 16, three rounds, all settings in turn): 0.02 to 0.06 by default;
+    with a count of 0 0.10 to 0.18, 100 0.15 to 0.20, 1000 0.13 to 0.23, 10,000 0.08 to 0.14, 100,000 0.04 to 0.10;
+    OMP_WAIT_POLICY=PASSIVE 0.09 to 0.29, but it is slower on idle cores, where 1000 costs nothing."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY"}.intersection(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,12 +73,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, config_class, description, defaults=None, presets=None):
         # abbreviations would change their meaning with every new option
-        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False, add_help=False)
         self.config_class, self.defaults = config_class, {**config_class.defaults(), **(defaults or {})}
         self.presets = presets or {}
-        self._add_options(config_class, self)
+        self.everyday, self.other = self.add_argument_group("everyday options"), self.add_argument_group("options")
+        self.usage = "%(prog)s [options]"  # of 70 options argparse would make forty lines
+        self._add_options(config_class, self.other)
+        self.other.add_argument("-h", "--help", action="help", help="show this help and exit")
 
-    def _add_options(self, config_class, group):
+    def _add_options(self, config_class, topic):
         for field in dataclasses.fields(config_class):
             kind, count, _ = field_types(config_class)[field.name]
             if issubclass(kind, Config):
@@ -44,11 +93,13 @@ class Parser(argparse.ArgumentParser):
             text = field.metadata["help"].replace("%", "%%")
             if field.metadata["positional"]:
                 words = {"nargs": count} if required else {"nargs": "?", "default": default}
-                group.add_argument(field.name, metavar=field.metadata["metavar"], help=text, **words)
+                self.add_argument(field.name, metavar=field.metadata["metavar"], help=text, **words)
+                self.usage += f" {field.metadata['metavar']}" if required else f" [{field.metadata['metavar']}]"
                 continue
             words = {"help": text, "required": required, "default": None if required else default}
             if kind is bool:
-                words["action"] = argparse.BooleanOptionalAction
+                # of an option that is off, nobody types the --no- form, which is understood
+                words["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
             else:
                 words |= {"type": self._converter(kind, field.metadata), "metavar": field.metadata["metavar"]}
                 if field.metadata["choices"] and not words["metavar"]:
@@ -59,15 +110,33 @@ class Parser(argparse.ArgumentParser):
                     words["action"] = "extend"
                 if field.metadata["const"] is not None:
                     words |= {"nargs": "?", "const": field.metadata["const"]}
-            group.add_argument(flag(field.name), **words)
+            group = self.everyday if field.metadata["basic"] else topic
+            option = group.add_argument(flag(field.name), **words)
+            if kind is bool and default is False:
+                hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS, "dest": field.name}
+                group.add_argument(f"--no-{flag(field.name)[2:]}", action="store_false", **hidden)
+            if required:
+                self.usage += f" {flag(field.name)} {option.metavar or field.name.upper()}"
+
+    def _parse_optional(self, word):  # of the base class; a value may begin with "-": a negative number, a prompt
+        return super()._parse_optional(word) if word.startswith("--") or word == "-h" else None
+
+    def parse_args(self, argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else argv
+        known = self._option_string_actions
+        names = [word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", argv)]
+        for name in names if not {"-h", "--help"}.intersection(argv) else ():
+            # before argparse misses the value that the misspelt option should give
+            if name.startswith("--") and " " not in name and name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                self.error(f"unrecognized arguments: {name}; {f'did you mean {close[0]}?' if close else 'see --help'}")
+        return super().parse_args(argv, namespace)
 
     @staticmethod
     def _converter(kind, metadata):
-        def convert(text):
-            try:
-                value = kind(text)
-            except ValueError:
-                value = text
+        def convert(value):
+            with contextlib.suppress(ValueError):
+                value = kind(value)
             try:
                 return check_value(value, kind, metadata)
             except ValueError as error:
@@ -77,19 +146,21 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv=None):
         """The config of a command line. Mistakes end the process with one line and exit status 2."""
+        prepare_process()
         values = vars(self.parse_args(argv))
         for name, choices in self.presets.items():
             self.set_defaults(**choices[values[name]])  # what the command line gives wins over them
             values = vars(self.parse_args(argv))
-        # what is imported next makes 600,000 objects; looking through them again and again takes an eighth of a start
-        gc.set_threshold(50_000)
         with self.report_errors():
-            return self.config_class.from_flat(values)
+            config = self.config_class.from_flat(values)
+            if launched()[0] == 0:  # on another host there may be nothing; what reads the data there says so
+                config.check_paths()
+            return config
 
     def error(self, message, status=UserError.status, every_rank=False):
         if every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the line appears once
-            if "tqdm" in sys.modules:
-                _end_progress_bars()
+            for bar in [*sys.modules["tqdm"].tqdm._instances] if "tqdm" in sys.modules else ():
+                bar.close()  # the line would stand behind a bar that is still open
             message = str(message).replace("\n", "\\n")  # a file's name may hold line breaks
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(status)
@@ -98,11 +169,8 @@ class Parser(argparse.ArgumentParser):
     def report_errors(self):
         """Print a UserError that is raised inside as one line and exit with its status; Ctrl-C exits with 130.
         Errors of the system that no function foresees become one line too."""
-        with contextlib.suppress(AttributeError, ValueError):  # stdout may be closed, or another object
-            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
         try:
             yield
-            sys.stdout.flush()
         except UserError as error:
             self.error(error, error.status, every_rank=error.of_one_rank)
         except MemoryError:
@@ -112,11 +180,3 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{what}{error.strerror or error}", RunError.status, every_rank=True)
         except KeyboardInterrupt:
             self.error("interrupted", 130)
-
-
-def _end_progress_bars():
-    """Otherwise the line of an error would stand behind a bar that is still open."""
-    from tqdm import tqdm
-
-    for bar in [*tqdm._instances]:
-        bar.close()

@@ -1,52 +1,67 @@
 """The options of sampling, as sample.py and sample_ddp.py take them. Importing this module is fast: no torch."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint.config import MAX_SIZE, MODELS
 from diffusion import check_sampler
-from diffusion.registry import GUIDANCE_SCHEDULES, SAMPLERS, SPACINGS
-from runtime.config import Config, option
+from diffusion.registry import GUIDANCE_SCHEDULES, OBJECTIVES, SAMPLERS, SPACINGS
+from runtime.config import Config, flag, option
 from runtime.errors import UserError
 
 MAX_SEED = 2**63 - 1  # of torch.manual_seed
+DEFAULTS = {name: objective.default_sampler for name, objective in OBJECTIVES.items()}
 
 
 @dataclass(frozen=True)
 class SourceConfig(Config):
     """model"""
 
-    ckpt: str | None = option(None, "a checkpoint of train.py or of the original release, weights as .safetensors, or a "
-        "folder or hub name in diffusers' format (default: the released DiT-XL/2 for --image-size 256 or 512, downloaded "
-        "when missing)")  # fmt: skip
+    ckpt: str | None = option(None, "a checkpoint of train.py or of the original release; a run's folder, for the newest "
+        "checkpoint; weights as .safetensors; or a folder or hub name in diffusers' format (default: the released DiT-XL/2 "
+        "for --image-size 256 or 512, downloaded when missing)")  # fmt: skip
     model: str | None = option(None, "size and patch size (default: the checkpoint's)", choices=MODELS,
         metavar="DiT-{S,B,L,XL}/{2,4,8}")  # fmt: skip
     image_size: int | None = option(None, "side of the images in pixels (default: the checkpoint's)", low=1, high=MAX_SIZE)
     num_classes: int | None = option(None, "number of classes (default: the checkpoint's)", low=0, high=10_000_000)
-    num_heads: int | None = option(None, "number of attention heads, where weights have no record of it", low=1,
-        high=MAX_SIZE)  # fmt: skip
+    num_heads: int | None = option(None, "number of attention heads, if not recorded", low=1, high=MAX_SIZE)
     vae: str | None = option(None, 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
-        'AutoencoderKL, or "none" for pixels (default: the one that the checkpoint records; where that is "ema" or "mse", '
-        "or nothing is recorded, sample.py takes mse and sample_ddp.py takes ema)")  # fmt: skip
+        'AutoencoderKL, or "none" for pixels (default: the recorded one; for "ema", "mse" or without a record sample.py '
+        "takes mse and sample_ddp.py ema)")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SamplerConfig(Config):
     """sampler"""
 
-    sampler: str = option("ddpm", "; ".join(f"{s.name}: {s.help}" for s in SAMPLERS.values()), choices=tuple(SAMPLERS))
-    num_sampling_steps: int = option(250, "number of sampling steps", low=1, high=1000)
+    sampler: str | None = option(None, "; ".join(f"{s.name}: {s.help}" for s in SAMPLERS.values())
+        + f" (default: {', '.join(f'{name} for a {kind}' for kind, (name, _) in DEFAULTS.items())})",
+        choices="diffusion.registry:SAMPLERS")  # fmt: skip
+    num_sampling_steps: int | None = option(None, "number of sampling steps (default: "
+        f"{', '.join(f'{steps} for a {kind}' for kind, (_, steps) in DEFAULTS.items())})", low=1, high=1000)  # fmt: skip
     eta: float = option(0.0, "noise in each step of ddim, from 0 (none) to 1 (about as in ddpm)", low=0, high=1)
     spacing: str | None = option(None, "how the timesteps of dpm-solver++, unipc, heun and euler are spaced (default: "
         "linspace)", choices=SPACINGS)  # fmt: skip
 
-    def check_steps(self):
-        """Raises UserError where the sampler lacks an option, or cannot make this number of steps. Imports torch."""
+    def completed(self, objective, path="the model"):
+        """With the sampler and the number of steps of a model of this objective where none are given. path: of the model in
+        messages. Raises UserError for what the sampler cannot do, or not with this model. Imports torch."""
+        sampler, steps = OBJECTIVES[objective].default_sampler
+        full = replace(self, sampler=self.sampler or sampler, num_sampling_steps=self.num_sampling_steps or steps)
+        where = f"--sampler {full.sampler}"
+        if full.kind.flow and not OBJECTIVES[objective].flow:
+            raise UserError(where, f"{path} is no flow model", "choose ddpm, ddim or another solver")
         try:
-            check_sampler(self.sampler, self.num_sampling_steps, self.eta, self.spacing)
+            check_sampler(full.sampler, full.num_sampling_steps, self.eta, self.spacing)
         except ValueError as error:
-            raise UserError(f"--sampler {self.sampler}: {error}") from None
+            raise UserError(where, str(error)) from None
+        return full
+
+    @property
+    def kind(self):
+        """The Sampler, once it is known."""
+        return SAMPLERS[self.sampler]
 
 
 @dataclass(frozen=True)
@@ -54,19 +69,19 @@ class GuidanceConfig(Config):
     """guidance"""
 
     cfg_scale: float = option(1.5, "scale of classifier-free guidance; 1 is no guidance", low=0)
-    cfg_channels: str | None = option(None, "how many channels are guided (default: 3 of 4 channels, as in the published "
-        "results; all of any other number)", choices=("3", "all"))  # fmt: skip
+    cfg_channels: str | None = option(None, "how many channels are guided (default: 3 of 4 channels with the paper's "
+        "objective, as in the published results; else all)", choices=("3", "all"))  # fmt: skip
     guidance_interval: tuple[float, float] | None = option(None, "guide only where LO <= t / 1000 <= HI, and save the "
         "unconditional evaluations elsewhere (default: guide everywhere)", low=0, high=1, metavar=("LO", "HI"))  # fmt: skip
     guidance_schedule: str = option("constant", "growth of the scale towards the image", choices=tuple(GUIDANCE_SCHEDULES))
     guidance_rescale: float = option(0.0, "share of the guided prediction whose standard deviation is set back to that of "
         "the conditional one: phi of Lin et al. 2024", low=0, high=1)  # fmt: skip
-    guide_ckpt: str | None = option(None, "checkpoint of a weaker model, or a folder or hub name in diffusers' format, to "
-        "guide away from, in place of the unconditional prediction (Karras et al. 2024, autoguidance)")  # fmt: skip
+    guide_ckpt: str | None = option(None, "a weaker model, named as by --ckpt, to guide away from, in place of the "
+        "unconditional prediction (Karras et al. 2024, autoguidance)")  # fmt: skip
 
     def check(self):
-        if self.guidance_interval and not self.guidance_interval[0] < self.guidance_interval[1]:
-            low, high = self.guidance_interval
+        low, high = self.guidance_interval or (0, 1)
+        if low >= high:
             raise UserError(f"--guidance-interval {low} {high}: is empty; give 0 <= LO < HI <= 1, in t / 1000")
         if self.guide_ckpt and self.cfg_scale == 1:
             raise UserError("--guide-ckpt: does nothing at --cfg-scale 1; give a larger scale")
@@ -109,11 +124,11 @@ class EditingConfig(Config):
     interpolate: str | None = option(None, "draw rows of --columns images: from a label's noise to that of --to-seed, or "
         "from a class to the next (default: off)", choices=("seeds", "classes"))  # fmt: skip
     to_seed: int | None = option(None, "seed at the end of --interpolate seeds (default: 1)", low=0, high=MAX_SEED)
-    init_image: str | None = option(None, "start from this image file, cropped like training images", metavar="FILE")
+    init_image: str | None = option(None, "start from this image file, cropped like training images", path="file")
     strength: float | None = option(None, "share of the sampling steps that --init-image goes through, more than 0 and "
         "up to 1: the larger, the less is left of it (default: 0.75)", above=0, high=1)  # fmt: skip
     invert: bool = option(False, "start from the noise that DDIM inversion finds for --init-image; needs --sampler ddim")
-    mask: str | None = option(None, "redraw --init-image only where this image file is white", metavar="FILE")
+    mask: str | None = option(None, "redraw --init-image only where this image file is white", path="file")
 
     def check(self):
         if not self.init_image:
@@ -129,34 +144,47 @@ class EditingConfig(Config):
 
 
 @dataclass(frozen=True)
-class SampleConfig(Config):
+class DrawConfig(Config):
+    """Which model to draw from, and how: what `Opened.open` takes."""
+
+    released_vae = "ema"  # no option: of the released decoders, "ema" and "mse", the one to use where nothing names one
+
+    text: TextConfig = TextConfig()
+    source: SourceConfig = SourceConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+
+@dataclass(frozen=True)
+class SampleConfig(DrawConfig):
     """Options of sample.py."""
+
+    released_vae = "mse"
 
     labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number (default: 207 360 387 974 88 "
         "979 417 279, or the first eight of a model with other classes)", metavar="CLASS")  # fmt: skip
     prompt: tuple[str, ...] | None = option(None, "what to draw, for a model of texts, in place of --labels; may be given "
         "several times (default: none)", metavar="TEXT", repeatable=True)  # fmt: skip
+    vector: tuple[str, ...] | None = option(None, "what to draw, for a model of vectors, in place of --labels: .npy files "
+        "with one vector or (N, size) of them (default: none)", path="file", metavar="FILE", repeatable=True)  # fmt: skip
     seed: int = option(0, "seed of all random numbers", low=0, high=MAX_SEED)
     samples_per_label: int = option(1, "images of each label", low=1, high=10_000)
-    output: str = option("sample.png", "file of the grid of images", metavar="FILE")
+    output: str = option("sample.png", "file of the grid of images", path="output", metavar="FILE")
     columns: int = option(4, "images in a row of the grid", low=1, high=10_000)
     enlarge: int = option(1, "repeat each pixel this many times in both directions", low=1, high=64)
     captions: bool = option(False, "write the class or the prompt under each image")
     save_trajectory: str | None = option(None, "file for the predicted x_0 during sampling: an animation if it is a .gif, "
-        "else a grid with a row for each image (default: not saved)", metavar="FILE")  # fmt: skip
-    text: TextConfig = TextConfig()
+        "else a grid with a row for each image (default: not saved)", path="output", metavar="FILE")  # fmt: skip
     editing: EditingConfig = EditingConfig()
-    source: SourceConfig = SourceConfig()
-    sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig(cfg_scale=4.0)
-    compute: ComputeConfig = ComputeConfig()
 
     def check(self):
         editing, sampler = self.editing, self.sampler
         if editing.invert and (sampler.sampler != "ddim" or sampler.eta or editing.mask):
             raise UserError("--invert: needs --sampler ddim with --eta 0, and does not go with --mask")
-        if editing.mask and SAMPLERS[sampler.sampler].flow:
-            raise UserError(f"--mask: does not go with --sampler {sampler.sampler}; choose ddim or another solver")
+        if editing.mask and sampler.sampler and sampler.kind.flow:  # also once the default is filled in
+            raise UserError("--mask", f"does not go with --sampler {sampler.sampler}", "choose ddim or another solver")
         if editing.interpolate and self.columns < 2:
             raise UserError(f"--columns {self.columns}: --interpolate needs two or more")
         if editing.interpolate and self.samples_per_label > 1:
@@ -166,7 +194,7 @@ class SampleConfig(Config):
 
 
 @dataclass(frozen=True)
-class SampleSetConfig(Config):
+class SampleSetConfig(DrawConfig):
     """Options of sample_ddp.py."""
 
     sample_dir: str = option("samples", "folder in which the folder of images and the .npz file are made")
@@ -178,17 +206,15 @@ class SampleSetConfig(Config):
     labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number: image i is of the class at "
         "position i modulo their number (default: a random class for each image)", metavar="CLASS")  # fmt: skip
     prompts: str | None = option(None, "file of prompts, for a model of texts: .txt with one in each line, or .jsonl with "
-        '"text" in each line; image i has the prompt i modulo their number (default: none)', metavar="FILE")  # fmt: skip
-    text: TextConfig = TextConfig()
-    source: SourceConfig = SourceConfig()
-    sampler: SamplerConfig = SamplerConfig()
-    guidance: GuidanceConfig = GuidanceConfig()
-    compute: ComputeConfig = ComputeConfig()
+        '"text" in each line; image i has the prompt i modulo their number (default: none)', path="file",
+        metavar="FILE")  # fmt: skip
+    vector: tuple[str, ...] | None = option(None, "what to draw, for a model of vectors: .npy files with (N, size) of "
+        "them; image i has the vector i modulo their number (default: none)", path="file", metavar="FILE",
+        repeatable=True)  # fmt: skip
 
     def check(self):
         if self.folder and Path(self.folder).name in ("", ".."):
             raise UserError(f"--folder {self.folder}: is no name of a folder; choose one, such as samples-1")
-        if self.labels and self.balanced_labels:
-            raise UserError("--labels: does not go with --balanced-labels; leave one of them out")
-        if self.prompts and (self.labels or self.balanced_labels):
-            raise UserError("--prompts: does not go with --labels or --balanced-labels; leave one of them out")
+        given = [flag(name) for name in ("prompts", "labels", "balanced_labels") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(given[0], f"does not go with {given[1]}", "leave one of them out")

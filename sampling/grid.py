@@ -1,4 +1,4 @@
-"""Images in rows and columns, with captions, as picture files, and the steps of sampling as a grid or an animation."""
+"""Images in rows and columns, with titles, as image files, and the steps of sampling as a grid or an animation."""
 
 import io
 from pathlib import Path
@@ -7,66 +7,68 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from runtime.errors import RunError, UserError
-from runtime.files import check_output, replace_file, write_errors
+from runtime.files import replace_file, write_errors
 
-GAP, CAPTION_HEIGHT = 2, 20  # pixels
+GAP, TITLE_HEIGHT = 2, 20  # pixels
 MAX_PIXELS = 2**30  # 4 GiB of memory
 FRAMES, STEPS = 50, 10  # at most this many steps are shown in an animation, in a grid
 DURATION, LAST_DURATION = 100, 1500  # of an animation's frames, in milliseconds
 
 
-def grid_size(number, side, columns, captions):
-    """(width, height) in pixels of a grid of `number` images of `side` pixels."""
+def grid_size(number, side, columns, titles):
+    """(width, height) in pixels of a grid of `number` images of `side` pixels. titles: whether it has some."""
     columns = min(columns, number)
-    return columns * (side + GAP) + GAP, -(-number // columns) * (side + GAP + CAPTION_HEIGHT * bool(captions)) + GAP
+    return columns * (side + GAP) + GAP, -(-number // columns) * (side + GAP + TITLE_HEIGHT * bool(titles)) + GAP
 
 
-def draw_grid(images, columns, enlarge=1, captions=None):
-    """A PIL image of images (N, H, H, 3) uint8, each pixel repeated `enlarge` times, with a caption under each if given."""
+def draw_grid(images, columns, enlarge=1, titles=None):
+    """A PIL image of images (N, H, H, 3) uint8, each pixel repeated `enlarge` times, with a title under each if given."""
     side, font, columns = images.shape[1] * enlarge, ImageFont.load_default(size=14), min(columns, len(images))
-    grid = Image.new("RGB", grid_size(len(images), side, columns, captions), "white" if captions else "black")
-    pen, height = ImageDraw.Draw(grid), side + GAP + CAPTION_HEIGHT * bool(captions)
+    grid = Image.new("RGB", grid_size(len(images), side, columns, titles), "white" if titles else "black")
+    pen, height = ImageDraw.Draw(grid), side + GAP + TITLE_HEIGHT * bool(titles)
     for i, pixels in enumerate(images):
         left, top = GAP + i % columns * (side + GAP), GAP + i // columns * height
         grid.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        if captions:
-            text = captions[i]
+        if titles:
+            text = titles[i]
             while len(text) > 1 and pen.textlength(text, font) > side:
                 text = text[:-2] + "…"
-            pen.text((left + side / 2, top + side + CAPTION_HEIGHT / 2), text, "black", font, anchor="mm")
+            pen.text((left + side / 2, top + side + TITLE_HEIGHT / 2), text, "black", font, anchor="mm")
     return grid
 
 
-def picture_format(path):
+def image_format(path):
     """Pillow's name of the format that belongs to a file's name, or None."""
     return Image.registered_extensions().get(Path(path).suffix.lower())
 
 
-def check_picture(path, option, number, side, columns, captions=False):
-    """Raises UserError, before any work, where a grid could not be written to `path`; otherwise see `grid_size`."""
-    check_output(path, option)
-    width, height = grid_size(number, side, columns, captions)
-    if picture_format(path) not in Image.SAVE:
-        raise UserError(f"{option} {path}: cannot be written in this format; name an image file, such as sample.png")
+def check_files(config, number, size):
+    """Raises UserError, before any work, where the files of a SampleConfig could not hold `number` images of `size`."""
+    side, columns = size * config.enlarge, config.columns
+    check_image("--output", config.output, *grid_size(number, side, columns, config.captions))
+    if path := config.save_trajectory:
+        number, columns = (number, columns) if image_format(path) == "GIF" else (number * STEPS, STEPS)
+        check_image("--save-trajectory", path, *grid_size(number, side, columns, titles=False))
+
+
+def check_image(option, path, width, height):
+    """Raises UserError where an image of so many pixels could not be written to `path`."""
+    where = f"{option} {path}"
+    if image_format(path) not in Image.SAVE:
+        raise UserError(where, "cannot be written in this format", "name an image file, such as sample.png")
     if width * height > MAX_PIXELS:
-        raise UserError(f"{option} {path}: {width} x {height} pixels are too many; draw fewer images, or enlarge them less")
+        raise UserError(where, f"{width} x {height} pixels are too many", "draw fewer images, or enlarge them less")
     try:
         for size in ((width, 1), (1, height)):  # some formats limit the sides, and some have no colours
-            Image.new("RGB", size).save(io.BytesIO(), format=picture_format(path))
+            Image.new("RGB", size).save(io.BytesIO(), format=image_format(path))
     except Exception as error:  # every format raises its own kinds
-        raise UserError(f"{option} {path}: cannot hold {width} x {height} pixels in colour ({error}); use .png") from None
-
-
-def check_trajectory(path, option, number, side, columns):
-    """As `check_picture`, of the steps of `number` images."""
-    number, columns = (number, columns) if picture_format(path) == "GIF" else (number * STEPS, STEPS)
-    check_picture(path, option, number, side, columns)
+        raise UserError(where, f"cannot hold {width} x {height} pixels in colour ({error})", "use .png") from None
 
 
 def write_picture(path, picture, **options):
     """Write a PIL image atomically. Raises RunError, such as for a full disk."""
     content = io.BytesIO()  # some of Pillow's formats write to a file without noticing that the disk is full
-    picture.save(content, format=picture_format(path), **options)
+    picture.save(content, format=image_format(path), **options)
     with write_errors(path, error_class=RunError):
         replace_file(path, lambda file: file.write(content.getbuffer()))
 
@@ -75,7 +77,7 @@ def write_trajectory(path, decode, predictions, columns, enlarge):
     """Show how the predicted x_0 changes: as an animation if `path` is a .gif, else as a grid with a row for each image.
 
     decode: function from x_0 to images (N, H, W, 3) uint8. predictions: x_0 of every step. columns: of an animation."""
-    animated = picture_format(path) == "GIF"
+    animated = image_format(path) == "GIF"
     count = min(len(predictions), FRAMES if animated else STEPS)
     frames = [decode(predictions[round(i)]) for i in np.linspace(0, len(predictions) - 1, count)]
     if animated:

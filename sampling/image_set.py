@@ -1,34 +1,49 @@
 """The files of a set of images: a folder of {index:06d}.png, and one .npz of all images and labels."""
 
+import errno
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
 from runtime.errors import RunError
-from runtime.files import check_regular, replace_file, write_errors
-from runtime.npy import read_npy_header
+from runtime.files import check_regular, reason, replace_file, write_errors
+from runtime.npy import map_npz
+
+NO_IMAGE = {None, errno.ENOENT, errno.EISDIR, errno.EINVAL}  # of errors that say that a file is missing or damaged
 
 
 def png(folder, index):
     return folder / f"{index:06d}.png"
 
 
+def write_pngs(folder, indices, images):
+    """Write the images of these indices, several at a time. images: (N, H, W, 3) uint8."""
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write_png, [png(folder, index) for index in indices], images))  # which raises their errors
+
+
 def write_png(path, pixels):
-    """pixels: (H, W, 3) uint8. Raises RunError where the disk is full or the folder closed to us."""
+    """pixels: (H, W, 3) uint8. Raises RunError where the disk is full or the folder not writable."""
     with write_errors(path, "; the images so far are kept", RunError):
         replace_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
 
 
 def read_png(path, size):
-    """(size, size, 3) uint8, or None where the file is missing, damaged, or of another size."""
+    """(size, size, 3) uint8, or None where the file is missing, damaged, or of another size. Raises RunError where the
+    system cannot read it now: it may be undamaged."""
     try:
         check_regular(path)
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except Exception:  # PIL raises a dozen kinds for damaged files
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL raises a dozen kinds for damaged files
+        if isinstance(error, OSError) and error.errno not in NO_IMAGE:
+            raise RunError(path, f"cannot be read ({reason(error)})", "it is kept; run again when it can be read") from None
         return None
     return pixels if pixels.shape == (size, size, 3) else None
 
@@ -41,14 +56,12 @@ def incomplete_batches(folder, number, batch_size):
     return [batch for batch in batches if any(png(folder, index).name not in there for index in batch)]
 
 
-def npz_shape(npz):
-    """The shape of `arr_0`, or None where there is no such file."""
+def is_complete(npz, shape):
+    """Whether the file holds images `arr_0` of this shape."""
     try:
-        check_regular(npz)
-        with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
-            return read_npy_header(file)[0]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return None
+        return map_npz(npz, "arr_0").shape == shape
+    except (OSError, KeyError, ValueError):
+        return False
 
 
 def write_npz(npz, folder, number, size, label_of):

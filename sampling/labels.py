@@ -1,34 +1,56 @@
-"""Classes by number, name or WordNet number (n02099601 is "golden retriever")."""
+"""What to draw: the choice of classes, prompts or vectors for sample.py and the page, and for each image of a set."""
 
-import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from data import class_names
-from runtime.errors import UserError
-
-
-def readable_names(recorded, num_classes):
-    """Names of the classes by number, a list: what the checkpoint records, where WordNet numbers are replaced by names;
-    ImageNet's names for 1000 classes without a record; else empty."""
-    if recorded is None and num_classes == 1000:
-        return list(class_names.imagenet_names().values())[:1000]
-    return class_names.readable_names((recorded or [])[:num_classes])
+from data.captions import read_prompts
+from data.condition import Condition, draw
+from runtime.errors import UserError, about
 
 
-def parse_labels(words, names, num_classes):
-    """Class numbers, a list of int, of words that are numbers, names or WordNet numbers. names: of `readable_names`. Raises
-    UserError, with the way out."""
-    labels, highest = [], max(num_classes - 1, 0)
-    for word in words:
-        if re.fullmatch(r"-?\d{1,18}", word):
-            if not 0 <= int(word) <= highest:
-                raise UserError(f"--labels {word}: out of range, the model's classes are 0 to {highest}")
-            labels.append(int(word))
-            continue
-        wanted = (class_names.imagenet_names().get(word, word) if re.fullmatch(r"n\d{8}", word) else word).lower()
-        found = [number for number, name in enumerate(names) if name.lower() in (wanted, f"{wanted} ({word})")]
-        if len(found) != 1:
-            near = [f"{number} ({name})" for number, name in enumerate(names) if wanted in name.lower()][:5]
-            hint = f"; did you mean {', '.join(near)}?" if near else "; give its number"
-            raise UserError(f"--labels {word}: {'several classes are' if found else 'no class is'} called that{hint}")
-        labels += found
-    return labels
+def given_choices(opened, labels, prompts, vectors):
+    """Choices, a list, that the words of --labels, --prompt or --vector name for an `Opened`; None where there are none.
+    Raises UserError, also for an option of another condition."""
+    condition, given = opened.condition, {"--labels": labels, "--prompt": prompts, "--vector": vectors}
+    for option, words in given.items():
+        if words and option != condition.option:
+            raise UserError(option, f"{opened.checkpoint.path} draws by {condition.describe()}", f"use {condition.option}")
+    words = given.get(condition.option)
+    return condition.parse(words) if words else None
+
+
+def choose(config, opened):
+    """The choice of each image of a SampleConfig. Raises UserError."""
+    choices = given_choices(opened, config.labels, config.prompt, config.vector) or opened.condition.default()
+    if config.editing.interpolate == "classes" and len(choices) < 2:
+        raise UserError("--interpolate classes", f"needs two {opened.condition.option} or more")
+    return [choice for choice in choices for _ in range(config.samples_per_label)]
+
+
+def choices_of_set(config, opened):
+    """The choices that a SampleSetConfig names; None for all that there are. Raises UserError."""
+    with about("--prompts", option="--prompt"):
+        prompts = config.prompts and read_prompts(config.prompts)
+        choices = given_choices(opened, config.labels, prompts, config.vector)
+        return choices or (None if opened.condition.all() is not None else opened.condition.default())
+
+
+@dataclass(frozen=True)
+class SetLabels:
+    """What the images of a set are of: of `every` choice in turn, or image i of one that is drawn for (seed, i)."""
+
+    condition: Condition
+    every: Sequence
+    in_turn: bool
+    seed: int
+
+    def position(self, index):
+        return index % len(self.every) if self.in_turn else draw(self.seed, [index], len(self.every))[0]
+
+    def choices(self, indices):
+        """Of the images `indices`."""
+        return [self.every[self.position(index)] for index in indices]
+
+    def label(self, index):
+        """The number that the set records for image `index`."""
+        return self.condition.label(self.every, self.position(index))

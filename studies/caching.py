@@ -20,37 +20,38 @@ import contextlib
 import copy
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
-from tqdm import tqdm, trange
+from tqdm import trange
 
+from benchmarks import timing
 from checkpoint import files
 from data.autoencoder import Pixels, to_model_range
-from diffusion import create_diffusion, samplers
+from diffusion import create_diffusion, sample, samplers
 from diffusion.registry import SAMPLERS, Sampler
 from models import DiT
-from runtime.config import Config, option
+from runtime.config import option
 from runtime.errors import UserError
-from runtime.files import check_output, replace_file
 from runtime.parser import Parser
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, to_uint8
+from studies.plots import finish, save
 from studies.recipes import (
     BASELINE,
     Column,
     RecipesConfig,
     Run,
-    finished_runs,
+    StudyConfig,
+    do_runs,
     measure,
     number,
     open_data,
-    run_all,
+    open_output,
     write_results,
 )
 
@@ -132,7 +133,7 @@ class Method:
 
 def variant(name, **settings):
     """A sampler with other settings of diffusers' class."""
-    return Sampler(name, "", scheduler=SAMPLERS[name].scheduler, settings={**SAMPLERS[name].settings, **settings})
+    return replace(SAMPLERS[name], settings={**SAMPLERS[name].settings, **settings})
 
 
 DDPM, DDIM = SAMPLERS["ddpm"], SAMPLERS["ddim"]
@@ -153,21 +154,14 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class CachingConfig(Config):
+class CachingConfig(StudyConfig):
     """Options of caching.py."""
 
-    data: str = option("digits", 'what to train on: "digits", "mnist", or a folder of images, which may hold train and '
-        "test")  # fmt: skip
     methods: tuple[str, ...] | None = option(None, "methods to measure (default: all)", choices=tuple(METHODS),
         metavar="NAME")  # fmt: skip
     steps: int = option(2000, "training steps of the model", low=4, high=10_000_000)
-    flags: str | None = option(None, "further options of train.py for the model, in quotes (default: none)",
-        metavar="'--OPTION VALUE ...'")  # fmt: skip
-    image_size: int = option(32, "side of the images of a folder in pixels", low=4, high=512)
     cfg_scale: float = option(1.5, "scale of classifier-free guidance", low=0)
     samples: int = option(200, "images to measure; if there are fewer test images, as many as those", low=20, high=100_000)
-    seeds: int = option(3, "number of seeds of the noise", low=1, high=1000)
-    jobs: int = option(1, "methods at a time, each in a process of one thread", low=1, high=1024)
     output: str = option("results/caching", "folder of the results; one folder holds one kind of data")
 
     @property
@@ -175,10 +169,6 @@ class CachingConfig(Config):
         """The config of the model's training."""
         names = ("data", "steps", "flags", "image_size", "output")
         return RecipesConfig(**{name: getattr(self, name) for name in names})
-
-    @property
-    def setting(self):
-        return self.recipe.setting
 
     def record(self, name, seed):
         """What the numbers of a method depend on: those with an equal record are not measured again."""
@@ -227,17 +217,11 @@ def draw(model, method, steps, labels, seed, cfg_scale):
 
 
 def make_steps(denoiser, method, steps, x_T, step_noise):
-    """`diffusion.sample` for samplers that are not in its registry. Raises ValueError for an impossible number of steps."""
-    if method.sampler.scheduler:
-        scheduler = samplers.solver_scheduler(method.sampler, create_diffusion("").betas, steps)
-        return samplers.solver_steps(scheduler, denoiser, x_T, steps)
-    process = samplers.respaced_process(
-        method.sampler, steps, partial(create_diffusion, learn_sigma=method.learned_variance)
-    )
-    step_noise = step_noise if method.sampler.adds_noise else samplers.no_noise
+    """`diffusion.sample` with a method. Raises ValueError for an impossible number of steps."""
+    create = partial(create_diffusion, learn_sigma=method.learned_variance)
     if not method.learned_variance:
         eps_and_variance, denoiser = denoiser, lambda x_t, t: eps_and_variance(x_t, t)[:, : x_t.shape[1]]
-    return samplers.process_steps(process, method.sampler.step(process, 0.0), denoiser, x_T, steps, step_noise=step_noise)
+    return sample(method.sampler, denoiser, x_T, steps, step_noise=step_noise, create=create)
 
 
 def measure_method(config, images, judge, name, seed):
@@ -276,6 +260,8 @@ def exact_images(config, images, labels, seed):
 # Table, sentences and plot
 
 QUANTITIES = {"frechet_distance": "{:.3f}", "class_accuracy": "{:.3f}", "error": "{:.3f}", "seconds": "{:.1f}"}
+NAMES = {"frechet_distance": "Fréchet distance"}
+SAID = {"cache": "the cache is better", "solver": "the solver is better", "neither": "no difference"}
 
 
 def summarise(rows):
@@ -292,16 +278,12 @@ def summarise(rows):
 
 def table(summary):
     """The table as Markdown."""
-    lines = [
-        "| method | full evaluations | steps | Fréchet distance | class accuracy | error | seconds |",
-        "|---" * 7 + "|",
-    ]
-    for name, points in summary.items():
-        for evaluations, columns in points.items():
-            cells = [name, str(evaluations), str(METHODS[name].steps(evaluations))]
-            cells += [columns[quantity].text(pattern) for quantity, pattern in QUANTITIES.items()]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return timing.table([
+        {"method": name, "full evaluations": evaluations, "steps": METHODS[name].steps(evaluations)}
+        | {NAMES.get(quantity, quantity): columns[quantity].text(pattern) for quantity, pattern in QUANTITIES.items()}
+        for name, points in summary.items()
+        for evaluations, columns in points.items()
+    ])  # fmt: skip
 
 
 def lower(ours, theirs):
@@ -364,14 +346,9 @@ def report(config, judge, rows):
         f"{noise}.\n\n{table(summary)}\n\nThe best cache and the best solver at equal full evaluations:\n\n"
     )
     for row in compare_caches(summary):
-        what = {"frechet_distance": "Fréchet distance", "error": "error"}[row["quantity"]]
-        said = {
-            "cache": "the cache is better",
-            "solver": "the solver is better",
-            "neither": "no difference",
-        }
+        what = NAMES.get(row["quantity"], row["quantity"])
         text += f"- {row['evaluations']} full evaluations, {what}: {row['cache']} {row['with']:.3f}, {row['solver']} "
-        text += f"{row['without']:.3f}: {said[row['winner']]}.\n"
+        text += f"{row['without']:.3f}: {SAID[row['winner']]}.\n"
     if found := cheapest(summary):
         most = max(summary[DEFAULT])
         slowest = summary[DEFAULT][most]["seconds"].mean
@@ -398,29 +375,22 @@ def plot(config, judge, rows, path):
             axes.errorbar(at, means, spreads, markersize=4, linewidth=1, capsize=2, label=label, **style)
     floor = judge.floor(min(config.samples, len(judge.images.test)))["frechet_distance"]
     for axes, label in zip(panels, ("full evaluations", "full evaluations", "processor time in seconds"), strict=True):
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="error" if axes is panels[1] else "Fréchet distance")
-        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
-        axes.grid(alpha=0.3, which="both")
-        if axes is not panels[1]:
-            axes.axhline(floor, color="grey", linestyle=":", linewidth=1)
+        quantity, real = ("error", None) if axes is panels[1] else ("Fréchet distance", floor)
+        finish(axes, "", label, quantity, None, "xy", real)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=90))
+    save(figure, path, dpi=90)
 
 
 def main(argv=None):
     parser = Parser(CachingConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        os.makedirs(config.output, exist_ok=True)
-        check_output(Path(config.output, "runs.jsonl"), "--output")
+        open_output(config)
         order = [(name, seed) for seed in range(config.seeds) for name in config.methods or METHODS]
         images, judge = open_data(config)
         open_model(config, images)  # before there are several processes
-        done = finished_runs(config)
-        jobs = [job for job in order if job not in done]
-        for row in tqdm(run_all(config, jobs, measure_method), "Methods", len(jobs), disable=not jobs):
-            tqdm.write(f"{row['recipe']}, seed {row['seed']}: {row['points'][-1]}")
-        write_results(config, judge, order, report, plot, "caching.png")
+        rows = do_runs(config, order, measure_method, lambda row: row["points"][-1])
+        write_results(config, judge, rows, report, plot, "caching.png")
 
 
 if __name__ == "__main__":

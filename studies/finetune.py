@@ -15,20 +15,18 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-import train
 from checkpoint import files
 from data.autoencoder import Pixels
 from data.images import Digits
 from data.order import GlobalOrder, make_loader
-from runtime import distributed
 from runtime.config import Config, option
-from runtime.files import check_output, replace_file, write_errors, write_json
+from runtime.files import write_errors, write_json
 from runtime.parser import Parser
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, to_uint8
 from studies.digits import real_digits
-from training import finetune, setup
-from training.trainer import Trainer
+from studies.plots import finish, save
+from studies.recipes import begin
 
 RECIPE = "--data-path digits --vae none --image-size 8 --num-classes 5 --global-batch-size 64 --lr 2e-3 --ema-warmup"
 SIZES = "--hidden-size 96 --depth 4 --num-heads 4 --patch-size 2"
@@ -45,8 +43,8 @@ class FinetuneBenchmarkConfig(Config):
     target: float = option(0.95, "class accuracy at which the training on 5 to 9 ends", above=0, high=1)
     every: int = option(25, "training steps between measurements of the class accuracy", low=1, high=100_000)
     samples: int = option(200, "images drawn for a measurement", low=5, high=100_000)
-    json: str | None = option(None, "write the numbers to this file (default: they are only printed)", metavar="FILE")
-    plot: str | None = option(None, "draw the class accuracy into this .png file (default: off)", metavar="FILE")
+    json: str | None = option(None, "also write the numbers to this file", metavar="FILE", path="output")
+    plot: str | None = option(None, "draw the class accuracy into this .png file", metavar="FILE", path="output")
 
 
 class FiveDigits(Digits):
@@ -55,7 +53,8 @@ class FiveDigits(Digits):
     def __init__(self, first):
         super().__init__(image_size=8)
         kept = (self.labels >= first) & (self.labels < first + 5)
-        self.images, self.labels, self.classes = self.images[kept], self.labels[kept] - first, self.classes[first:][:5]
+        self.dataset = [self.dataset[index] for index in kept.nonzero()[0]]
+        self.labels, self.classes = self.labels[kept] - first, self.classes[first:][:5]
 
 
 def class_accuracy(model, first, samples):
@@ -68,12 +67,9 @@ def class_accuracy(model, first, samples):
 def run(argv, first, config):
     """Train on five digits as train.py would with these words. Returns (Trainer, [[step, class accuracy], ...]); without a
     FinetuneBenchmarkConfig nothing is measured, else the training ends where the accuracy reaches the target."""
-    options, source = finetune.resolve(Parser(train.TrainConfig, "").parse([*RECIPE.split(), "--device", "cpu", *argv]))
-    dataset, context, recipe = FiveDigits(first), distributed.setup("cpu"), options.recipe
-    model = setup.build_model(options, Pixels(1))
-    if source:
-        source.load_into(model)
-    trainer, curve = Trainer(recipe, options.compute, context, model, Pixels(1)), []
+    dataset, curve = FiveDigits(first), []
+    options, trainer = begin([*RECIPE.split(), "--device", "cpu", *argv], Pixels(1), len(dataset), dataset.classes)
+    recipe = options.recipe
     end = recipe.max_steps * recipe.global_batch_size
     order = GlobalOrder(len(dataset), recipe.global_batch_size, recipe.global_seed, 0, 1, 0, end)
     for batch in make_loader(dataset, order, num_workers=0, pin_memory=False):
@@ -109,19 +105,15 @@ def plot(results, target, path):
         for i, result in enumerate(results):
             axes.plot(*zip(*result[name], strict=True), color=colour, label=None if i else label)
     axes.axhline(target, color="black", linestyle=":", linewidth=1)
-    axes.set(xlabel="training steps on the digits 5 to 9", ylabel="class accuracy", ylim=(0, 1))
-    axes.legend(frameon=False, loc="lower right")
-    axes.grid(alpha=0.3)
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    axes.set_ylim(0, 1)
+    finish(axes, "", "training steps on the digits 5 to 9", "class accuracy", "lower right")
+    save(figure, path)
 
 
 def main(argv=None):
     parser = Parser(FinetuneBenchmarkConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        for name in ("json", "plot"):
-            if getattr(config, name):
-                check_output(getattr(config, name), f"--{name}")
         torch.set_num_threads(1)
         results, start = [], time.perf_counter()
         print(f"steps until {100 * config.target:.0f} % of {config.samples} images show the digit asked for, of 5 to 9")

@@ -28,6 +28,13 @@ def denoiser(x_t, t, fraction=0.0):
     return torch.cat([eps, torch.full_like(eps, fraction)], dim=1)
 
 
+def velocity(x_s, t):
+    """The exact velocity of a flow between noise and the data: E[eps - x_0 | x_s] of two Gaussians."""
+    s = t / 1000
+    rest = (x_s - (1 - s) * MU) / ((1 - s) ** 2 * S**2 + s**2)
+    return s * rest - (MU + (1 - s) * S**2 * rest)
+
+
 def exact_trajectory(x, t_from, t_to):
     """The probability-flow ODE from x at t_from to t_to, None for the image: it keeps (x_t - mean_t) / std_t."""
     (mean, std), (mean_to, std_to) = (marginal(1.0 if t is None else alpha_bar_at(t)) for t in (t_from, t_to))

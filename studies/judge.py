@@ -35,14 +35,14 @@ LARGEST_TEST_SET = 10_000
 @dataclass
 class RealImages:
     """Real images in memory, all of one size: train and test (N, C, H, W) uint8 with labels (N,) int64. classes: their
-    names. mirrored: whether training may mirror them, which digits do not stand. identity: of the data, as text."""
+    names. flip: whether training may flip them, which digits do not stand. identity: of the data, as text."""
 
     train: torch.Tensor
     train_labels: torch.Tensor
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: list
-    mirrored: bool
+    flip: bool
     identity: str
 
     @classmethod
@@ -56,7 +56,7 @@ class RealImages:
             )
             if train.classes != test.classes:
                 raise UserError(f"--data {data}: train and test have different classes")
-            identity = [image_size, *train.identity(), *test.identity()]
+            identity = [image_size, *train.fingerprint(), *test.fingerprint()]
             (images, labels), (test_images, test_labels) = read(train), read(test, LARGEST_TEST_SET)
         else:
             train = load_dataset(DataConfig(data, flip=False), image_size)
@@ -64,11 +64,11 @@ class RealImages:
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
             held_out, kept = order.tensor_split([min(len(order) // 4, 1000)])
             images, labels, test_images, test_labels = images[kept], labels[kept], images[held_out], labels[held_out]
-            identity = [image_size, *train.identity()]
+            identity = [image_size, *train.fingerprint()]
         if min(len(labels), len(test_labels)) < 2:
             raise UserError(f"--data {data}: has too few images to train and to test a classifier")
-        mirrored, text = data not in DIGITS, checksum_of_text(map(str, identity))
-        return cls(images, labels, test_images, test_labels, train.classes, mirrored, text)
+        flip, text = data not in DIGITS, checksum_of_text(map(str, identity))
+        return cls(images, labels, test_images, test_labels, train.classes, flip, text)
 
 
 def read(dataset, most=None):
@@ -115,7 +115,7 @@ class Classifier(nn.Module):
 
 def train_classifier(images, progress=True):
     """A Classifier of the training images of RealImages: AdamW with one cycle of the learning rate; images are shifted by
-    up to an eighth of their side, and mirrored where that is allowed."""
+    up to an eighth of their side, and flipped where that is allowed."""
     _, channels, side, _ = images.train.shape
     epochs, batch_size, shift = min(40, max(8, 200_000 // len(images.train))), 128, max(1, side // 8)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=has_bf16(torch.device("cpu")))
@@ -131,7 +131,7 @@ def train_classifier(images, progress=True):
                     x = to_model_range(images.train[batch])
                     rows, columns = torch.randint(2 * shift + 1, (2,)).tolist()  # of the whole batch
                     x = F.pad(x, [shift] * 4, mode="replicate")[:, :, rows : rows + side, columns : columns + side]
-                    if images.mirrored:
+                    if images.flip:
                         x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
                     x = x.contiguous(memory_format=torch.channels_last)
                     optimizer.zero_grad()
@@ -210,11 +210,11 @@ class Judge:
         return self.measure(self.images.test[:count], self.images.test_labels[:count])
 
     def nearest(self, images):
-        """Distance in pixels, of range [-1, 1], of each image (N, C, H, W) uint8 to the nearest training image, mirrored or
-        not where training mirrors. Returns (N,)."""
+        """Distance in pixels, of range [-1, 1], of each image (N, C, H, W) uint8 to the nearest training image, flipped or
+        not where training flips. Returns (N,)."""
         samples, found = to_model_range(images).flatten(1), []
         for part in self.images.train.split(5000):
-            for real in (part, part.flip(-1)) if self.images.mirrored else (part,):
+            for real in (part, part.flip(-1)) if self.images.flip else (part,):
                 found.append(torch.cdist(samples, to_model_range(real).flatten(1)).amin(dim=1))
         return torch.stack(found).amin(dim=0)
 

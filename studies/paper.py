@@ -16,29 +16,27 @@ one sentence for each finding, and three pictures. The same command does the run
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-from tqdm import tqdm
 
-from checkpoint.config import BLOCKS
 from evaluation.metrics import precision_recall
+from models import BLOCKS as BLOCK_TABLE
 from models import SIZES
 from runtime.config import Config, option
-from runtime.files import check_output, replace_file, write_errors, write_json
+from runtime.files import replace_file, write_errors, write_json
 from runtime.parser import Parser
 from sampling.config import SamplerConfig
-from studies.recipes import COMMON, SETTINGS, Column, Run, finished_runs, measure, open_data, run_all
+from studies.plots import finish, save
+from studies.recipes import COMMON, SETTINGS, Column, Run, do_runs, measure, open_data, open_output
 from studies.scaling import COLORS, DESIGNS, SCALING, correlation
 from training.cost import build, forward_macs
 
+BLOCKS = [*BLOCK_TABLE]
 PATCHES = {4: "o", 2: "s", 1: "^"}  # their markers; the paper's patch sizes are twice as large
 SHAPES = {
     f"{size}/{patch}": {
@@ -55,6 +53,7 @@ GUIDED = "XL/2"  # the model that is also sampled with guidance
 LONGER = {"S": 4, "B": 2}  # times as many steps
 FLAGS = "--predict v --lr 4e-3"
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+PAPERS = {row.model.removeprefix("DiT-"): row for row in SCALING}
 PAPER_GUIDANCE = {1.0: (9.62, 0.67, 0.67), 1.25: (3.22, 0.76, 0.62), 1.5: (2.27, 0.83, 0.57)}  # FID, precision, recall
 
 
@@ -163,6 +162,12 @@ def collect(rows, part, key, quantity="frechet_distance"):
     return {at: Column([e[quantity] for e in entries if e[key] == at]) for at in dict.fromkeys(e[key] for e in entries)}
 
 
+def papers_model(name):
+    """The row of the paper's table for a model of ours, whose patches are half as large."""
+    size, patch = name.split("/")
+    return PAPERS[f"{size}/{2 * int(patch)}"]
+
+
 def gmacs(name):
     return count_gmacs(**SHAPES[name])
 
@@ -217,12 +222,11 @@ def finding_gmacs(results):
 
 def finding_equal_gmacs(results):
     texts, near = [], 0
-    fids = {row.model.removeprefix("DiT-"): row.fid for row in SCALING}
     for a, b in (pairs := [("S/1", "B/2"), ("S/2", "B/4"), ("B/1", "L/2")]):
         ratio = results.at_end(a).mean / results.at_end(b).mean
         near += 0.8 < ratio < 1.25
-        papers = [fids[f"{name.split('/')[0]}/{2 * int(name[-1])}"] for name in (a, b)]
-        texts.append(f"{a} has {ratio:.2f} times the distance of {b} (paper: {papers[0] / papers[1]:.2f})")
+        papers = papers_model(a).fid / papers_model(b).fid
+        texts.append(f"{a} has {ratio:.2f} times the distance of {b} (paper: {papers:.2f})")
     return verdict(near, len(pairs)), "; ".join(texts)
 
 
@@ -315,10 +319,9 @@ def report(results, judge, found):
     text += (
         "\n| model | width, depth | MMACs | steps | distance | paper's model | Gflops | FID-50K |\n" + "|---" * 8 + "|\n"
     )
-    papers = {row.model.removeprefix("DiT-"): row for row in SCALING}
     for size, patch in itertools.product(SIZES, PATCHES):
         name = f"{size}/{patch}"
-        shape, paper, ends = SHAPES[name], papers[f"{size}/{2 * patch}"], results.curves[name]
+        shape, paper, ends = SHAPES[name], papers_model(name), results.curves[name]
         for steps in dict.fromkeys((config.steps, max(ends))):
             text += f"| {name} | {shape['hidden_size']}, {shape['depth']} | {1000 * results.gmacs[name]:.2f} | {steps} | "
             text += f"{ends[steps].text('{:.2f}')} | {paper.model} | {paper.gmacs} | {paper.fid} |\n"
@@ -335,36 +338,19 @@ def line(axes, points, **style):
     axes.errorbar([*points], means, spreads, capsize=2, markersize=4, linewidth=1.3, **style)
 
 
-def finish(axes, title, xlabel, ylabel="", legend="best", log="xy"):
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    for name in log:
-        axes.set(**{f"{name}scale": "log"})
-        axis = getattr(axes, f"{name}axis")
-        low, high = axis.get_view_interval()
-        subs = (1, 2, 5) if high < 300 * low else (1,)
-        axis.set(major_locator=LogLocator(subs=subs), major_formatter="{x:g}", minor_formatter=NullFormatter())
-    axes.grid(color="#e6e6e6", linewidth=0.7, which="both")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if legend:
-        axes.legend(frameon=False, fontsize=8, loc=legend)
-
-
 def draw_training(results, floor):
     """Figure 6: distance over training steps, by size for each patch size, and by patch size for each size."""
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     grid = figure.add_gridspec(2, 12)
-    fids = {row.model.removeprefix("DiT-"): row.fid for row in SCALING}
     panels = [(0, 4 * i, 4, f"patch size {patch}", [f"{s}/{patch}" for s in SIZES]) for i, patch in enumerate(PATCHES)]
     panels += [(1, 3 * i, 3, f"size {size}", [f"{size}/{p}" for p in PATCHES]) for i, size in enumerate(SIZES)]
     for row, column, width, title, names in panels:
         axes = figure.add_subplot(grid[row, column : column + width])
         for name in names:
             size, patch = name.split("/")
-            label = f"{name} (paper: {fids[f'{size}/{2 * int(patch)}']:g})"
+            label = f"{name} (paper: {papers_model(name).fid:g})"
             line(axes, results.curves[name], color=COLORS[size], marker=PATCHES[int(patch)], label=label)
-        axes.axhline(floor, color="grey", linestyle=":", linewidth=1)
-        finish(axes, title, "training steps", "" if column else "Fréchet distance")
+        finish(axes, title, "training steps", "" if column else "Fréchet distance", log="xy", floor=floor)
     figure.suptitle("Distance over training steps; in brackets the paper's FID-50K after 400K steps; dotted: real images")
     return figure
 
@@ -381,15 +367,15 @@ def draw_compute(results, floor):
             label = f"{size}/{patch if axes is ours else 2 * patch}"
             axes.errorbar(x, y, spread, color=COLORS[size], marker=PATCHES[patch], capsize=2, label=label, linestyle="")
         title = f"{title}: correlation {correlation(points[axes]):.2f}"
-        finish(axes, title, "GMACs of a forward pass", "Fréchet distance" if axes is ours else "FID-50K", None)
+        quantity, real = ("Fréchet distance", floor) if axes is ours else ("FID-50K", None)
+        finish(axes, title, "GMACs of a forward pass", quantity, None, "xy", real)
         axes.legend(frameon=False, fontsize=7, ncols=3)
     for size, patch in order[ours]:
         name = f"{size}/{patch}"
         curve = {results.compute(name, steps): column for steps, column in results.curves[name].items()}
         line(training, curve, color=COLORS[size], marker=PATCHES[patch], alpha=0.8)
-    finish(training, "training compute", "GMACs of all training steps, an image at a time", "Fréchet distance", None)
-    for axes in (ours, training):
-        axes.axhline(floor, color="grey", linestyle=":", linewidth=1)
+    compute = "GMACs of all training steps, an image at a time"
+    finish(training, "training compute", compute, "Fréchet distance", None, "xy", floor)
     return figure
 
 
@@ -407,23 +393,22 @@ def draw_findings(results, floor):
     for i, block in enumerate(BLOCKS):
         name = f"{DESIGN}, {block}" if i else DESIGN
         line(designs, results.curves[name], marker="s", color=f"C{i}", label=f"{block} (paper: {fids[block]:g})")
-    finish(designs, f"block designs of {DESIGN}; in brackets the paper's FID-50K", "training steps", "Fréchet distance")
+    style = {"ylabel": "Fréchet distance", "floor": floor}
+    finish(designs, f"block designs of {DESIGN}; in brackets the paper's FID-50K", "training steps", log="xy", **style)
     for name, points in results.sampling.items():
         at = {results.gmacs[name] * steps: column for steps, column in points.items()}
         line(sampling, at, marker="s", color=COLORS[name.split("/")[0]], label=name)
-    finish(sampling, "sampling compute, DDPM", "GMACs of all sampling steps of an image", "Fréchet distance")
+    finish(sampling, "sampling compute, DDPM", "GMACs of all sampling steps of an image", log="xy", **style)
     line(distance, results.guidance["frechet_distance"], marker="o", label=GUIDED)
     scales, papers = [*PAPER_GUIDANCE], list(zip(*PAPER_GUIDANCE.values(), strict=True))
     distance.plot(scales, papers[0], "k--", marker="x", label="the paper's XL/2 at 256 px, FID-50K")
-    finish(distance, "guidance", "guidance scale", "Fréchet distance", log="y")
+    finish(distance, "guidance", "guidance scale", log="y", **style)
     for i, quantity in enumerate(("class_accuracy", "precision", "recall")):
         line(others, results.guidance[quantity], marker="o", color=f"C{i}", label=quantity.replace("_", " "))
         if i:
             others.plot(scales, papers[i], "--", marker="x", color=f"C{i}", label=f"the paper's {quantity}")
     others.set(ylim=(0, 1.02))
-    finish(others, "guidance", "guidance scale", legend="lower left", log="")
-    for axes in (designs, sampling, distance):
-        axes.axhline(floor, color="grey", linestyle=":", linewidth=1)
+    finish(others, "guidance", "guidance scale", legend="lower left")
     return figure
 
 
@@ -436,24 +421,18 @@ def main(argv=None):
     if config.quick:
         config = dataclasses.replace(config, steps=4, batch_size=4, samples=40, seeds=1)
     with parser.report_errors():
-        os.makedirs(config.output, exist_ok=True)
-        check_output(Path(config.output, "runs.jsonl"), "--output")
+        open_output(config)
         order = [(name, seed) for seed in range(config.seeds) for name in sorted(SHAPES, key=gmacs, reverse=True)]
         _, judge = open_data(config)
-        done = finished_runs(config)
-        jobs = [job for job in order if job not in done]
-        for row in tqdm(run_all(config, jobs, train_and_judge), "Runs", len(jobs), disable=not jobs):
-            tqdm.write(f"{row['recipe']}, seed {row['seed']}, {row['seconds']:.0f} s: {json.dumps(row['curve'][-1])}")
-        results = Results(config, [row for job, row in finished_runs(config).items() if job in order])
+        rows = do_runs(config, order, train_and_judge, lambda row: f"{row['seconds']:.0f} s, {row['curve'][-1]}")
+        results = Results(config, rows)
         found, floor = findings(results), judge.floor(config.samples)["frechet_distance"]
         text = report(results, judge, found)
         with write_errors(config.output):
             replace_file(Path(config.output, "paper.md"), lambda file: file.write(text.encode()))
             write_json(Path(config.output, "paper.json"), {"floor": floor, "findings": found, "runs": results.rows})
             for name, draw in PICTURES.items():
-                figure = draw(results, floor)
-                path = Path(config.output, f"paper-{name}.png")
-                replace_file(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=80))
+                save(draw(results, floor), Path(config.output, f"paper-{name}.png"), dpi=80)
         print(text)
 
 

@@ -36,13 +36,13 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from scipy.special import stdtrit
 from tqdm import tqdm, trange
 
 import train
+from benchmarks import timing
 from data.autoencoder import Pixels, to_model_range
-from data.order import GlobalOrder, is_mirrored
+from data.order import GlobalOrder, is_flipped
 from diffusion import create_diffusion
 from evaluation.likelihood import bound
 from runtime import distributed
@@ -55,6 +55,7 @@ from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.grid import draw_grid, write_picture
 from sampling.pipeline import Pipeline, to_uint8
 from studies.judge import Judge, RealImages
+from studies.plots import finish, save
 from training import finetune, setup
 from training.trainer import Trainer
 
@@ -98,26 +99,32 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class RecipesConfig(Config):
-    """Options of recipes.py."""
+class StudyConfig(Config):
+    """What studies of models that they train have in common."""
 
     data: str = option("digits", 'what to train on: "digits", "mnist", or a folder of images, which may hold train and '
         "test")  # fmt: skip
-    recipes: tuple[str, ...] | None = option(None, "recipes to run (default: all)", choices=tuple(RECIPES), metavar="NAME")
-    seeds: int = option(3, "number of seeds", low=1, high=1000)
-    steps: int | None = option(None, "training steps of the baseline, whose time is that of all recipes (default: by the "
-        "data)", low=4, high=10_000_000)  # fmt: skip
-    samples: int = option(500, "images to judge; if there are fewer test images, as many as those", low=20, high=100_000)
-    jobs: int = option(1, "runs at a time, each in a process of one thread", low=1, high=1024)
-    flags: str | None = option(None, "further options of train.py for every recipe, such as the sizes of the model, in "
-        "quotes (default: none)", metavar="'--OPTION VALUE ...'")  # fmt: skip
+    flags: str | None = option(None, "further options of train.py for every model, such as its sizes, in quotes (default: "
+        "none)", metavar="'--OPTION VALUE ...'")  # fmt: skip
     image_size: int = option(32, "side of the images of a folder in pixels", low=4, high=512)
-    device: str = option("cpu", "where to train", choices=("cuda", "cpu"))
-    output: str = option("results/recipes", "folder of the results; one folder holds one kind of data")
+    seeds: int = option(3, "number of seeds", low=1, high=1000)
+    jobs: int = option(1, "runs at a time, each in a process of one thread", low=1, high=1024)
 
     @property
     def setting(self):
         return SETTINGS.get(self.data, dataclasses.replace(SETTINGS["folder"], image_size=self.image_size))
+
+
+@dataclass(frozen=True)
+class RecipesConfig(StudyConfig):
+    """Options of recipes.py."""
+
+    recipes: tuple[str, ...] | None = option(None, "recipes to run (default: all)", choices=tuple(RECIPES), metavar="NAME")
+    steps: int | None = option(None, "training steps of the baseline, whose time is that of all recipes (default: by the "
+        "data)", low=4, high=10_000_000)  # fmt: skip
+    samples: int = option(500, "images to judge; if there are fewer test images, as many as those", low=20, high=100_000)
+    device: str = option("cpu", "where to train", choices=("cuda", "cpu"))
+    output: str = option("results/recipes", "folder of the results; one folder holds one kind of data")
 
     @property
     def equal_steps(self):
@@ -181,20 +188,32 @@ def time_steps(run):
 # One run
 
 
+def resolve(words):
+    """(TrainConfig, the Checkpoint of --init-from or None, the processes) of train.py's words. Raises UserError."""
+    options = Parser(train.TrainConfig, "").parse(words)
+    context = distributed.setup(options.compute.device)
+    return *setup.resolve(options, context), context
+
+
+def begin(words, space, number, classes=()):
+    """(TrainConfig, Trainer) as of train.py with these words, on `number` images of `classes` that the caller has."""
+    options, source, context = resolve(words)
+    recipe, compute, given = options.recipe, options.compute, options.model
+    model = setup.build_model(given, recipe, space)
+    if source:
+        kept, dropout = options.finetune.keep_classes, recipe.label_dropout
+        finetune.load_into(model, source, finetune.label_rows(source, kept, given.num_classes, dropout, classes))
+    return options, Trainer(recipe, compute, context, model, space, compute.precision, recipe.total_steps(number))
+
+
 class Run:
     """The training of one recipe with one seed."""
 
     def __init__(self, config, images, recipe, seed):
         words = [*config.words(recipe), "--num-classes", str(len(images.classes)), "--global-seed", str(seed)]
-        options, _ = finetune.resolve(Parser(train.TrainConfig, "").parse(words))
-        context = distributed.setup(config.device)
-        options = setup.resolve_precision(options, context.device)
+        options, self.trainer = begin(words, Pixels(images.train.shape[1]), len(images.train))
         self.images, self.seed, self.batch_size = images, seed, options.recipe.global_batch_size
-        self.space, self.precision = Pixels(images.train.shape[1]), options.compute.precision
-        model = setup.build_model(options, self.space)
-        total = options.recipe.total_steps(len(images.train))
-        self.trainer = Trainer(options.recipe, options.compute, context, model, self.space, self.precision, total)
-        self.on_gpu, self.batches = context.device.type == "cuda", self.endless_batches()
+        self.on_gpu, self.batches = self.trainer.device.type == "cuda", self.endless_batches()
 
     def endless_batches(self):
         """train.py's batches, in its order and with its flips, without its data workers."""
@@ -202,9 +221,9 @@ class Run:
         for keys in GlobalOrder(len(images.train), self.batch_size, self.seed, 0, 1, 0, 2**62):
             index = torch.tensor([index for index, _ in keys])
             batch = images.train[index]
-            if images.mirrored:
-                mirrored = torch.tensor([bool(is_mirrored(self.seed, *key)) for key in keys])
-                batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+            if images.flip:
+                flipped = torch.tensor([bool(is_flipped(self.seed, *key)) for key in keys])
+                batch = torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
             yield {"image": batch, "label": images.train_labels[index], "index": index}
 
     def clock(self):
@@ -223,14 +242,15 @@ class Run:
         guidance = GuidanceConfig(cfg_scale=cfg_scale)
         sampler = sampler or SamplerConfig("dpm-solver++", SAMPLING_STEPS)
         fast = "bf16" if has_bf16(self.trainer.device) else "fp32"  # the same for all recipes, however they were trained
-        pipeline = Pipeline(self.trainer.ema.module, self.space, sampler, guidance, precision=fast)
+        space = self.trainer.space
+        pipeline = Pipeline(self.trainer.ema.module, space, sampler, guidance, precision=fast)
         labels, found = torch.arange(count) % len(self.images.classes), []
         for indices in torch.arange(count).split(SAMPLING_BATCH):
             try:
                 found.append(to_uint8(pipeline(labels[indices], *pipeline.noise(self.seed, indices.tolist()))))
             except UserError:
                 return None, labels
-        pixels = torch.from_numpy(np.concatenate(found))[..., : self.space.channels]  # (N, H, W, C)
+        pixels = torch.from_numpy(np.concatenate(found))[..., : space.channels]  # (N, H, W, C)
         return pixels.permute(0, 3, 1, 2).contiguous(), labels
 
     @torch.no_grad()
@@ -244,7 +264,7 @@ class Run:
         device = self.trainer.device
         x_0 = to_model_range(images.test[:BOUND_IMAGES]).to(device)
         labels = images.test_labels[:BOUND_IMAGES].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.trainer.autocast:
             terms = bound(diffusion, lambda x_t, t: model(x_t, t, labels), x_0, 0, range(len(x_0)))
         return number(terms.sum(dim=1).mean().item())
 
@@ -332,26 +352,33 @@ def finished_runs(config):
     return found
 
 
-def run_all(config, jobs, work=None):
-    """Do the (recipe, seed) jobs and append their lines to runs.jsonl as they finish. Yields after each. work: what to do,
-    a function like `train_and_judge`, the default; other benchmarks have their own, with a config that has a `record`."""
-    if not jobs:
-        return
-    do, data = partial(do_job, work or train_and_judge), (config, *open_data(config))
+def do_runs(config, order, work, say):
+    """Do those of the (recipe, seed) jobs that runs.jsonl lacks, and append their lines as they finish. work: what to do, a
+    function like `train_and_judge`; config: has a `record`. say(row): what is printed of a run. Returns the lines of all
+    jobs by their seeds. Raises UserError where they cannot be written."""
+    done, path = finished_runs(config), Path(config.output, "runs.jsonl")
+    jobs, do, data = [job for job in order if job not in done], partial(do_job, work), (config, *open_data(config))
     with contextlib.ExitStack() as stack:
-        if config.jobs == 1:
+        if config.jobs == 1 or not jobs:
             start_worker(*data)
             results = map(do, jobs)
         else:  # new processes, not forked ones: OpenMP's threads and CUDA do not survive a fork. They share the tensors
             pool = multiprocessing.get_context("spawn").Pool(min(config.jobs, len(jobs)), start_worker, data)
             results = stack.enter_context(pool).imap_unordered(do, jobs)
-        for recipe, seed, row, picture in results:
-            with write_errors(config.output), open(Path(config.output, "runs.jsonl"), "a") as file:
+        for recipe, seed, row, picture in tqdm(results, "Runs", len(jobs), disable=not jobs):
+            with write_errors(config.output), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             if picture is not None:
                 grid = draw_grid(picture[:GRID].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy(), 10, 2)
                 write_picture(Path(config.output, f"{recipe.replace(', ', '-').replace(' ', '-')}-{seed}.png"), grid)
-            yield row
+            tqdm.write(f"{recipe}, seed {seed}: {say(row)}")
+    return [row for job, row in sorted(finished_runs(config).items(), key=lambda item: item[0][1]) if job in order]
+
+
+def open_output(config):
+    """Make the folder of the results. Raises UserError where it cannot be written."""
+    os.makedirs(config.output, exist_ok=True)
+    check_output(Path(config.output, "runs.jsonl"), "--output")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -481,17 +508,13 @@ def time_to_baseline(summary, recipe, name):
 def table(summary, costs):
     """The table as Markdown. costs: as of `read_costs`."""
     shown = [name for name in COLUMNS if any(columns[name].whole for columns in summary.values())]
-    head = ["recipe", "runs", "time of a step", *shown]
-    head += [f"{name}: share of the time to the baseline's" for name in CURVES]
-    head += [f"{name}: verdict" for name in JUDGED]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for recipe, columns in summary.items():
-        cells = [columns[name].text(COLUMNS[name][1]) for name in shown]
-        cells = [recipe, str(len(columns["steps"].values)), f"{costs[recipe]:.2f}", *cells]
-        cells += [time_to_baseline(summary, recipe, name) for name in CURVES]
-        cells += [verdict(summary, recipe, name) for name in JUDGED]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        row = {"recipe": recipe, "runs": len(columns["steps"].values), "time of a step": f"{costs[recipe]:.2f}"}
+        row |= {name: columns[name].text(COLUMNS[name][1]) for name in shown}
+        row |= {f"{name}: share of the time to the baseline's": time_to_baseline(summary, recipe, name) for name in CURVES}
+        rows.append(row | {f"{name}: verdict": verdict(summary, recipe, name) for name in JUDGED})
+    return timing.table(rows)
 
 
 def report(config, judge, rows):
@@ -530,27 +553,18 @@ def plot(config, judge, rows, path):
                 column.mean, place, xerr=column.spread, marker=marker, color=colours[recipe], markerfacecolor=filled,
                 capsize=2, linestyle="", label=name if i == 0 else None,
             )  # fmt: skip
-    curves.set(xscale="log", yscale="log", xlabel="share of the baseline's training time", ylabel="Fréchet distance")
+    finish(curves, "", "share of the baseline's training time", "Fréchet distance", log="xy")
     curves.set_xticks(TIMES, map(str, TIMES))
-    final.set(xscale="log", xlabel="Fréchet distance", yticks=[-i for i in range(len(summary))], yticklabels=[*summary])
+    finish(final, "", "Fréchet distance", log="x")
+    final.set(yticks=[-i for i in range(len(summary))], yticklabels=[*summary])
     means = [columns[name].mean for columns in summary.values() for name in JUDGED if columns[name].whole]
     if means and floor > min(means) / 3:  # further away it would take most of the room
         final.axvline(floor, color="grey", linestyle=":", linewidth=1)
-    final.legend(frameon=False, fontsize="small")
-    curves.legend(frameon=False, fontsize="small", ncols=2)
-    for axes in (curves, final):
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    for axis in (curves.yaxis, final.xaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    save(figure, path)
 
 
-def write_results(config, judge, order, report, plot, picture):
-    """Print and write the table and the picture of the runs that are in `order`, by their seeds. report and plot: a
-    benchmark's own. Raises UserError where they cannot be written."""
-    rows = [row for job, row in sorted(finished_runs(config).items(), key=lambda item: item[0][1]) if job in order]
+def write_results(config, judge, rows, report, plot, picture):
+    """Print and write the table and the picture of the runs. report and plot: a study's own. Raises UserError."""
     with write_errors(config.output):
         text = report(config, judge, rows)
         replace_file(Path(config.output, "table.md"), lambda file: file.write(text.encode()))
@@ -562,20 +576,15 @@ def main(argv=None):
     parser = Parser(RecipesConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        os.makedirs(config.output, exist_ok=True)
-        check_output(Path(config.output, "runs.jsonl"), "--output")
+        open_output(config)
         order = [(recipe, seed) for seed in range(config.seeds) for recipe in config.recipes or RECIPES]
         for recipe in dict.fromkeys(recipe for recipe, _ in order):
-            finetune.resolve(Parser(train.TrainConfig, "").parse(config.words(recipe)))  # refuses what cannot be trained
+            resolve(config.words(recipe))  # refuses what cannot be trained
         images, judge = open_data(config)
         if unknown := [recipe for recipe, seed in order if seed == 0 and recipe not in read_costs(config.output)]:
             measure_costs(config, images, unknown)
-        done = finished_runs(config)
-        jobs = [job for job in order if job not in done]
-        for row in tqdm(run_all(config, jobs), "Runs", len(jobs), disable=not jobs):
-            end = at_time(row, 1.0)
-            tqdm.write(f"{row['recipe']}, seed {row['seed']}: {end}")
-        write_results(config, judge, order, report, plot, "recipes.png")
+        rows = do_runs(config, order, train_and_judge, lambda row: at_time(row, 1.0))
+        write_results(config, judge, rows, report, plot, "recipes.png")
 
 
 if __name__ == "__main__":

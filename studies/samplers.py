@@ -15,16 +15,19 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks.timing import table
 from diffusion.registry import SAMPLERS
 from runtime.config import Config, option
 from runtime.errors import UserError
-from runtime.files import check_output, replace_file, write_errors, write_json
+from runtime.files import write_errors, write_json
 from runtime.parser import Parser
-from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
+from sampling.config import ComputeConfig, DrawConfig, GuidanceConfig, SamplerConfig, SourceConfig
+from sampling.opened import Opened
 from sampling.pipeline import Pipeline, to_uint8
-from sampling.source import Source
 from studies.digits import measure
+from studies.plots import finish, save
 
+NAMES = [name for name, sampler in SAMPLERS.items() if not sampler.flow]
 STEPS = (5, 10, 20, 50, 250)
 GUIDED = [  # each at 20 steps of dpm-solver++
     ("no guidance", {"cfg_scale": 1.0}),
@@ -51,8 +54,8 @@ class SamplersConfig(Config):
     batch_size: int = option(100, "images drawn at once", low=1, high=65536)
     seeds: int = option(3, "number of seeds", low=1, high=1000)
     parallel: int = option(2, "number of rows computed at a time, each on one core", low=1, high=1024)
-    json: str | None = option(None, "write the numbers to this file (default: they are only printed)", metavar="FILE")
-    plot: str | None = option(None, "draw the samplers into this .png file (default: off)", metavar="FILE")
+    json: str | None = option(None, "also write the numbers to this file", metavar="FILE", path="output")
+    plot: str | None = option(None, "draw the samplers into this .png file", metavar="FILE", path="output")
 
 
 @torch.inference_mode()
@@ -63,7 +66,7 @@ def run(job):
     pipeline = Pipeline.load(config.ckpt, sampler, guidance, ComputeConfig(device="cpu"))
     evaluated = []  # the batch sizes of the model's evaluations
     pipeline.model.register_forward_pre_hook(lambda model, inputs: evaluated.append(len(inputs[0])))
-    labels, images, start = np.arange(config.images) % pipeline.num_classes, [], time.perf_counter()
+    labels, images, start = np.arange(config.images) % pipeline.condition.num_classes, [], time.perf_counter()
     for first in range(0, config.images, config.batch_size):
         indices = range(first, min(first + config.batch_size, config.images))
         images.append(to_uint8(pipeline(labels[indices], *pipeline.noise(seed, indices))))
@@ -86,12 +89,12 @@ def summarise(results, rows):
 
 
 def print_table(rows):
-    print("| sampler | steps | evaluations per image | seconds | class accuracy | Fréchet distance | variety |")
-    print("|---|---|---|---|---|---|---|")
-    for r in rows:
-        cells = f"{r['evaluations_per_image']:.0f} | {r['seconds']:.1f} | {100 * r['class_accuracy']:.1f} %"
-        spread = f"{r['frechet_distance']:.2f} ± {r['frechet_distance_std']:.2f}"
-        print(f"| {r['name']} | {r['steps']} | {cells} | {spread} | {r['variety']:.2f} |")
+    print(table([{
+        "sampler": r["name"], "steps": r["steps"], "evaluations per image": f"{r['evaluations_per_image']:.0f}",
+        "seconds": f"{r['seconds']:.1f}", "class accuracy": f"{r['class_accuracy']:.1%}",
+        "Fréchet distance": f"{r['frechet_distance']:.2f} ± {r['frechet_distance_std']:.2f}",
+        "variety": f"{r['variety']:.2f}",
+    } for r in rows]))  # fmt: skip
 
 
 def print_best_of_20_steps(rows):
@@ -112,21 +115,18 @@ def plot(rows, path):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     labels = {"frechet_distance": "Fréchet distance, pixels", "class_accuracy": "class accuracy"}
     for axes, (column, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-        for sampler in SAMPLERS:
+        for sampler in NAMES:
             line = [r for r in rows if r["name"] == sampler]
             x, y = [r["evaluations_per_image"] / 2 for r in line], [r[column] for r in line]
             axes.plot(x, y, marker="o", markersize=4, label=sampler)
-        axes.set(xscale="log", xlabel="evaluations of the guided model", ylabel=label)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_yscale("log")
-    figure.axes[1].legend(frameon=False)
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        finish(axes, "", "evaluations of the guided model", label, log="xy" if column == "frechet_distance" else "x")
+    save(figure, path)
 
 
 def make_jobs(config):
     """The rows of the two tables, samplers and guidance, as lists of (name, SamplerConfig, GuidanceConfig)."""
     plain, twenty = GuidanceConfig(cfg_scale=config.cfg_scale), SamplerConfig("dpm-solver++", 20)
-    samplers = [(name, SamplerConfig(name, steps), plain) for name in SAMPLERS for steps in STEPS]
+    samplers = [(name, SamplerConfig(name, steps), plain) for name in NAMES for steps in STEPS]
     guided = []
     for name, changes in GUIDED:
         changes = {"guide_ckpt": config.guide_ckpt} if "guide_ckpt" in changes else changes
@@ -139,20 +139,18 @@ def main(argv=None):
     parser = Parser(SamplersConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        for name in ("json", "plot"):
-            if getattr(config, name):
-                check_output(getattr(config, name), f"--{name}")
         samplers, guided = make_jobs(config)
         for _, sampler, guidance in guided:
-            if Source.open(config.ckpt, sampler, guidance).settings["image_size"] != 8:
+            drawing = DrawConfig(source=SourceConfig(ckpt=config.ckpt), sampler=sampler, guidance=guidance)
+            if Opened.open(drawing).settings["image_size"] != 8:
                 raise UserError(f"--ckpt {config.ckpt}: is not a model of the digits, whose images are 8x8 pixels")
         jobs = [(config, *row[:1], seed, *row[1:]) for row in [*guided, *samplers] for seed in range(config.seeds)]
         torch.set_num_threads(1)
         with multiprocessing.get_context("fork").Pool(config.parallel) as pool:
             results = list(tqdm(pool.imap_unordered(run, jobs), total=len(jobs), unit="row"))
         tables = [summarise(results, [(name, s.num_sampling_steps) for name, s, _ in rows]) for rows in (samplers, guided)]
-        for table in tables:
-            print_table(table)
+        for rows in tables:
+            print_table(rows)
         print_best_of_20_steps(tables[0])
         with write_errors("the results"):
             if config.json:

@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from tqdm import tqdm
 
-from checkpoint.config import DesignOptions, ModelOptions
+from checkpoint.config import ModelOptions
 from runtime.config import Config, option
 from runtime.errors import UserError
-from runtime.files import check_output, reason, replace_file, write_errors
+from runtime.files import reason
 from runtime.parser import Parser
+from studies.plots import finish, save
 from tools.complexity import PUBLISHED, build, forward_macs, input_side
 
 SCALING = [row for row in PUBLISHED if row.block == "adaln-zero" and row.image_size == 256]  # the twelve models
@@ -33,7 +34,7 @@ COLORS = {"S": "#56b4e9", "B": "#009e73", "L": "#e69f00", "XL": "#cc3311"}  # of
 class ScalingConfig(Config):
     """Options of studies/scaling.py."""
 
-    picture: str = option(help="file of the picture", positional=True, metavar="FILE.png")
+    picture: str = option(help="file of the picture", positional=True, metavar="FILE.png", path="output")
     results: tuple[str, ...] | None = option(None, "files of more points: reports of evaluate.py, or JSON objects "
         "or lists of objects with model and fid, and, where they differ from the default, block, hidden_size, depth, "
         "num_heads, patch_size, mlp_ratio, image_size, label (default: none)", metavar="FILE.json")  # fmt: skip
@@ -46,7 +47,7 @@ class ScalingConfig(Config):
 
 def read_results(path):
     """Points of a JSON file: a report of evaluate.py, whose model is read from the name that sample_ddp.py gave the
-    samples, or an object or a list of objects with "model" and "fid" (and the fields of DesignOptions, "image_size",
+    samples, or an object or a list of objects with "model" and "fid" (and the fields of ModelOptions, "image_size",
     "label"). Returns a list of {"label", "gmacs", "fid"}. Raises UserError."""
     try:
         entries = json.loads(Path(path).read_bytes())
@@ -66,8 +67,8 @@ def result_point(entry):
         if not match:
             raise UserError(f'the samples\' name {name!r} does not tell their model; add "model": "DiT-..."')
         entry = {"model": f"DiT-{match[1]}/{match[2]}", "image_size": int(match[3])} | entry
-    options, design = ModelOptions.from_flat(entry), DesignOptions.from_flat(entry)
-    overrides = {name: value for name, value in design.overrides().items() if name in entry}
+    options = ModelOptions.from_flat(entry)
+    overrides = {name: value for name, value in options.overrides().items() if name in entry}
     model = build(options.model, input_size=input_side(options.image_size), **overrides)
     differences = [f"{name.replace('_', ' ')} {value}".removeprefix("block ") for name, value in overrides.items()]
     differences += [f"{options.image_size} px"] if options.image_size != 256 else []
@@ -101,26 +102,19 @@ def draw(path, results, title):
         where = {"xytext": (-7 if right else 7, 3), "textcoords": "offset points", "ha": "right" if right else "left"}
         halo = [withStroke(linewidth=3, foreground="white")]
         scaling.annotate(point["label"], at, **where, fontsize=8, path_effects=halo)
-    scaling.set(xscale="log", xlabel="GMACs of a forward pass (the paper's Gflops)", ylabel="FID-50K", title=title)
-    scaling.xaxis.set_major_formatter("{x:g}")
-    scaling.legend(frameon=False, fontsize=9, ncols=2)
+    finish(scaling, title, "GMACs of a forward pass (the paper's Gflops)", "FID-50K", log="x")
 
     for row in DESIGNS:
         at = row.gmacs, row.fid
         designs.scatter(*at, 58, color=COLORS["XL"], marker="^", **outline)
         designs.annotate(row.block, at, fontsize=9, xytext=(0, 8), textcoords="offset points", ha="center")
-    designs.set(xlim=(110, 145), ylim=(15, 40), xlabel="GMACs", title="Block designs, DiT-XL/2")
-    for axes in (scaling, designs):
-        axes.grid(color="#e6e6e6", lw=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    with write_errors(path):
-        replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    designs.set(xlim=(110, 145), ylim=(15, 40))
+    finish(designs, "Block designs, DiT-XL/2", "GMACs", legend=None)
+    save(figure, path, dpi=120)
 
 
 def plot(path, files):
     """Draw the picture. Returns what was drawn, as a dict. Raises UserError."""
-    check_output(path, "FILE.png")
     with tqdm(files, desc="Counting", unit="file", leave=False) as progress:
         results = [point for file in progress for point in read_results(file)]
     paper = correlation([(row.gmacs, row.fid) for row in SCALING])

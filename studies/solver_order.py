@@ -3,23 +3,21 @@
 python -m studies.solver_order        prints the errors and orders, writes assets/solver_order.png
 """
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from diffusion import sample
 from diffusion.registry import SAMPLERS
-from runtime.files import replace_file
+from runtime.config import Config, option
+from runtime.parser import Parser
 from studies import gaussian
+from studies.plots import finish, save
 
-DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if sampler.is_deterministic()]
+DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if sampler.is_deterministic() and not sampler.flow]
 FITTED = [20, 28, 40, 56, 80]
 NUMBERS = [*FITTED, 112, 160, 224, 320, 448, 640, 999]
 STYLES = dict(zip(DETERMINISTIC, ("k-", "C0.-", "C2.-", "C3.-", "C1.--"), strict=True))
@@ -47,9 +45,11 @@ def plot_errors(axes, x_T):
     floor = sigma**2 / (2 * gaussian.S) * z.square().mean().sqrt().item()
     print(f"the floor of x_0, one Euler step from sigma_0 = {sigma:.4f}: {floor:.1e}")
     axes[0].axvspan(20, 80, color="0.93", zorder=0)
-    axes[0].set(title="x at t = 250", xlabel="steps", ylabel="RMS error against the exact trajectory", ylim=(1e-8, 0.1))
+    finish(axes[0], "x at t = 250", "steps", "RMS error against the exact trajectory")
+    axes[0].set_ylim(1e-8, 0.1)
     axes[1].axhline(floor, color="black", linestyle=":", linewidth=1, label="floor: last step from the lowest noise level")
-    axes[1].set(title="x$_0$", xlabel="steps", ylim=(1e-6, 0.2))
+    finish(axes[1], "x$_0$", "steps")
+    axes[1].set_ylim(1e-6, 0.2)
 
 
 def plot_ddpm(axis, num_steps, samples):
@@ -66,25 +66,25 @@ def plot_ddpm(axis, num_steps, samples):
         axis.plot(variance**0.5, color=color, linewidth=1, label=f"standard deviation, {name} variance")
         axis.plot(mean, color=color, linewidth=1, linestyle="--", label=f"mean, {name} variance")
         axis.plot(drawn, ".", color=color, markersize=4)
-    axis.set(title="DDPM: closed form, and drawn (dots)", xlabel="step")
+    finish(axis, "DDPM: closed form, and drawn (dots)", "step")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("assets/solver_order.png"), help="the picture to write (default: %(default)s)"
-    )
-    args = parser.parse_args()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    plot_errors(axes[:2], torch.randn(256, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    plot_ddpm(axes[2], num_steps=25, samples=100_000)
-    for axis in axes:
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(args.out, lambda file: figure.savefig(file, dpi=90, format="png"))
+@dataclass(frozen=True)
+class OrderConfig(Config):
+    """Options of solver_order.py."""
+
+    out: str = option("assets/solver_order.png", "the picture to write", metavar="FILE", path="output")
+
+
+def main(argv=None):
+    parser = Parser(OrderConfig, __doc__)
+    config = parser.parse(argv)
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    with parser.report_errors():
+        plot_errors(axes[:2], torch.randn(256, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        plot_ddpm(axes[2], num_steps=25, samples=100_000)
+        save(figure, config.out, dpi=90)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from data.config import MAX_SIDE
 from runtime.config import Config, option
 from runtime.errors import UserError
-from runtime.files import check_output, write_json
+from runtime.files import write_json
 from runtime.parser import Parser
 from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
 
@@ -36,7 +36,7 @@ class TextDigitsConfig(Config):
     ckpt: str | None = option(None, "model to measure (default: none is measured)")
     images: int = option(480, "images for each kind of prompts", low=20, high=100_000)
     cfg_scale: float = option(3.0, "guidance scale", low=0)
-    output: str | None = option(None, "also write the numbers to this .json file (default: none)", metavar="FILE")
+    output: str | None = option(None, "also write the numbers to this .json file", metavar="FILE", path="output")
 
     def check(self):
         if bool(self.make_encoder) == bool(self.ckpt):
@@ -96,18 +96,17 @@ def measure(config):
     from sampling.pipeline import Pipeline, to_uint8
     from studies.digits import real_digits
 
-    kinds, classifier, report = kinds_of_prompts(), real_digits()[2], {}
-    texts = [text for prompts in kinds.values() for text, _ in prompts]
+    classifier, report = real_digits()[2], {}
     pipeline = Pipeline.load(
         config.ckpt, SamplerConfig(sampler="ddpm", num_sampling_steps=50), GuidanceConfig(cfg_scale=config.cfg_scale),
-        config.compute, prompts=texts,
+        config.compute,
     )  # fmt: skip
-    first = 0
-    for kind, prompts in kinds.items():
+    for kind, prompts in kinds_of_prompts().items():
         drawn, numbers = [], torch.arange(config.images) * len(prompts) // config.images  # all prompts equally often
         for batch in torch.arange(config.images).split(120):
             x_T, step_noise = pipeline.noise(0, batch.tolist())
-            drawn.append(to_uint8(pipeline(first + numbers[batch], x_T, step_noise)))
+            texts = [prompts[number][0] for number in numbers[batch].tolist()]
+            drawn.append(to_uint8(pipeline(texts, x_T, step_noise)))
         pixels = np.concatenate(drawn).mean(axis=-1).reshape(config.images, -1) / 127.5 - 1
         found = classifier.predict(pixels)
         wanted = np.array([prompts[number][1] for number in numbers.tolist()])
@@ -116,7 +115,6 @@ def measure(config):
             report[kind] = {"digits": int((shares > 0.01).sum()), "most_frequent": float(shares.max())}
         else:
             report[kind] = {"accuracy": float((found == wanted).mean())}
-        first += len(prompts)
     return report
 
 
@@ -127,8 +125,6 @@ def main(argv=None):
         if config.make_encoder:
             print(f"A T5 with random weights of width {config.width} in {make_encoder(config.make_encoder, config.width)}")
             return
-        if config.output:
-            check_output(config.output, "--output")
         report, met = measure(config), True
         for kind, numbers in report.items():
             name, bound = BOUNDS.get(kind, (None, 0))

@@ -80,7 +80,7 @@ def wait_for(condition, seconds=60, pause=0.05):
 
 def call(main, *argv):
     """Run a command's main. Returns its exit status."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)}
     try:
         main([str(word) for word in argv])
     except SystemExit as end:

@@ -1,18 +1,25 @@
-"""data/autoencoder.py against a small autoencoder of the Stable Diffusion kind."""
+"""data/autoencoder.py against small autoencoders of diffusers."""
 
 import json
 import shutil
+import socket
 
+import diffusers
 import pytest
 import torch
+from helpers import call, make_images
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from data.autoencoder import check_image_size, load_space
+import extract_latents
+from data.autoencoder import check_image_size, load_space, to_model_range
+from data.images import ImageDataset
+from data.latents import StoredLatents
 from runtime.errors import UserError
 
 
 def test_space_comes_from_the_autoencoders_config(small_vae):
-    space = load_space(str(small_vae)).place("cpu")
+    space = load_space(str(small_vae)).to("cpu")
     assert (space.channels, space.factor, space.scaling, space.shift) == (4, 8, 0.18215, 0.0)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     torch.manual_seed(0)
@@ -29,7 +36,7 @@ def test_space_comes_from_the_autoencoders_config(small_vae):
 def test_pixels_are_left_alone():
     space, images = load_space("none", image_channels=1), torch.rand(2, 1, 8, 8)
     assert (space.channels, space.factor) == (1, 1)
-    assert space.place("cpu").decode(space.encode(images)) is images
+    assert space.to("cpu").decode(space.encode(images)) is images
 
 
 @pytest.mark.parametrize("name", ["ema", "no/such-model", "/nowhere/vae", "."])
@@ -38,6 +45,101 @@ def test_an_autoencoder_that_cannot_be_had_is_named(name, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="--vae .*: no usable autoencoder") as error:
         load_space(name)
     assert "\n" not in str(error.value)
+
+
+SHORT = {"out_channels": 3, "latent_channels": 4}
+KINDS = {
+    "AutoencoderKL": {**SHORT, "block_out_channels": (8, 8), "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2, "norm_num_groups": 4, "scaling_factor": 0.5,
+        "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 0.5, 3.0]},
+    "AutoencoderDC": {"latent_channels": 4, "attention_head_dim": 4, "scaling_factor": 0.41,
+        **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in {
+            "block_types": "ResBlock", "block_out_channels": (8,) * 6, "layers_per_block": (1,) * 6,
+            "qkv_multiscales": ((),) * 6}.items()}},
+    "AutoencoderTiny": {**SHORT, "encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
+        "num_encoder_blocks": (1, 1, 1, 1), "num_decoder_blocks": (1, 1, 1, 1), "scaling_factor": 0.7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("AutoencoderKL", 2), ("AutoencoderDC", 32), ("AutoencoderTiny", 8)])
+def test_each_kind_is_normalised_as_in_diffusers_pipelines(tmp_path, kind, factor):
+    torch.manual_seed(0)
+    vae = getattr(diffusers, kind)(**KINDS[kind]).eval()
+    vae.save_pretrained(tmp_path)
+    space = load_space(str(tmp_path)).to("cpu")
+    assert (space.channels, space.factor, space.kind) == (4, factor, kind)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    torch.manual_seed(1)
+    x_0 = space.encode(images)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        if kind == "AutoencoderKL":  # Stable Diffusion XL's pipeline, for an autoencoder with these values
+            mean, std = (torch.tensor(KINDS[kind][name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+            expected = (vae.encode(images).latent_dist.sample() - mean) * vae.config.scaling_factor / std
+            decoded = vae.decode(x_0 * std / vae.config.scaling_factor + mean).sample
+        else:
+            expected = vae.encode(images)[0] * vae.config.scaling_factor
+            decoded = vae.decode(x_0 / vae.config.scaling_factor).sample
+    torch.testing.assert_close(x_0, expected)
+    torch.testing.assert_close(space.decode(x_0), decoded)
+    assert torch.equal(space.encode(images), x_0) == (kind != "AutoencoderKL"), "the others draw nothing"
+
+    make_images(tmp_path / "images")
+    argv = [
+        "--data-path",
+        tmp_path / "images",
+        "--vae",
+        tmp_path,
+        "--out",
+        tmp_path.with_name(f"{kind}-latents"),
+        "--image-size",
+    ]
+    assert call(extract_latents.main, *argv, 64, "--batch-size", 2, "--num-workers", 0, "--dtype", "float32") == 0
+    stored = StoredLatents(tmp_path.with_name(f"{kind}-latents"), flip=False)
+    moments = stored[3, 0]["moments"][None]
+    assert moments.shape == (1, space.encoder_settings()["moments"], 4, 64 // factor, 64 // factor)
+    image = to_model_range(ImageDataset(tmp_path / "images", 64, flip=False)[3, 0]["image"][None])
+    found = []
+    for draw in (lambda: stored.open_space(str(tmp_path)).sample(moments), lambda: space.encode(image)):
+        torch.manual_seed(2)
+        found.append(draw())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_another_kind_is_refused_by_its_name(small_vae, tmp_path):
+    config = json.loads((small_vae / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "VQModel"}))
+    with pytest.raises(
+        UserError, match="it is of the kind VQModel; known are AutoencoderKL, AutoencoderDC, AutoencoderTiny"
+    ):
+        load_space(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"latents_mean": [1.0] * 3}, {"latents_std": [1.0, 1.0, 1.0, 0.0]}])
+def test_statistics_that_do_not_fit_are_refused(small_vae, tmp_path, change):
+    config = json.loads((small_vae / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=next(iter(change)).replace("_", ".")):
+        load_space(str(tmp_path))
+
+
+def test_a_folder_with_half_precision_files_alone_is_read(small_vae, tmp_path):
+    diffusers.AutoencoderKL.from_pretrained(small_vae).half().save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    space = load_space(str(tmp_path)).to("cpu")
+    assert space.encode(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+
+
+def test_without_a_network_it_is_said_at_once(monkeypatch):
+    def unreachable(address, timeout):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="^--vae no/such-model: .*no network: .* cannot be reached"):
+        load_space("no/such-model")
 
 
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest():
@@ -75,8 +177,8 @@ def as_of_0_4_2(source, folder, kind):
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 def test_an_autoencoder_of_the_releases_age_is_the_same_autoencoder(small_vae, tmp_path, kind):
-    old = load_space(str(as_of_0_4_2(small_vae, tmp_path / "vae", kind))).place("cpu")
-    new = load_space(str(small_vae)).place("cpu")
+    old = load_space(str(as_of_0_4_2(small_vae, tmp_path / "vae", kind))).to("cpu")
+    new = load_space(str(small_vae)).to("cpu")
     assert (old.channels, old.factor, old.scaling, old.shift) == (4, 8, 0.18215, 0.0)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(old.moments(images), new.moments(images))
@@ -119,4 +221,4 @@ def test_weights_that_are_not_finite_are_refused(small_vae, tmp_path, value):
     save_file(weights, path, metadata={"format": "pt"})
     space = load_space(str(tmp_path / "vae"))
     with pytest.raises(UserError, match="decoder.conv_in.weight.* not finite"):
-        space.place("cpu")
+        space.to("cpu")

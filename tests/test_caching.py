@@ -122,7 +122,7 @@ def test_the_variants_are_those_of_their_names():
     betas = create_diffusion("").betas
 
     def scheduler(name):
-        return samplers.solver_scheduler(METHODS[name].sampler, betas, 10)
+        return samplers.SolverSteps(METHODS[name].sampler, betas, 10).scheduler
 
     assert scheduler("unipc, order 3").config.solver_order == 3
     assert scheduler("unipc").config.solver_order == scheduler("dpm-solver++").config.solver_order == 2
@@ -135,9 +135,8 @@ def test_the_variants_are_those_of_their_names():
 def test_the_variance_beta_is_that_of_a_model_without_learned_variance(model):
     x_T = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     process = create_diffusion("4", learn_sigma=False)
-    steps = caching.make_steps(
-        lambda x_t, t: model(x_t, torch.full((6,), t), LABELS), METHODS["ddpm, variance beta"], 4, x_T, samplers.no_noise
-    )
+    method, no_noise = METHODS["ddpm, variance beta"], lambda x, i: torch.zeros_like(x)
+    steps = caching.make_steps(lambda x_t, t: model(x_t, torch.full((6,), t), LABELS), method, 4, x_T, no_noise)
     expected = x_T
     for i, out in zip((3, 2, 1, 0), steps, strict=True):
         t = torch.full((6,), i)

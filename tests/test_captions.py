@@ -149,9 +149,9 @@ def test_images_come_with_their_texts(image_folder, tmp_path):
         name = dataset.name(index).split("images/")[1]
         assert dataset[index, 5]["text"].split(" ")[0] == name
         assert dataset.texts([(index, 5)]) == {"text": [dataset[index, 5]["text"]]}
-    identity = dataset.identity()
+    identity = dataset.fingerprint()
     write(folder, *(entry(name, f"{name} C") for name in names))
-    assert load_dataset(config, 16).identity() != identity, "other texts are other data"
+    assert load_dataset(config, 16).fingerprint() != identity, "other texts are other data"
     (folder / "bee/2.png").write_bytes(b"no image")
     dataset = load_dataset(DataConfig(**{**config.flat(), "skip_bad_images": True}), 16)
     assert dataset[7, 0]["text"] == "bee/3.png C", "the image in a bad one's place brings its own text"

@@ -1,26 +1,34 @@
 """checkpoint/: files are written atomically, damage is recognised, records are checked, and no code is run."""
 
 import argparse
+import errno
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import time
+import zipfile
+from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import fill
 from safetensors.torch import save_file
 from test_models import SMALL
 
+from checkpoint import diffusers_folder, saver
 from checkpoint import files as checkpoint
-from checkpoint import saver
-from checkpoint.files import CheckpointError
+from checkpoint.files import CheckpointError, UnreadableError
 from checkpoint.opened import Checkpoint
 from models import BLOCKS, DiT, DiT_models
 from runtime import files
+
+MODEL = DiT(**SMALL)
 
 STATE = {"model": {"w": torch.arange(5000.0)}, "step": 7, "args": {"lr": 1e-4, "betas": [0.9, 0.999]}}
 
@@ -72,6 +80,83 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path):
     path, state = checkpoint.load_newest(tmp_path, warnings.append)
     assert (path.name, state["step"]) == ("0000002.pt", 2)
     assert ["0000004.pt" in warnings[0], "0000003.pt" in warnings[1]] == [True, True]
+
+
+def damage(path):
+    """Flip a bit in the middle, among the values of tensors."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found_by_every_reader(tmp_path):
+    path = tmp_path / "w.pt"
+    checkpoint.save(path, {"ema": {"w": torch.zeros(10_000)}})
+    damage(path)
+    for read in (checkpoint.load, Checkpoint.open, checkpoint.verify):
+        with pytest.raises(CheckpointError, match=r"w.pt: damaged: the checksum of \S+ does not match"):
+            read(path)
+    assert checkpoint.load(path, verify=False)["ema"]["w"].count_nonzero() <= 1
+
+
+def raiser(error, cause=None):
+    def fail(*args, **kwargs):
+        raise error from cause
+
+    return mock.Mock(side_effect=fail)
+
+
+@pytest.mark.parametrize(
+    ("where", "fault", "why"),
+    [
+        ((zipfile, "ZipFile"), raiser(OSError(errno.EIO, "Input/output error")), "Input/output error"),
+        ((zipfile, "ZipFile"), raiser(zipfile.BadZipFile(), OSError(errno.ESTALE, "Stale handle")), "Stale handle"),
+        ((torch, "load"), raiser(RuntimeError("DefaultCPUAllocator: can't allocate memory: 12")), "out of memory"),
+        ((torch, "load"), raiser(MemoryError()), "out of memory"),
+        ((os, "stat"), raiser(PermissionError(errno.EACCES, "Permission denied")), "Permission denied"),
+    ],
+)
+def test_an_error_of_the_system_is_not_damage(where, fault, why, tmp_path, monkeypatch):
+    """The newest checkpoint was passed over, and renamed, because it could not be read for a moment."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path / f"{step:07d}.pt", STATE)
+    monkeypatch.setattr(checkpoint, "newest_first", lambda folder: [folder / "0000002.pt", folder / "0000001.pt"])
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, fault)
+        with pytest.raises(UnreadableError) as error:
+            checkpoint.load_newest(tmp_path, pytest.fail)
+    assert str(error.value).startswith(f"{tmp_path}/0000002.pt: cannot be read ({why}); ")
+    assert not isinstance(error.value, CheckpointError), "such errors are passed over"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000001.pt", "0000002.pt"]
+
+
+def test_too_many_open_files_are_not_damage(saved):
+    def open_without_descriptors():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        for read, what in ((checkpoint.load, saved), (checkpoint.newest_first, saved.parent)):
+            with pytest.raises(UnreadableError, match=re.escape(f"{what}: cannot be read (Too many open files); ")):
+                read(what)
+
+    checkpoint.load(saved)  # imports what it needs
+    assert _in_fork(open_without_descriptors) == 0
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_where_files_cannot_be_mapped_they_are_read(suffix, tmp_path, monkeypatch):
+    path, weights = tmp_path / f"w.{suffix}", {"w": torch.arange(9.0)}
+    checkpoint.save(path, weights) if suffix == "pt" else save_file(weights, path)
+    error = RuntimeError("unable to mmap 484 bytes from file <w.pt>: No such device (19)")
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", raiser(error))
+    monkeypatch.setattr(safetensors.torch, "load_file", raiser(error))
+    assert torch.equal(checkpoint.load(path)["w"], weights["w"])
+
+
+def test_a_run_on_the_cpu_makes_no_cuda_context(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", raiser(AssertionError("makes a context")))
+    writer = saver.BackgroundSaver(tmp_path)
+    writer.save(1, STATE)
+    writer.wait()
 
 
 class Bomb:
@@ -133,6 +218,28 @@ def test_a_model_is_rebuilt_from_its_weights(block, change):
     assert opened.model_config["block"] == block
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pos_embed": None}, "not a DiT: it has no 'pos_embed'"),
+        ({"x_embedder.proj.weight": torch.zeros(8, 4, 2)}, "not a DiT: its weights have other shapes"),
+        ({"pos_embed": torch.zeros(3)}, "not a DiT: its weights have other shapes"),
+    ],
+)
+def test_weights_of_other_models_are_told_apart_in_a_sentence(changes, words):
+    state = {name: tensor for name, tensor in {**MODEL.state_dict(), **changes}.items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=words):
+        _ = Checkpoint(state).model_config
+
+
+def test_a_rectangle_has_the_longest_side_as_its_size():
+    model = DiT(**{**SMALL, "input_size": (4, 8)})
+    opened = Checkpoint({"model": model.state_dict(), "model_config": model.config})
+    assert (opened.image_size, opened.build_model().config) == (64, model.config)
+    with pytest.raises(CheckpointError, match="its input is not a square; write a .safetensors file"):
+        diffusers_folder.transformer_config(opened)
+
+
 def test_heads_that_no_table_names_must_be_recorded():
     with pytest.raises(CheckpointError, match="heads"):
         _ = Checkpoint(DiT(**SMALL).state_dict()).model_config
@@ -145,7 +252,7 @@ def _in_fork(action):
             action()
             os._exit(0)
         except CheckpointError as error:
-            os._exit(17 if "earlier checkpoints are untouched" in str(error) else 18)
+            os._exit(17 if "cannot be written (File too large); earlier checkpoints are" in str(error) else 18)
         except BaseException:
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -230,10 +337,10 @@ def test_a_folder_of_damaged_checkpoints_is_not_an_empty_one(tmp_path):
 
 
 def test_leftovers_of_killed_writes_are_removed_and_nothing_else(tmp_path):
-    for name in (".0000007.pt.123.tmp", "0000007.pt", ".lock", "notes.tmp"):
+    for name in (".0000007.pt.123.dit.tmp", "0000007.pt", ".lock", "notes.tmp", ".of.another.tmp"):
         (tmp_path / name).touch()
     files.remove_leftovers(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "0000007.pt", "notes.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".of.another.tmp", "0000007.pt", "notes.tmp"]
 
 
 def test_without_memory_for_a_copy_the_checkpoint_is_written_at_once(tmp_path, monkeypatch):
@@ -270,6 +377,18 @@ def test_a_config_that_is_recorded_is_read_and_not_inferred():
     assert opened.model_config == model.config
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda weights: {"state_dict": weights},
+    lambda weights: {"module": {**weights, "step": 7}},
+    lambda weights: {"model": {f"module._orig_mod.{key}": value for key, value in weights.items()}},
+])  # fmt: skip
+def test_state_dicts_as_other_trainers_write_them_are_read(wrap):
+    model = fill(DiT(**SMALL))
+    found = Checkpoint({**wrap(model.state_dict()), "args": {"num_heads": SMALL["num_heads"]}}).weights
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
 def test_weights_that_are_not_finite_are_refused_when_a_model_is_built():
     model = DiT(**SMALL)
     state = {"model": model.state_dict(), "model_config": model.config}
@@ -291,9 +410,6 @@ JSON = st.recursive(
     max_leaves=6,
 )
 RECORD = ("args", "model_config", "class_names", "step", "ema", "model")
-
-
-MODEL = DiT(**SMALL)
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import call
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from runtime.config import Config, differences, field_types, flag
+from runtime.config import Config, differences, field_types, flag, option
 from runtime.devices import check_compile
 from runtime.errors import RunError, UserError
 from runtime.parser import Parser
@@ -114,6 +115,84 @@ def test_errors_are_one_line_on_the_first_rank(error, status, line, capsys, monk
         assert err.endswith(f"{line}\n" if lines else "")
 
 
+@dataclasses.dataclass(frozen=True)
+class Topic(Config):
+    """a topic"""
+
+    block: str = option("adaln", "a block of the table", choices="models:BLOCKS")
+    flip: bool = option(True, "mirror the images", basic=True)
+    quiet: bool = option(False, "say less about it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Config):
+    topic: Topic
+    data: str = option(help="where the data is", path="folder", basic=True)
+    output: str | None = option(None, "where results go", path="output")
+    prompt: tuple[str, ...] | None = option(None, "texts to draw", repeatable=True)
+    lr: float = option(1.0, "rate of learning", low=-9)
+
+
+def parse(capsys, *argv):
+    """(config, None) or (None, the line of the error)."""
+    try:
+        return Parser(Options, "A command.").parse(list(argv)), None
+    except SystemExit:
+        return None, capsys.readouterr().err.rpartition("error: ")[2].strip()
+
+
+def test_help_shows_the_options_of_every_day_first(capsys):
+    with pytest.raises(SystemExit):
+        Parser(Options, "A command.").parse(["--help"])
+    text = capsys.readouterr().out
+    order = ("everyday", "  --flip, --no-flip", "  --data", "\noptions", "  --lr", "a topic", "  --block")
+    parts = [text.index(word) for word in order]
+    assert parts == sorted(parts)
+    assert "[options] --data DATA" in text.split("\n")[0]
+    assert "--no-quiet" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--dat x", "unrecognized arguments: --dat; did you mean --data?"),  # and not: --data is required
+        ("--data . --lrr=3", "unrecognized arguments: --lrr; did you mean --lr?"),
+        ("--data . --no-qiet", "unrecognized arguments: --no-qiet; did you mean --no-quiet?"),
+        ("--data . --zzzzzzzzz", "unrecognized arguments: --zzzzzzzzz; see --help"),
+        ("--data missing", f"--data missing: no such folder; check the path {ROOT / 'missing'}"),
+        ("--data . --output .", "--output .: is a folder; name a file"),
+        ("--data . --prompt --lr 3", "argument --prompt: expected at least one argument"),
+        ("--data . --block x", "argument --block: 'x' is not one of adaln-zero, adaln, cross-attention, in-context"),
+    ],
+)
+def test_mistakes_are_answered_with_a_way_out(words, line, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert parse(capsys, *words.split()) == (None, line)
+
+
+@pytest.mark.parametrize("words", [["--prompt", "-5 degrees", "-x"], ["--prompt=-5 degrees", "--prompt=-x"]])
+def test_a_value_may_begin_with_a_dash(words, capsys):
+    config, _ = parse(capsys, "--data", str(ROOT), *words, "--lr", "-3", "--no-quiet")
+    assert (config.prompt, config.lr, config.topic.quiet) == (("-5 degrees", "-x"), -3, False)
+
+
+def test_choices_are_the_keys_of_a_table_without_importing_it(monkeypatch):
+    import models
+
+    choices = Topic.__dataclass_fields__["block"].metadata["choices"]
+    monkeypatch.setitem(models.BLOCKS, "mine", None)
+    assert "mine" in choices, "a block that a program has added"
+    monkeypatch.delitem(models.BLOCKS, "mine")
+    expected = list(models.BLOCKS)
+    monkeypatch.delitem(sys.modules, "models")
+    assert list(choices) == expected
+    assert "models" not in sys.modules
+
+
+def test_paths_of_a_record_are_not_checked():
+    assert Options.from_flat({"data": "missing"}).data == "missing"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Configs
 
@@ -151,7 +230,7 @@ def valid_values(draw, config_class):
             continue
         data = field.metadata
         if data["choices"]:
-            value = st.sampled_from(data["choices"])
+            value = st.sampled_from(list(data["choices"]))
         elif kind is bool:
             value = st.booleans()
         elif kind is str:
@@ -239,13 +318,14 @@ def test_a_command_line_gives_the_same_config_as_its_values(data, config_class):
             argv += [flag(field.name), *map(str, value)]
         else:
             argv.append(f"{flag(field.name)}={value}")
-    assume(not any(str(word).startswith("-") for word in positional))
-    assume(not any(str(word).startswith("-") for value in values.values() if isinstance(value, list) for word in value))
+    lists = [value for value in values.values() if isinstance(value, list)]
+    assume(not any(str(word).startswith("--") or word == "-h" for value in [positional, *lists] for word in value))
     try:
         expected = config_class.from_flat(values)
     except UserError:
         assume(False)
-    assert Parser(config_class, "A command.").parse([*positional, *argv]) == expected
+    with mock.patch.object(Config, "check_paths"):  # there are no such files
+        assert Parser(config_class, "A command.").parse([*positional, *argv]) == expected
 
 
 @NO_DEADLINE

@@ -13,30 +13,35 @@ from PIL import Image
 from reference import fill, filled, golden
 
 import sample
+import sample_ddp
 from checkpoint import files
-from checkpoint.opened import Checkpoint
+from checkpoint.opened import Checkpoint, record_of
 from data.autoencoder import Pixels
+from data.condition import Vectors
 from models import DiT, DiT_models
-from sampling import grid, pipeline, source
+from runtime.errors import UserError
+from sampling import grid, opened, pipeline, web
+from sampling.config import ComputeConfig, SamplerConfig
+from tools import convert
 
 
 def drawn_by_sample(monkeypatch):
-    """A list to which the x_0 that sample.py draws are appended."""
-    drawn, draw = [], sample.draw
+    """A list to which the x_0 that sample.py draws are appended; three of their channels are written."""
+    drawn, steps = [], pipeline.Pipeline.steps
 
-    def note(*args):
-        x_0, *others = draw(*args)
-        drawn.append(x_0)
-        return x_0[:, :3], *others
+    def note(*args, **options):
+        for out in steps(*args, **options):
+            yield {**out, "sample": out["sample"][:, :3]}
+        drawn.append(out["sample"])
 
-    monkeypatch.setattr(sample, "draw", note)
+    monkeypatch.setattr(pipeline.Pipeline, "steps", note)
     return drawn
 
 
 def test_the_scripts_own_random_stream_is_the_originals(tmp_path, monkeypatch):
     """The golden latents, through what sample.py runs: guided without a doubled sampling batch."""
     drawn = drawn_by_sample(monkeypatch)
-    monkeypatch.setattr(source, "load_space", lambda vae, channels: Pixels(channels))
+    monkeypatch.setattr(opened, "load_space", lambda vae, channels: Pixels(channels))
     for key, expected in golden("sample_script").items():
         name, size, seed, steps, cfg_scale, labels = key.split(":")
         torch.save(filled(DiT_models[name], input_size=int(size), num_classes=1000).state_dict(), tmp_path / "golden.pt")
@@ -60,91 +65,6 @@ def test_a_grid_is_written(tiny_checkpoint, tmp_path, capsys):
     assert output.read_bytes() == before, "the same seed must give the same images"
     assert call(sample.main, *command, "--seed", 1, "--captions") == 0
     assert output.read_bytes() != before
-
-
-def bad(words, *argv):
-    return pytest.param([str(a) for a in argv], words, id=" ".join(map(str, argv))[-50:])
-
-
-@pytest.fixture(scope="module")
-def latent_file(tmp_path_factory):
-    """Weights alone of a model of the paper, which works on latents."""
-    path = tmp_path_factory.mktemp("latent") / "LATENT"
-    torch.save(DiT_models["DiT-S/8"](input_size=8).state_dict(), path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        bad("--labels 10: out of range, the model's classes are 0 to 9", "--labels", 3, 10),
-        bad("--labels -1: out of range", "--labels", "-1"),
-        bad("no class is called that", "--labels", "cat"),
-        bad("argument --cfg-scale: -1.0 is not a number, 0 or more", "--cfg-scale", -1),
-        bad("--model DiT-S/2: CKPT holds DiT-XL/2", "--model", "DiT-S/2"),
-        bad("--image-size 256: CKPT holds 8", "--image-size", 256),
-        bad("--num-classes 1000: CKPT holds 10", "--num-classes", 1000),
-        bad("its folder does not exist", "--output", "nowhere/grid.png"),
-        bad("--output grid: cannot be written in this format; name an image file", "--output", "grid"),
-        bad("--output VAE: is a folder", "--output", "VAE"),
-        bad("--output a.psd: cannot be written in this format", "--output", "a.psd"),
-        bad("--output a.xbm: cannot hold 42 x 22 pixels in colour", "--output", "a.xbm"),
-        bad(
-            "--output a.webp: cannot hold 20562 x ",
-            "--output",
-            "a.webp",
-            "--columns",
-            40,
-            "--samples-per-label",
-            40,
-            "--enlarge",
-            64,
-        ),
-        bad("--save-trajectory a.mpg: cannot be written in this format", "--save-trajectory", "a.mpg"),
-        bad("--save-trajectory sample.png: is the file of --output too", "--save-trajectory", "sample.png"),
-        bad("--save-trajectory nowhere/a.gif: its folder does not exist", "--save-trajectory", "nowhere/a.gif"),
-        bad("1001 is not a whole number, 1 or more and 1000 or less", "--num-sampling-steps", 1001),
-        bad("absent.pt: no such file", "--ckpt", "absent.pt"),
-        bad("cut.pt: not a checkpoint, or a truncated one", "--ckpt", "cut.pt"),
-        bad("other.pt: not a DiT", "--ckpt", "other.pt"),
-        bad("text.pt: not a checkpoint", "--ckpt", "text.pt"),
-        bad("unrecognized arguments: --sampling-steps", "--sampling-steps", 3),
-        bad("--sampler ddpm: eta is an option of ddim", "--eta", 0.5),
-        bad("--sampler ddim: spacing is an option of", "--sampler", "ddim", "--spacing", "leading"),
-        bad("give 0 <= LO < HI <= 1", "--guidance-interval", 0.5, 0.2),
-        bad("--cfg-channels 3: the model has 1", "--cfg-channels", 3),
-        bad("--guide-ckpt LATENT: in_channels 4", "--guide-ckpt", "LATENT"),
-        bad("--init-image a.jpg: no such file", "--init-image", "a.jpg"),
-        bad("--init-image text.pt: not a readable image", "--init-image", "text.pt"),
-        bad("--mask a.png: no such file", "--init-image", "picture.bmp", "--mask", "a.png"),
-        bad("--mask: needs --init-image", "--mask", "a.png"),
-        bad("--invert: needs --init-image", "--invert"),
-        bad("--strength: needs --init-image", "--strength", 0.5),
-        bad("--strength: does not go with --mask", "--init-image", "picture.bmp", "--mask", "a.png", "--strength", 0.5),
-        bad("--to-seed: needs --interpolate seeds", "--to-seed", 2),
-        bad("--to-seed: needs --interpolate seeds", "--to-seed", 0, "--interpolate", "classes"),
-        bad("argument --seed: 9223372036854775808 is not a whole number, 0 or more and", "--seed", 2**63),
-        bad("argument --enlarge: 65 is not a whole number, 1 or more and 64 or less", "--enlarge", 65),
-        bad("draw fewer images, or enlarge them less", "--samples-per-label", 10000, "--enlarge", 64),
-        bad("needs two --labels or more", "--interpolate", "classes", "--labels", 1),
-        bad("--vae VAE: 4 channels", "--vae", "VAE"),
-        bad("--vae none: LATENT has 4 channels, it works on latents", "--ckpt", "LATENT", "--vae", "none"),
-    ],
-)
-def test_mistakes_get_one_line(tiny_checkpoint, latent_file, small_vae, tmp_path, monkeypatch, capsys, extra, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cut.pt").write_bytes(tiny_checkpoint.read_bytes()[:5000])
-    (tmp_path / "text.pt").write_text("hello")
-    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.bmp")
-    (tmp_path / "VAE").symlink_to(small_vae)
-    (tmp_path / "LATENT").symlink_to(latent_file)
-    assert call(sample.main, "--ckpt", tiny_checkpoint, *extra) == 2
-    error = capsys.readouterr().err
-    assert words.replace("CKPT", str(tiny_checkpoint)) in error
-    assert "--skip-bad-images" not in error, "an option of train.py"
-    assert len([line for line in error.splitlines() if line.strip()]) == 1, error
-    assert not list(tmp_path.glob("*.png"))
 
 
 def test_mistakes_are_told_without_importing_torch():
@@ -327,6 +247,86 @@ def test_an_image_is_changed_by_its_strength_inverted_and_inpainted(tiny_checkpo
         )
         assert np.abs(read(output) - original)[:, :4].max() <= 2, f"{sampler}: what is known must stay"
         assert np.abs(read(output) - original)[:, 4:].mean() > 10, f"{sampler}: what is white must be redrawn"
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(tiny_checkpoint, tmp_path):
+    run = tiny_checkpoint.parents[1]
+    for name, ckpt, guide in (("a.png", tiny_checkpoint, tiny_checkpoint), ("b.png", run, run)):
+        command = [*SHORT, "--labels", 1, "--guide-ckpt", guide, "--output", tmp_path / name]
+        assert call(sample.main, "--ckpt", ckpt, *command) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_word_that_is_a_name_and_another_classs_number_is_refused(lively, tmp_path, capsys):
+    """Class folders called 0 to 11 are numbered in the order of their names: 0, 1, 10, 11, 2 ..."""
+    names = sorted(str(i) for i in range(12))
+    state = torch.load(lively, weights_only=True)
+    model = DiT(**{**Checkpoint(state).model_config, "num_classes": 12})
+    ckpt = tmp_path / "a.pt"
+    files.save(ckpt, {**state, **record_of(model, names), "ema": model.state_dict(), "model": model.state_dict()})
+    command = ["--ckpt", ckpt, *SHORT, "--output", tmp_path / "a.png", "--labels"]
+    assert call(sample.main, *command, 10) == 2
+    line = '--labels 10: is the name of class 2 and the number of class "8"; write name:10 or number:10'
+    assert line in capsys.readouterr().err
+    assert call(sample.main, *command, 1, "name:10", "number:10") == 0
+    assert call(sample_ddp.main, "--ckpt", ckpt, *SHORT[:-2], "--sample-dir", tmp_path, "--labels", 2) == 2
+    assert '--labels 2: is the name of class 4 and the number of class "10"; write name:2' in capsys.readouterr().err
+    choices, *_ = web.offers(str(ckpt))
+    assert choices[:3] == [("0", "0"), ("1", "1"), ("2 10", "number:2")]
+    condition = pipeline.Pipeline.load(ckpt, SamplerConfig(num_sampling_steps=4)).condition
+    assert condition.parse(word for _, word in choices) == condition.parse(range(12)) == [*range(12)]
+    assert condition.parse(f"name:{name}" for name in names) == [*range(12)]
+
+
+def test_vectors_are_drawn_by_all_commands(tmp_path, capsys):
+    model = fill(DiT(8, 2, 1, 16, 1, 2, num_classes=0, condition=Vectors(3)))
+    weights = {name: 0.5 * value for name, value in model.state_dict().items()}
+    files.save(tmp_path / "a.pt", {"ema": weights, "args": {"vae": "none", "image_size": 8}, **record_of(model)})
+    vectors = np.array([[0, 1, 2], [1, 0, -1], [2, 2, 2]], np.float32)
+    np.save(tmp_path / "v.npy", vectors)
+    np.save(tmp_path / "one.npy", vectors[1])
+    assert call(convert.main, tmp_path / "a.pt", tmp_path / "b.safetensors") == 0
+    assert call(convert.main, tmp_path / "b.safetensors", tmp_path / "c.pt") == 2
+    assert "cannot record --condition vector; write a .safetensors" in capsys.readouterr().err
+    for name in ("a.pt", "b.safetensors"):
+        command = ["--ckpt", tmp_path / name, *SHORT, "--vector", tmp_path / "v.npy", "--output", tmp_path / f"{name}.png"]
+        assert call(sample.main, *command, "--captions", "--interpolate", "classes", "--sampler", "ddim") == 0
+    assert (tmp_path / "a.pt.png").read_bytes() == (tmp_path / "b.safetensors.png").read_bytes()
+
+    command = [
+        "--ckpt",
+        tmp_path / "a.pt",
+        *SHORT[:-2],
+        "--sample-dir",
+        tmp_path,
+        "--folder",
+        "set",
+        "--num-fid-samples",
+        5,
+    ]
+    assert call(sample_ddp.main, *command, "--vector", tmp_path / "v.npy") == 0
+    with np.load(tmp_path / "set.npz") as found:
+        images, positions = found["arr_0"], found["arr_1"]
+    assert positions.tolist() == [0, 1, 2, 0, 1]
+    drawn = pipeline.Pipeline.load(tmp_path / "a.pt", SamplerConfig(num_sampling_steps=4)).draw([*vectors, *vectors[:2]])
+    assert np.abs(np.stack(drawn).astype(int) - images).max() <= 1
+    assert len({image.tobytes() for image in images}) == 5
+    capsys.readouterr()
+    assert call(sample_ddp.main, *command, "--vector", tmp_path / "one.npy") == 2
+    assert "its images were made with --prompts" in capsys.readouterr().err, "the vectors' checksum"
+    for extra, words in (
+        ([], "--vector: says what to draw, and the model needs it; give it"),
+        (["--labels", 1], "--labels: CKPT draws by vectors of 3 numbers; use --vector"),
+        (["--vector", tmp_path / "a.npy"], "a.npy: no such file"),
+        (["--negative-prompt", "a"], "--negative-prompt: CKPT draws by vectors of 3 numbers, not by texts; leave it out"),
+    ):
+        assert call(sample.main, "--ckpt", tmp_path / "a.pt", *SHORT, "--output", tmp_path / "a.png", *extra) == 2
+        assert words.replace("CKPT", str(tmp_path / "a.pt")) in capsys.readouterr().err
+    assert web.offers(str(tmp_path / "a.pt"))[:2] == ([], [])
+    values = {"ckpt": str(tmp_path / "a.pt"), "labels": [], "prompt": "a dog", "samples_per_label": 1, "interpolate": False}
+    values |= {"sampler": "ddim", "num_sampling_steps": 2, "cfg_scale": 2, "seed": 0}
+    with pytest.raises(UserError, match="^Prompts: .*draws by vectors of 3 numbers; use sample.py with --vector"):
+        next(web.Artist().draw(web.page_config(values, ComputeConfig(device="cpu"))))
 
 
 def test_trajectories_are_written(lively, tmp_path):

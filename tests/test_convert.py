@@ -191,7 +191,8 @@ def assert_same_images(ckpt, folder, vae, monkeypatch, tmp_path, cfg_scale, cfg_
     guidance = GuidanceConfig(cfg_scale=cfg_scale, cfg_channels=cfg_channels)
     sampler = SamplerConfig(sampler="ddim", num_sampling_steps=20)
     ours = Pipeline.load(SourceConfig(ckpt=str(ckpt), vae=vae), sampler, guidance)
-    labels = [0, max(ours.num_classes - 1, 0), min(ours.num_classes, 1)]
+    number = ours.condition.num_classes
+    labels = [0, max(number - 1, 0), min(number, 1)]
     x_T, _ = ours.noise(0, range(3))
     theirs = load_pipeline(folder, monkeypatch, tmp_path)
     options = {"guidance_scale": cfg_scale, "num_inference_steps": 20, "latents": x_T}
@@ -427,7 +428,7 @@ def test_a_changed_position_embedding_is_not_lost(ckpt, tmp_path, refuse):
 def test_an_autoencoder_that_does_not_fit_or_is_absent_is_refused(tmp_path, small_vae, refuse):
     assert "4 channels" in refuse(model_file(tmp_path / "a.pt", in_channels=3), tmp_path / "dit", "--vae", small_vae)
     ckpt = model_file(tmp_path / "b.pt", vae="ema", image_size=32)
-    assert "--vae none for pixels, or to leave it out" in refuse(ckpt, tmp_path / "dit")
+    assert "or --vae none to leave it out" in refuse(ckpt, tmp_path / "dit")
 
 
 @pytest.mark.parametrize("target", ["w.safetensors", "w.pt", "dit"])

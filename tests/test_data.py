@@ -1,11 +1,16 @@
 """data/: every kind of file read right, the reference's crop, the classes of a folder, and an order that no number of
 processes changes."""
 
+import errno
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
+import resource
+import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 import zlib
@@ -17,17 +22,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from reference import golden
 from torchvision.datasets import ImageFolder
 
-from data import class_names
+from data import listing
 from data.autoencoder import to_model_range
+from data.condition import Classes
 from data.config import DataConfig
 from data.crop import center_crop_arr
-from data.images import ImageDataset, load_dataset, open_image
+from data.images import ImageDataset, MapDataset, load_dataset, open_image
 from data.listing import Names, list_images
-from data.order import GlobalOrder, make_loader, next_batch
+from data.order import GlobalOrder, is_flipped, make_loader, next_batch
+from evaluation.image_sets import FolderImages
 from runtime.errors import UserError
 
 
@@ -51,11 +58,11 @@ PICTURE[:3, :4] = [250, 20, 90]  # lopsided in every direction
 def test_colours_and_orientation_are_read_right(tmp_path, kind):
     path, image = tmp_path / "a.png", Image.fromarray(PICTURE)
     if kind == "rgba":
-        image.putalpha(128)
+        image.putalpha(255)
     elif kind.startswith("palette"):
         image = image.quantize(4)
         if "transparency" in kind:
-            image.info["transparency"] = 0
+            image.info["transparency"] = 3  # a colour that no pixel has
     elif kind == "exif":
         exif = Image.Exif()
         exif[0x0112] = 6  # the camera was held upright: rotate by 270 degrees to see it so
@@ -64,6 +71,130 @@ def test_colours_and_orientation_are_read_right(tmp_path, kind):
     if kind != "exif":
         image.save(path)
     assert np.array_equal(np.asarray(open_image(path)), PICTURE)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_transparency_is_put_on_white(tmp_path, mode):
+    """The left half is transparent: by an alpha channel, or by a colour that the file names; the right half is black."""
+    image, options = Image.new("RGBA", (4, 2)), {}
+    image.paste((0, 0, 0, 255), (2, 0, 4, 2))
+    if mode in ("RGB", "L"):
+        image, options = Image.new(mode, (4, 2), "red"), {"transparency": (255, 0, 0) if mode == "RGB" else 76}
+        image.paste("black", (2, 0, 4, 2))
+    elif mode == "P":
+        image = image.quantize(4)
+    image.convert(mode).save(tmp_path / "a.png", **options)
+    with Image.open(tmp_path / "a.png") as stored:
+        assert stored.mode == mode
+    assert np.asarray(open_image(tmp_path / "a.png"))[:, :, 1].tolist() == [[255, 255, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_metadata_that_cannot_be_parsed_do_not_cost_the_pixels(tmp_path, ending):
+    Image.fromarray(PICTURE).save(tmp_path / f"a.{ending}", exif=b"Exif\0\0nonsense", lossless=True, quality=100)
+    assert np.array_equal(np.asarray(open_image(tmp_path / f"a.{ending}")), PICTURE)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("much", "text" * 500_000, zip=True)
+    Image.fromarray(PICTURE).save(tmp_path / "b.png", pnginfo=text)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "b.png")), PICTURE)
+
+
+@pytest.mark.parametrize("values", [np.float32(0.5), np.int32(70000)])
+def test_pixels_of_32_bits_are_refused(tmp_path, values):
+    Image.fromarray(np.full((4, 4), values)).save(tmp_path / "a.tif")
+    with pytest.raises(
+        UserError, match="a.tif: not a readable image .its mode [FI] has 32 bits a pixel; save it as 8-bit RGB"
+    ):
+        open_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 9_000)])
+def test_an_image_of_extreme_sides_takes_little_memory(size):
+    image = Image.new("RGB", size)
+    image.putpixel((size[0] // 2, size[1] // 2), (255, 255, 255))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    crop = np.asarray(center_crop_arr(image, 256))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "KiB"
+    assert crop.shape == (256, 256, 3)
+    assert crop[118:138, 118:138].max() > 120, "the centre is kept"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
+def test_what_the_system_cannot_read_is_no_bad_image(tmp_path, monkeypatch, number):
+    """It must neither be called damaged nor be replaced."""
+    make_files(tmp_path, "a/0.png", "a/1.png")
+
+    def failing(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Image, "open", failing)
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match=rf"a/0.png: cannot be read .{os.strerror(number)}.$"):
+            ImageDataset(tmp_path, 4, skip_bad=skip_bad)[0, 0]
+
+
+def test_names_are_text_in_any_locale(tmp_path):
+    """Under an ASCII locale Python keeps the bytes of a name apart; what is recorded must be the name."""
+    make_files(tmp_path, "caf\u00e9/0.png", "e\u0301t\u00e9/0.png")
+    lines = [json.dumps({"file_name": f"{name}/0.png", "text": "a"}) for name in ("caf\u00e9", "e\u0301t\u00e9")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    code = (
+        "import os, sys; from data.captions import read_captions; from data.listing import list_images, to_path\n"
+        "found = list_images(sys.argv[1]); read_captions(sys.argv[1], found.names); os.chdir(sys.argv[1])\n"
+        "assert all(os.path.isfile(to_path(name)) for name in found.names)\n"
+        "print(sys.getfilesystemencoding(), found.checksum, ascii(list(found.names) + found.folders))"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True)
+    expected = list_images(tmp_path)
+    assert run.stdout == f"ascii {expected.checksum} {list(expected.names) + expected.folders!a}\n", run.stderr
+    assert expected.folders[0] == "caf\u00e9"
+
+
+def test_a_decomposed_name_is_found_by_the_composed_one():
+    names = ["cafe\u0301", "na\u00efve"]  # as a Mac has them
+    assert Classes(2, names).parse(["CAF\u00c9", "nai\u0308ve", "caf\udcc3\udca9"]) == [0, 1, 0]
+
+
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_any_map_style_dataset_is_training_data(form):
+    images, labels = torch.randint(0, 256, (6, 3, 8, 4), dtype=torch.uint8), [0, 1, 2, 0, 1, 2]
+    items = [*zip(images, labels, strict=True)]
+    items = items if form is tuple else [{"image": a, "label": b, "vector": a.float().mean()} for a, b in items]
+    data = MapDataset(items, classes=["x", "y", "z"], seed=3)
+    assert (len(data), data.channels, data.labels.tolist(), data.classes) == (6, 3, labels, ["x", "y", "z"])
+    batch = next(iter(make_loader(data, [[(i, epoch) for i in range(6) for epoch in range(4)]], num_workers=4)))
+    for row, (index, epoch) in enumerate((i, epoch) for i in range(6) for epoch in range(4)):
+        expected = images[index].flip(-1) if is_flipped(3, index, epoch) else images[index]
+        assert torch.equal(batch["image"][row], expected)
+        assert (batch["label"][row], batch["index"][row], batch["replaced"][row]) == (labels[index], index, "")
+        assert form is tuple or batch["vector"][row] == images[index].float().mean()
+    assert data.fingerprint() == MapDataset(items, seed=7).fingerprint()
+    assert data.fingerprint() != MapDataset(items[::-1]).fingerprint()
+
+
+@pytest.mark.parametrize(("items", "message"), [
+    ([], "the dataset is empty"),
+    ([(torch.zeros(3, 4, 4), 0)], "image 0 of the dataset: must be a uint8 tensor"),
+    ([(torch.zeros(3, n, 4, dtype=torch.uint8), 0) for n in (4, 5)], "image 1 of the dataset: .* of one size"),
+    ([(torch.zeros(3, 4, 4, dtype=torch.uint8), -1)], "labels from -1 to -1"),
+])  # fmt: skip
+def test_a_dataset_that_cannot_be_trained_on_is_refused(items, message):
+    with pytest.raises(UserError, match=message):
+        MapDataset(items)
+
+
+def test_an_error_of_the_loader_is_one_line_and_no_worker_stays(tmp_path, monkeypatch):
+    make_files(tmp_path, "a/0.png", "a/1.png")
+    images, before = ImageDataset(tmp_path, 4), set(multiprocessing.active_children())
+    broken = make_loader(images, [[(0, 0)], [(1, 0)]], 2)
+    monkeypatch.setattr(ImageDataset, "__getitem__", lambda self, key: {"image": torch.zeros(1 + key[0])})
+    batch, failure = next_batch(iter(make_loader(images, [[(0, 0), (1, 0)]])))  # of sizes that do not fit together
+    assert batch is None
+    assert "stack expects each tensor to be equal size" in failure
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 140 * "x")
+    assert "x: too long for the sockets of data workers; set it to a folder of up to 75" in next_batch(iter(broken))[1]
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_grey_sixteen_bit_and_cmyk_are_read_right(tmp_path):
@@ -250,8 +381,22 @@ def test_links_that_lead_in_circles_end(tmp_path):
     listing = list_images(tmp_path)
     assert list(listing.names) == ["a/0.png", "a/b/0.png", "a/b/x.png", "b/0.png", "b/x.png", "b/a/0.png"]
     assert listing.folders == ["a", "b"]
-    with pytest.raises(UserError, match="b/x.png: not a readable image .Too many levels of symbolic links"):
+    with pytest.raises(UserError, match="b/x.png: not a readable image .(Too many levels of symbolic links|Symlink loop)"):
         open_image(tmp_path / "b/x.png")
+
+
+def test_evaluation_lists_by_the_rules_of_training(tmp_path):
+    make_files(tmp_path / "elsewhere", "deep/1.png", "0.ppm")
+    make_files(tmp_path / "set", "cat/0.png", "cat/._0.png", ".git/x/0.png", "9.png", "cat/1.gif")
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
+    images = FolderImages(tmp_path / "set")
+    found = [file.relative_to(tmp_path / "set").as_posix() for file in images.files]
+    assert found == ["9.png", "cat/0.png", "linked/0.ppm", "linked/deep/1.png"]
+    assert images.labels.tolist() == [".", "cat", "linked", "linked/deep"]
+    assert len(next(images.batches(0, 4, 4))) == 4
+    endings = "files whose endings are not those of readable images: 1 .gif"
+    assert images.notes == [f"Left out of {tmp_path}/set: {endings}"]
+    assert {*list_images(tmp_path / "set", loose=True).names} == {*found}
 
 
 def test_special_files_are_named_instead_of_waited_for(tmp_path):
@@ -274,7 +419,7 @@ def test_names_of_any_bytes_are_read_and_can_be_printed(tmp_path):
     assert [images[i, 0]["label"] for i in range(2)] == [0, 0]
     assert images.classes == ["caf\\udce9"]
     assert [images.name(i) for i in range(2)] == [f"{tmp_path}/caf\\udce9/{name}" for name in ("a\\nb.png", "\\udcff.png")]
-    assert images.identity() == ImageDataset(tmp_path, 4).identity()
+    assert images.fingerprint() == ImageDataset(tmp_path, 4).fingerprint()
     assert json.loads(json.dumps(list(images.names))) == list(images.names)
     os.truncate(folder + b"/\xff.png", 20)
     for workers in (0, 1):
@@ -302,15 +447,15 @@ def test_imagenets_folders_get_readable_names(tmp_path):
 
 
 def test_classes_of_the_same_name_can_be_told_apart(monkeypatch):
-    monkeypatch.setattr(class_names, "imagenet_names", lambda: {"n00000001": "crane", "n00000002": "crane"})
-    assert class_names.readable_names(["n00000002", "n00000001"]) == ["crane (n00000002)", "crane (n00000001)"]
+    monkeypatch.setattr(listing, "imagenet_names", lambda: {"n00000001": "crane", "n00000002": "crane"})
+    assert listing.readable_names(["n00000002", "n00000001"]) == ["crane (n00000002)", "crane (n00000001)"]
 
 
 def test_the_identity_is_that_of_the_first_release(tmp_path):
     """Number and CRC-32 that commit 8023fbc has stored in checkpoints."""
     make_files(tmp_path, *(f"{folder}/{i}.png" for folder in ("ant", "bee") for i in range(3)))
-    assert ImageDataset(tmp_path, 16).identity() == [6, 1029345435]
-    assert load_dataset(DataConfig("digits"), 8).identity() == [1797, 3576519346]
+    assert ImageDataset(tmp_path, 16).fingerprint() == [6, 1029345435]
+    assert load_dataset(DataConfig("digits"), 8).fingerprint() == [1797, 3576519346]
 
 
 def test_pillow_warns_nobody_and_no_thread_changes_the_filters(tmp_path, monkeypatch, capfd):
@@ -334,9 +479,9 @@ def test_pillow_warns_nobody_and_no_thread_changes_the_filters(tmp_path, monkeyp
 
 
 def test_rank_0_lists_the_images_for_all(image_folder, tmp_path, monkeypatch):
-    listing = list_images(image_folder)
+    found = list_images(image_folder)
     monkeypatch.setattr("data.images.list_images", lambda root: pytest.fail("listed by another rank"))
-    context = SimpleNamespace(run_on_main=lambda action: listing)  # as another rank than 0 sees it
+    context = SimpleNamespace(on_main=lambda *args: found)  # as another rank than 0 sees it
     dataset = load_dataset(DataConfig(str(image_folder)), 8, context=context)
     assert (len(dataset), dataset.classes) == (12, ["ant", "bee", "cat"])
     with pytest.raises(UserError, match="the processes do not see the same images"):

@@ -332,6 +332,25 @@ def test_shapes_that_disagree_are_refused(what, call):
         call(create_diffusion(""), torch.arange(5))
 
 
+def test_a_model_may_return_more_than_its_output():
+    diffusion, t = create_diffusion(""), torch.arange(5)
+
+    def model(x, t):
+        return stub(True)(x, t), "extra"
+
+    p = diffusion.p_mean_variance(model, X_0, t)
+    assert p.pop("extra") == "extra"
+    plain = diffusion.p_mean_variance(stub(True), X_0, t)
+    assert p.keys() == plain.keys()
+    assert all(torch.equal(p[name], plain[name]) for name in p)
+    losses = (diffusion.training_losses(either, X_0, t, noise=NOISE)["loss"] for either in (model, stub(True)))
+    assert torch.equal(*losses)
+    bounds = (
+        create_diffusion("3").calc_bpd_loop(either, X_0, step_noise=lambda x, i: NOISE) for either in (model, stub(True))
+    )
+    assert torch.equal(*(bound["total_bpd"] for bound in bounds))
+
+
 def test_a_fixed_variance_takes_no_second_half_of_channels():
     with pytest.raises(ValueError, match="large variance"):
         create_diffusion("", learn_sigma=False).training_losses(stub(learn_sigma=True), X_0, torch.arange(5))

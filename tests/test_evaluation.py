@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +15,14 @@ from sklearn.datasets import load_digits
 import train
 from checkpoint.opened import Checkpoint
 from data.autoencoder import load_space
+from data.condition import Classes, draw
 from evaluation.config import EvalConfig
-from evaluation.during_training import Evaluator
+from evaluation.during_training import FID
 from evaluation.inception import load_inception
 from evaluation.metrics import Statistics, frechet_distance
 from runtime import distributed
 from runtime.errors import UserError
 from sampling.config import GuidanceConfig, SamplerConfig
-from sampling.noise import image_label
 from sampling.pipeline import Pipeline, to_uint8
 from training.meter import Meter
 
@@ -72,10 +73,11 @@ def test_training_is_bit_for_bit_the_same_with_it(tmp_path, statistics_file, inc
     assert [row["step"] for row in metrics(tmp_path / "measured") if "fid" in row] == [2, 4, 5]
 
 
-def make_evaluator(reference, weights, context, batch_size=2, **changes):
-    options = {"eval_samples": 4, "eval_cfg_scale": 1.5, "eval_sampling_steps": 2} | changes
+def make_fid(reference, weights, context, batch_size=2, signals=None, **changes):
+    options = {"eval_samples": 4, "eval_cfg_scale": 1.5} | changes
     config = EvalConfig(eval_every=1, eval_reference=str(reference), inception_weights=str(weights), **options)
-    return Evaluator(config, context, load_space("none", 1), 8, 10, batch_size, seed=0)
+    sampler = SamplerConfig(sampler="ddpm", num_sampling_steps=2)
+    return FID(config, context, load_space("none", 1), 8, Classes(10), batch_size, 0, sampler, signals)
 
 
 def measure(argv):
@@ -83,12 +85,14 @@ def measure(argv):
     ckpt, reference, weights, output = argv
     context = distributed.setup("cpu")
     model = Checkpoint.open(ckpt).build_model()
-    evaluator = make_evaluator(reference, weights, context)
-    assert evaluator(model, lambda: context.any([context.rank == context.world_size - 1])[0]) is None, "a stop ends it"
-    fid = evaluator(model, lambda: False)
-    assert (fid is None) == (not context.is_main)
+    signals = SimpleNamespace(requested=context.rank == context.world_size - 1)
+    fid = make_fid(reference, weights, context, signals=signals)
+    assert "a stop was asked for" in fid.measure(model)
+    signals.requested = False
+    found = fid.measure(model)
+    assert (found is None) == (not context.is_main)
     if context.is_main:
-        Path(output).write_text(json.dumps(fid))
+        Path(output).write_text(json.dumps(found["fid"]))
     distributed.close()
 
 
@@ -97,7 +101,7 @@ def expected(tiny_checkpoint, reference, inception_file):
     """The same FID from the definition, in one batch."""
     model = Checkpoint.open(tiny_checkpoint).build_model()
     pipeline = Pipeline(model, load_space("none", 1), SamplerConfig(num_sampling_steps=2), GuidanceConfig(cfg_scale=1.5))
-    images = pipeline([image_label(0, i, 10) for i in range(4)], *pipeline.noise(0, range(4)))
+    images = pipeline(draw(0, range(4), 10), *pipeline.noise(0, range(4)))
     network = load_inception(inception_file)
     with np.load(reference) as file:
         sets = torch.from_numpy(file["arr_0"]), torch.from_numpy(to_uint8(images))
@@ -116,32 +120,36 @@ def test_the_number_of_two_ranks_is_that_of_the_definition(
 
 
 def test_training_finds_everything_as_it_was(tiny_checkpoint, statistics_file, inception_file):
-    """torch's random state, its precision settings, and the mode of every module."""
-    model = Checkpoint.open(tiny_checkpoint).build_model().train()
-    model.y_embedder.eval()
-    modes = [module.training for module in model.modules()]
+    """torch's random state and its precision settings."""
+    model = Checkpoint.open(tiny_checkpoint).build_model()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = False
     state = torch.get_rng_state()
     try:
-        fid = make_evaluator(statistics_file, inception_file, distributed.setup("cpu"))(model)
+        make_fid(statistics_file, inception_file, distributed.setup("cpu")).measure(model)
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.get_float32_matmul_precision() == "high"
         assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = True
-    assert [module.training for module in model.modules()] == modes
-    assert fid == make_evaluator(statistics_file, inception_file, distributed.setup("cpu"))(model.eval()), (
-        "no dropped labels"
-    )
 
 
-def test_samples_that_are_not_finite_do_not_end_training(tiny_checkpoint, statistics_file, inception_file, capsys):
-    model = Checkpoint.open(tiny_checkpoint).build_model()
-    torch.nn.init.constant_(model.final_layer.linear.bias, 1e38)
-    assert make_evaluator(statistics_file, inception_file, distributed.setup("cpu"))(model) is None
-    assert "FID cannot be measured: an image has values that are not finite" in capsys.readouterr().out
+def test_samples_that_are_not_finite_do_not_end_training(tmp_path, statistics_file, inception_file):
+    measuring = ["--eval-every", 1, *options(statistics_file, inception_file), "--eval-cfg-scale", 1e38]
+    assert call(train.main, *TINY, "--lr", 1, "--max-steps", 2, "--run-dir", tmp_path, *measuring) == 0
+    line = "(step=0000002) FID: an image has values that are not finite: --eval-cfg-scale is too large"
+    assert line in (tmp_path / "log.txt").read_text()
+
+
+def test_images_are_drawn_in_batches_that_the_decoder_has_seen(statistics_file, inception_file):
+    """From stored latents nothing was decoded before the first FID, perhaps after 50,000 steps."""
+    seen = []
+    space = SimpleNamespace(channels=4, factor=2, decode=lambda x: seen.append(x.shape))
+    config = EvalConfig(eval_every=1, eval_reference=str(statistics_file), inception_weights=str(inception_file))
+    context, sampler = distributed.setup("cpu"), SamplerConfig()
+    fid = FID(config, context, space, 8, Classes(10), 1000, 0, sampler)
+    assert (fid.batch_size, seen) == (32, [(32, 4, 4, 4)])
 
 
 def test_an_options_error_stands_before_any_work(statistics_file, inception_file):
@@ -150,7 +158,6 @@ def test_an_options_error_stands_before_any_work(statistics_file, inception_file
     for options, what in (
         ({"eval_every": 5}, "--eval-every and --eval-reference: both are needed"),
         ({"eval_reference": "x.npz"}, "--eval-every and --eval-reference: both are needed"),
-        ({**both, "inception_weights": "none.pth"}, "--inception-weights none.pth: no such file"),
         ({**both, "eval_samples": 1}, "--eval-samples: 1 is not a whole number, 2 or more"),
         ({**both, "eval_sampling_steps": 1001}, "--eval-sampling-steps: 1001 is not"),
         ({**both, "eval_cfg_scale": float("nan")}, "--eval-cfg-scale: nan is not a number"),
@@ -184,7 +191,7 @@ def test_mistakes_are_refused_before_a_run_folder_is_made(tmp_path, capfd, refer
     assert "both are needed" in refused("--eval-reference", reference)
     assert "none.npz: no such file" in refused(*every, "--eval-reference", tmp_path / "none.npz")
     assert "none.pth: no such file" in refused(*known, "--inception-weights", tmp_path / "none.pth")
-    assert "not the weights" in refused(*known, "--inception-weights", reference)
+    assert "not a checkpoint" in refused(*known, "--inception-weights", reference)
     assert "1 is not a whole number, 2 or more" in refused(*known, "--eval-samples", 1)
     assert "null labels" in refused(*known, "--label-dropout", 0)
     np.savez(tmp_path / "large.npz", np.zeros((4, 16, 16, 3), np.uint8))

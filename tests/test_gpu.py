@@ -15,10 +15,10 @@ import sample_ddp
 import train
 from checkpoint import files
 from checkpoint.saver import BackgroundSaver
-from data.autoencoder import StoredSpace
+from data.autoencoder import LatentSpace
 from models import DiT
 from runtime import distributed
-from training import session, sharding  # noqa: F401
+from training import run, sharding  # noqa: F401
 from training.config import ComputeConfig, RecipeConfig
 from training.meter import Meter
 from training.trainer import Trainer
@@ -29,7 +29,7 @@ CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, MISSING])
 on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 IMAGES, WIDTH = 8, 144  # of a batch; two heads of 72 dimensions, as those of DiT-XL
-SPACE = StoredSpace(channels=4, factor=8, scaling=1.0, shift=0.0)
+SPACE = LatentSpace(channels=4, factor=8, scaling=1.0, shift=0.0)
 
 
 @pytest.fixture(autouse=True)

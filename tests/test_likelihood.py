@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from PIL import Image
 from reference import SMALL, normal, stub
 
 from checkpoint.opened import Checkpoint
+from data.condition import Vectors
 from data.config import DataConfig
 from data.images import load_dataset
 from diffusion import create_diffusion
 from evaluation import likelihood
-from evaluation.config import LikelihoodConfig
 from models import DiT
 from tools import likelihood as command
 
@@ -179,8 +180,8 @@ def test_latents_are_refused_with_the_reason(capfd, tmp_path):
 
 
 def class_numbers(ckpt, folder):
-    config = LikelihoodConfig(ckpt=str(ckpt), data_path=str(folder))
-    return likelihood.class_numbers(config, Checkpoint.open(ckpt), load_dataset(DataConfig(data_path=str(folder)), 8))
+    data = DataConfig(data_path=str(folder))
+    return Checkpoint.open(ckpt).condition.for_data(load_dataset(data, 8), data).numbers
 
 
 @pytest.mark.parametrize(
@@ -198,35 +199,19 @@ def test_classes_go_by_name_where_names_are_recorded(capfd, tmp_path):
     folder = pictures(tmp_path / "some", ["bee", "cat"])
     assert class_numbers(ckpt, folder) == [1, 2]
     folder = pictures(tmp_path / "other", ["bee", "dog"])
-    assert "'dog' is no class" in refused(capfd, "--ckpt", ckpt, "--data-path", folder)
+    assert 'class "dog" is not one of the model\'s' in refused(capfd, "--ckpt", ckpt, "--data-path", folder)
     ckpt = save_model(tmp_path / "b.pt", None, in_channels=3, num_classes=3, input_size=8)
     assert "2 classes" in refused(capfd, "--ckpt", ckpt, "--data-path", folder)
 
 
-def test_mistakes_get_one_line(capfd, tmp_path, tiny_checkpoint):
-    known = "--ckpt", tiny_checkpoint, "--data-path"
-    assert "images of 3 channels" in refused(capfd, *known, pictures(tmp_path / "colour", ["0", "1"]))
-    assert "no such folder" in refused(capfd, *known, tmp_path / "none")
-    (tmp_path / "latents").mkdir()
-    (tmp_path / "latents/index.json").write_text('{"encoder_crc32": "00000000"}')
-    assert "latents: holds latents of extract_latents.py" in refused(capfd, *known, tmp_path / "latents")
-    assert "name a .json file" in refused(capfd, *known, "digits", "--output", tmp_path / "a.txt")
-    assert "its folder does not exist" in refused(capfd, *known, "digits", "--output", tmp_path / "none/a.json")
-    assert "1 is not a whole number, 2 or more" in refused(capfd, *known, "digits", "--num-timesteps", 1)
-    assert "absent.pt: no such file" in refused(capfd, "--ckpt", tmp_path / "absent.pt", "--data-path", "digits")
-
-
-def test_options_that_contradict_the_checkpoint_are_refused(capfd, tmp_path, tiny_checkpoint):
-    known = "--ckpt", tiny_checkpoint, "--data-path", "digits"
-    assert "holds 10; leave the option out" in refused(capfd, *known, "--num-classes", 3)
-    assert "holds 8; leave the option out" in refused(capfd, *known, "--image-size", 16)
-    assert "1 channels, like pixels, but --vae is ema" in refused(capfd, *known, "--vae", "ema")
+def test_weights_without_a_record_need_the_options(capfd, tmp_path, tiny_checkpoint):
     state = torch.load(tiny_checkpoint)
     torch.save({"model": state["ema"], "args": {"num_heads": 2}}, tmp_path / "bare.pt")
     known = "--ckpt", tmp_path / "bare.pt", "--data-path", "digits"
     assert "but records no --vae; if it works on pixels, pass --vae none" in refused(capfd, *known)
-    output = "--num-timesteps", 2, "--num-images", 2, "--output", tmp_path / "a.json", "--device", "cpu"
-    assert call(command.main, *known, "--vae", "none", *output) == 0
+    assert call(command.main, *known, "--vae", "none", "--num-timesteps", 2, "--num-images", 2, "--device", "cpu") == 0
+    assert (tmp_path / "bare.likelihood.json").is_file()
+    assert (tmp_path / "bare.likelihood.png").is_file()
 
 
 def test_outputs_are_checked_before_anything_slow(capfd, tmp_path, monkeypatch, tiny_checkpoint):
@@ -274,3 +259,35 @@ def test_a_damaged_image_is_named_once_on_every_rank(tmp_path, ranks):
     assert "1.png: not a readable image" in run.text(0)
     assert "skip-bad-images" not in run.text(0), "this command has no such option"
     assert run.text(1) == ""
+
+
+def test_an_error_of_one_process_ends_all_with_one_line(tmp_path, ranks):
+    """Such as of a file system that shows the checkpoint to one host alone."""
+    ckpt = save_model(tmp_path / "a.pt", None, in_channels=1, num_classes=10, input_size=8)
+    run = ranks(of_one_rank, options(ckpt, tmp_path / "a.json"), 2)
+    assert run.wait() == [2, 2], run.text() + run.text(1)
+    assert [run.text(rank).count("gone.pt: no such file") for rank in (0, 1)] == [1, 0]
+
+
+def of_one_rank(argv):
+    if os.environ["RANK"] == "1":
+        argv[argv.index("--ckpt") + 1] = "gone.pt"
+    command.main(argv)
+
+
+def test_a_model_of_vectors_has_a_likelihood_that_depends_on_them(tmp_path):
+    condition = Vectors(2)
+    model = DiT(**{**SMALL, "in_channels": 3, "input_size": 8, "num_classes": 0}, condition=condition)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    record = {"kind": "vector", **condition.record()}
+    options_of_run = {"vae": "none", "image_size": 8, "num_heads": SMALL["num_heads"]}
+    state = {"model": model.state_dict(), "model_config": model.config, "condition": record, "args": options_of_run}
+    torch.save(state, tmp_path / "a.pt")
+    folder, totals = pictures(tmp_path / "images", ["ant"]), []
+    for scale in (0, 1):
+        np.save(folder / "vectors.npy", np.full((2, 2), scale, np.float32))
+        argv = ["--ckpt", tmp_path / "a.pt", "--data-path", folder, "--num-timesteps", 4, "--device", "cpu"]
+        assert call(command.main, *argv) == 0
+        totals.append(report(tmp_path / "a.likelihood.json")[0]["total"]["mean"])
+    assert totals[0] != totals[1]

@@ -9,9 +9,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
 
 from evaluation import metrics
-from evaluation.metrics import Statistics, frechet_distance, inception_score, kth_neighbour_distances, precision_recall
+from evaluation.image_sets import open_images
+from evaluation.metrics import (
+    Statistics,
+    check_covariance,
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    kth_neighbour_distances,
+    mean_discrepancy,
+    precision_recall,
+    standard_errors,
+)
+from runtime.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 
@@ -171,3 +185,79 @@ def test_mps_which_has_no_float64_adds_up_on_the_cpu():
     assert (statistics.mean.device.type, statistics.mean.dtype) == ("cpu", torch.float64)
     x = torch.arange(12.0).reshape(4, 3)
     assert np.array_equal(statistics.update(x).mu, x.double().mean(0).numpy())
+
+
+def points(shift, n, dim=6):
+    return torch.from_numpy(np.random.default_rng(n).normal(size=(n, dim))) * 2 + shift
+
+
+def test_kernel_distances_are_those_of_scikit_learn():
+    """KID of one subset, which is the whole set, and MMD, each from matrices of kernels."""
+    x, y = points(0, 40), points(1, 40)
+
+    def within(k):
+        return (k.sum() - np.trace(k)) / (40 * 39)
+
+    k_xx, k_yy, k_xy = (polynomial_kernel(a, b, degree=3, gamma=1 / 6, coef0=1) for a, b in ((x, x), (y, y), (x, y)))
+    mean, deviation = kernel_distance(x, y, subset_size=40)
+    assert mean == pytest.approx(within(k_xx) + within(k_yy) - 2 * k_xy.mean(), rel=1e-10)
+    assert deviation == 0
+    k_xx, k_yy, k_xy = (rbf_kernel(a, b, gamma=1 / 200) for a, b in ((x, x), (y, y), (x, y)))
+    expected = 1000 * (k_xx.mean() + k_yy.mean() - 2 * k_xy.mean())
+    assert mean_discrepancy(x, y) == pytest.approx(expected, rel=1e-9)
+    assert mean_discrepancy(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_kid_of_subsets_spreads_around_that_of_the_whole_sets():
+    x, y = points(0, 400), points(0.2, 300)
+    whole, _ = kernel_distance(x[:300], y, subset_size=300)
+    mean, deviation = kernel_distance(x, y, subset_size=50)
+    assert deviation > 0
+    assert mean == pytest.approx(whole, abs=0.5 * deviation)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_and_coverage_match_the_formula(k):
+    """Equations of Naeem et al., section 3, pair by pair."""
+    x, y = points(0, 50), points(0.3, 30)
+    radii = [sorted(np.linalg.norm(a - b) for j, b in enumerate(x) if j != i)[k - 1] for i, a in enumerate(x)]
+    inside = np.array([[np.linalg.norm(a - b) <= r for a, r in zip(x, radii, strict=True)] for b in y])
+    assert density_coverage(x, y, k) == pytest.approx((inside.sum() / (k * len(y)), inside.any(0).mean()))
+    assert density_coverage(x, x, k)[1] == 1
+    assert density_coverage(x, x + 1000, k) == (0, 0)
+    with pytest.raises(ValueError, match=f"more than {k} points"):
+        density_coverage(x[:k], y, k)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "what"),
+    [(-np.eye(3), "negative"), (np.ones((3, 3)) - np.eye(3), "negative"), (np.tri(3), "not symmetric")],
+)
+def test_what_is_no_covariance_is_refused(tmp_path, sigma, what):
+    with pytest.raises(ValueError, match=f"is no covariance: it .*{what}"):
+        check_covariance(sigma)
+    full = np.eye(2048)
+    full[:3, :3] = sigma
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(2048), sigma=full)
+    with pytest.raises(UserError, match=f"bad.npz: sigma is no covariance: it .*{what}.*; compute it again"):
+        open_images(tmp_path / "bad.npz")
+    rows = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float16)
+    check_covariance(np.cov(rows, rowvar=False).astype(np.float16).astype(float))  # of rank 1, rounded
+    check_covariance(np.zeros((4, 4)))
+
+
+def test_distance_refuses_negative_variances():
+    with pytest.raises(ValueError, match="negative variances"):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), -np.eye(2))
+
+
+def test_standard_errors_are_those_of_the_mean_in_closed_form():
+    """s / sqrt(n), within the chance of 200 resamples; and the same for the same seed."""
+    x = points(0, 100)
+
+    def mean(indices):
+        return x[indices].mean(0).tolist()
+
+    found = standard_errors(mean, 100, resamples=200)
+    assert found == pytest.approx((x.std(0) / 10).tolist(), rel=0.2)
+    assert standard_errors(mean, 100, 3) == standard_errors(mean, 100, 3) != standard_errors(mean, 100, 3, seed=1)

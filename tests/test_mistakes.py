@@ -1,5 +1,5 @@
-"""A tenth of the mistakes that tests/stress/mistakes.py makes, spread over its commands and kinds; readers that are given
-anything; and what was decided where it was not clear what a user expects."""
+"""Mistakes: wrong values and combinations of options, and a tenth of the others that tests/stress/mistakes.py makes, spread
+over its commands and kinds; readers that are given anything; and decisions where it was not clear what a user expects."""
 
 import contextlib
 import importlib
@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 from conftest import TINY
-from helpers import call
+from helpers import call, command_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,8 +27,8 @@ from runtime.errors import OutOfMemoryError, UserError
 from runtime.files import check_output
 from runtime.npy import read_npy_header
 from runtime.parser import Parser
-from sampling.source import Source
-from training.run_folder import RunFolder
+from sampling.opened import Opened
+from training.run_folder import drop_later_metrics
 
 ANYTHING = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -36,33 +36,53 @@ ANYTHING = settings(deadline=None, max_examples=60, suppress_health_check=[Healt
 @pytest.mark.parametrize("command", mistake_cases.VALID)
 def test_wrong_values_are_answered_with_one_line(command, capsys):
     """All cases of the kind "values", parsed here."""
-    module, _, name = mistake_cases.CONFIGS[command].rpartition(".")
-    parser = Parser(getattr(importlib.import_module(module), name), command)
-    for case in mistake_cases.value_cases():
-        if case.command != command:
-            continue
-        try:
+    parser = Parser(mistake_cases.config_class(command), command)
+    for case in mistake_cases.value_cases(command):
+        with pytest.raises(SystemExit) as end:
             parser.parse(case.argv)
-            pytest.fail(f"{case.name}: accepted")
-        except SystemExit as error:
-            status = error.code
         lines = capsys.readouterr().err.splitlines()
-        assert status == 2
-        assert len(lines) == 1
-        assert all(word in lines[0] for word in case.words), (case.name, lines)
+        assert (end.value.code, len(lines)) == (2, 1), case.name
+        assert case.word in lines[0], (case.name, lines)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder whose in/ holds the files of the table."""
+    mistakes.prepare()
+    root = tmp_path_factory.mktemp("mistakes")
+    mistake_inputs.make_inputs(root, mistakes.run_cases)
+    return root
+
+
+TABLE = [*mistake_cases.table_cases()]
+
+
+@pytest.mark.parametrize("command", {case.command: None for case in TABLE if case.kind == "combinations"})
+def test_options_that_do_not_go_together_are_answered_with_one_line(command, inputs, monkeypatch, capfd):
+    """All cases of the kind "combinations", here and not in processes of their own."""
+    monkeypatch.chdir(inputs)
+    main = importlib.import_module(command_module(command)).main
+    (inputs / "results").mkdir(exist_ok=True)  # the parent of train.py's run folders, which stays
+    before, wrong = mistakes.stamps(inputs), []
+    for case in TABLE:
+        if (case.command, case.kind) == (command, "combinations"):
+            status = call(main, *case.argv)
+            lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+            if status != 2 or len(lines) != 1 or case.word not in lines[0]:
+                wrong.append((case.name, case.word, status, lines))
+    assert not wrong, "\n".join(map(str, wrong))
+    assert mistakes.stamps(inputs) == before, "a refused command leaves nothing"
 
 
 @pytest.mark.slow
-def test_a_tenth_of_the_other_mistakes_is_answered_with_one_line(tmp_path):
+def test_a_tenth_of_the_other_mistakes_is_answered_with_one_line(inputs):
     groups = {}
-    for case in mistake_cases.all_cases():
-        if case.kind != "values" and not case.alone:  # those take seconds to start
+    for case in TABLE:
+        if case.kind != "combinations" and not case.alone:  # those take seconds to start
             groups.setdefault((case.command, case.kind), []).append(case)
     cases = [case for group in groups.values() for case in group[len(group) // 2 % 10 :: 10]]
-    assert {case.kind for case in cases} == {*mistake_cases.KINDS} - {"values"}
-    mistakes.prepare()
-    mistake_inputs.make_inputs(tmp_path, mistakes.run_cases)
-    wrong = [answer for answer in mistakes.run_cases(cases, tmp_path) if answer["wrong"]]
+    assert {case.kind for case in cases} == {*mistake_cases.KINDS} - {"values", "combinations"}
+    wrong = [answer for answer in mistakes.run_cases(cases, inputs) if answer["wrong"]]
     assert not wrong, "\n\n".join(f"{answer['name']}: {answer['wrong']}\n{answer['text']}" for answer in wrong)
 
 
@@ -93,12 +113,10 @@ def test_any_value_in_an_autoencoder_config_ends_in_a_space_or_a_user_error(smal
 @ANYTHING
 @given(st.lists(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), max_size=6), st.booleans())
 def test_any_rows_of_metrics_are_cut_where_they_are_none(tmp_path, lines, ends):
-    folder = RunFolder(tmp_path / "run")
-    whole = b'{"step": 1}\n{"step": 2}\n'
-    (tmp_path / "run/metrics.jsonl").write_bytes(whole + b"\n".join(lines) + b"\n" * ends)
-    folder._drop_later_metrics(step=2)
-    folder.close()
-    kept = (tmp_path / "run/metrics.jsonl").read_bytes()
+    path, whole = tmp_path / "metrics.jsonl", b'{"step": 1}\n{"step": 2}\n'
+    path.write_bytes(whole + b"\n".join(lines) + b"\n" * ends)
+    drop_later_metrics(path, step=2)
+    kept = path.read_bytes()
     assert kept.startswith(whole)
     assert all(json.loads(line)["step"] <= 2 for line in kept.splitlines())
 
@@ -111,19 +129,18 @@ def test_any_settings_of_a_sample_folder_are_read_or_refused(tiny_checkpoint, tm
     (folder / "options.json").write_bytes(content)
     parser = Parser(sample_ddp.SampleSetConfig, "")
     config = parser.parse(["--ckpt", str(tiny_checkpoint), "--cfg-scale", "1"])
-    source = Source.open(config.source)
-    user_error_or_value(sample_ddp.check_settings, config, source, None, folder)
+    user_error_or_value(sample_ddp.check_settings, Opened.open(config), None, folder)
 
 
 @ANYTHING
 @given(st.binary(max_size=300) | st.binary(max_size=100).map(lambda tail: b"\x93NUMPY\x01\x00v\x00" + tail)
-       | st.tuples(st.integers(0, 9), JSON, JSON).map(lambda parts: mistake_cases.npy_header(
+       | st.tuples(st.integers(0, 9), JSON, JSON).map(lambda parts: mistake_inputs.npy_header(
            f"{{'descr': '|u1', 'fortran_order': {parts[1]!r}, 'shape': {parts[2]!r}, }}", parts[0])))  # fmt: skip
 def test_any_array_header_is_read_or_refused(tmp_path, content):
     with contextlib.suppress(ValueError):
         shape, _ = read_npy_header(io.BytesIO(content), len(content))
         assert all(length >= 0 for length in shape)
-    for name, whole in (("raw.npz", content), ("zip.npz", mistake_cases.npz_bytes({}, arr_0=content))):
+    for name, whole in (("raw.npz", content), ("zip.npz", mistake_inputs.npz_bytes({}, arr_0=content))):
         (tmp_path / name).write_bytes(whole)
         user_error_or_value(open_images, tmp_path / name)
 

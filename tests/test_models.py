@@ -1,6 +1,6 @@
 """models.py against the reference's numbers, the paper's tables and closed forms."""
 
-import inspect
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,7 +9,21 @@ import torch.nn.functional as F
 from reference import SMALL, assert_golden, fill, filled, golden, normal
 
 import models
-from models import BLOCKS, SIZES, CrossAttention, DiT, DiT_models, DiTBlock
+from models import (
+    BLOCKS,
+    SIZES,
+    CrossAttention,
+    DiT,
+    DiT_models,
+    DiTBlock,
+    DiTConfig,
+    FinalLayer,
+    LabelEmbedder,
+    TimestepEmbedder,
+    get_2d_sincos_pos_embed,
+    modulate,
+    position_embedding,
+)
 
 # Trainable and frozen parameters, 1000 classes, 256 px
 PARAMETERS = {
@@ -91,7 +105,7 @@ def test_every_model_of_the_table_can_be_imported_by_its_name():
 
 def test_config_holds_every_argument_and_builds_the_same_model():
     model = DiT(**SMALL, block="adaln", learn_sigma=False)
-    assert list(model.config) == list(inspect.signature(DiT).parameters)
+    assert list(model.config) == [field.name for field in dataclasses.fields(DiTConfig)]
     assert model.config == {**DiT(**SMALL).config, "block": "adaln", "learn_sigma": False}
     with torch.device("meta"):
         copy = DiT(**model.config)
@@ -100,10 +114,12 @@ def test_config_holds_every_argument_and_builds_the_same_model():
 
 
 @pytest.mark.parametrize("in_channels", [1, 3, 4, 8, 16])
-def test_three_of_four_channels_are_guided_and_all_of_any_other_number(in_channels):
+def test_three_of_four_channels_are_guided_and_all_of_any_other_number_or_objective(in_channels):
     with torch.device("meta"):
         model = DiT(**{**SMALL, "in_channels": in_channels, "depth": 1})
+        flow = DiT(**{**SMALL, "in_channels": in_channels, "depth": 1}, objective="flow", predict="v")
     assert model.guided_channels == (3 if in_channels == 4 else in_channels)
+    assert flow.guided_channels == in_channels, "the published numbers are those of the paper's objective"
 
 
 @pytest.mark.parametrize("assign", [True, False])
@@ -227,10 +243,106 @@ def test_unpatchify_puts_every_value_where_the_patch_convolution_read_it():
     assert torch.equal(model.unpatchify(tokens), image)
 
 
+def test_names_that_forks_import_have_the_original_releases_meaning():
+    x, shift, scale = torch.randn(4, 4, 8), torch.randn(4, 8), torch.randn(4, 8)  # as many samples as tokens
+    expected = torch.stack([x[i] * (1 + scale[i]) + shift[i] for i in range(4)])
+    torch.testing.assert_close(modulate(x, shift, scale), expected)
+    c = torch.randn(4, 8)
+    assert DiTBlock(8, 2, mlp_ratio=2.0)(x, c).shape == x.shape
+    assert FinalLayer(8, 2, 3)(x, c).shape == (4, 4, 12)
+    embedding = TimestepEmbedder.timestep_embedding(torch.tensor([0.0, 7.0]), 5)
+    assert torch.equal(embedding[0], torch.tensor([1.0, 1, 0, 0, 0]))
+    assert TimestepEmbedder(8, frequency_embedding_size=64)(torch.tensor([3])).shape == (1, 8)
+    labels, embedder = torch.tensor([1, 2, 3, 0]), LabelEmbedder(4, 8, dropout_prob=0.5)
+    assert (embedder.num_classes, embedder.dropout_prob) == (4, 0.5)
+    forced = torch.tensor([1, 0, 1, 0])
+    assert embedder.token_drop(labels, forced).tolist() == [4, 2, 4, 0]
+    assert torch.equal(embedder(labels, False), embedder.embedding_table(labels))
+    assert torch.equal(embedder(labels, True, forced), embedder.embedding_table(torch.tensor([4, 2, 4, 0])))
+    grid = get_2d_sincos_pos_embed(8, 3, cls_token=True, extra_tokens=2)
+    assert grid.shape == (11, 8)
+    assert not grid[:2].any()
+    np.testing.assert_array_equal(grid[2:], position_embedding(8, 3).numpy())
+    model = DiT(**SMALL)
+    assert model.num_heads == SMALL["num_heads"]
+    larger = DiT(**{**SMALL, "input_size": 12})
+    model.pos_embed = larger.pos_embed  # as forks do for another resolution
+    assert model(torch.zeros(1, 4, 12, 12), torch.zeros(1), torch.tensor([1])).shape == (1, 8, 12, 12)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch calls the older ways deprecated; they are used
+def test_the_model_can_be_exported_traced_and_quantized():
+    model = fill(DiT(**{**SMALL, "depth": 1}))
+
+    def arguments(number):
+        return normal("x", number, 4, 8, 8), torch.arange(number) * 100, torch.arange(number)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, arguments(4), dynamic_shapes=({0: batch},) * 3).module()
+    traced = torch.jit.trace(model, arguments(4))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    for number in (2, 6):
+        expected = model(*arguments(number))
+        torch.testing.assert_close(exported(*arguments(number)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(traced(*arguments(number)), expected, rtol=1e-5, atol=1e-5)
+        assert (quantized(*arguments(number)) - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("sizes", [
+    {"input_size": (4, 6), "patch_size": 2}, {"input_size": (8,), "patch_size": (2,)},
+    {"input_size": (2, 4, 6), "patch_size": (1, 2, 2)}, {"input_size": (4, 6), "patch_size": (2, 3), "block": "in-context"},
+])  # fmt: skip
+def test_grids_of_one_to_three_sides_put_every_value_back_in_its_place(sizes):
+    model = DiT(**{**SMALL, **sizes}, learn_sigma=False)
+    shape = model.sizes.sides
+    x = torch.arange(4.0 * np.prod(shape)).view(1, 4, *shape)
+    # the patch convolution that copies its patch, in unpatchify's order: cells of the patch, then channels
+    values = int(np.prod(model.sizes.patch)) * 4
+    weight = torch.eye(values).view(values, *model.sizes.patch, 4).movedim(-1, 1)
+    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(shape)]
+    tokens = convolution(x, weight, stride=model.sizes.patch).flatten(2).transpose(1, 2)
+    assert torch.equal(model.unpatchify(tokens), x)
+    assert model(x, torch.tensor([3]), torch.tensor([1])).shape == (1, 4, *shape)
+    rows = model.pos_embed[0]
+    assert len(rows.unique(dim=0)) == len(rows) == np.prod(model.sizes.grid), "every token has a position of its own"
+
+
+def test_a_grid_of_one_frame_has_the_positions_of_its_picture_in_two_of_three_parts():
+    frame, clip = position_embedding(12, (4, 6)), position_embedding(18, (1, 4, 6))
+    torch.testing.assert_close(clip[:, :12], frame)
+    assert (clip[:, 12:15] == 0).all()
+    assert (clip[:, 15:] == 1).all(), "time 0: sin 0, cos 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            (torch.zeros(2, 4, 9, 8), torch.zeros(2), torch.zeros(2).long()),
+            r"x is .* \(2, 4, 9, 8\), must be float \(N, 4, 8, 8\)",
+        ),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long()), r"must be float \(N, 4, 8, 8\)"),
+        ((torch.zeros(2, 4, 8, 8).byte(), torch.zeros(2), torch.zeros(2).long()), "torch.uint8"),
+        ((torch.zeros(2, 4, 8, 8), torch.zeros(3), torch.zeros(2).long()), r"t is a Tensor of shape \(3,\)"),
+        ((torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(1).long()), r"y is a Tensor of shape \(1,\)"),
+        ((torch.zeros(2, 4, 8, 8), torch.zeros(2), [1, 2]), "y is a list"),
+        ((torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.tensor([1, 11])), "labels 1 to 11: they must be 0 to 10"),
+        ((torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.tensor([-1, 3])), "must be 0 to 10"),
+        ((torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2)), r"float weights of classes are \(N, 11\)"),
+    ],
+)
+def test_what_forward_does_not_take_is_said_in_a_sentence(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        DiT(**SMALL).eval()(*arguments)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
         ({"num_heads": 5}, "number of heads 5"),
+        ({"num_heads": 0}, "num_heads 0 is no int from 1 to"),
+        ({"input_size": []}, r"input size \[\] and patch size 2 do not have 1 to 3 sides each"),
+        ({"input_size": (8, 8), "patch_size": (2,)}, "sides each"),
         ({"patch_size": 3}, "patch size 3"),
         ({"hidden_size": 90, "num_heads": 5}, "multiple of 4"),
         ({"mlp_ratio": 0.001}, "MLP ratio 0.001"),

@@ -10,11 +10,12 @@ from helpers import call
 from PIL import Image
 
 import train
+from runtime import distributed
 from runtime.parser import Parser
 from studies import judge, paper
 from studies.paper import SHAPES, PaperConfig, Results
 from studies.scaling import SCALING
-from training import finetune
+from training import setup
 
 QUICK = {"steps": 4, "batch_size": 2, "samples": 20, "seeds": 1, "quick": True}
 
@@ -62,9 +63,9 @@ def test_the_models_have_the_proportions_of_the_papers():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_train_py_takes_the_options_of_every_model(name):
-    config, _ = finetune.resolve(Parser(train.TrainConfig, "").parse(PaperConfig().words(name)))
-    assert {key: getattr(config.design, key) for key in SHAPES[name]} == SHAPES[name]
-    assert (config.design.predict, config.recipe.global_batch_size, config.data.data_path) == ("v", 16, "digits")
+    config, _ = setup.resolve(Parser(train.TrainConfig, "").parse(PaperConfig().words(name)), distributed.setup("cpu"))
+    assert {key: getattr(config.model, key) for key in SHAPES[name]} == SHAPES[name]
+    assert (config.model.predict, config.recipe.global_batch_size, config.data.data_path) == ("v", 16, "digits")
 
 
 def test_small_models_are_trained_for_longer():

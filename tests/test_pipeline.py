@@ -1,21 +1,23 @@
 """sampling/: what is opened and checked, labels, each image's own noise, and what a pipeline draws."""
 
+import argparse
+import re
+
 import numpy as np
 import pytest
 import torch
 from reference import fill
 
 from checkpoint import files
-from checkpoint.opened import Checkpoint
+from checkpoint.opened import Checkpoint, record_of
 from data.autoencoder import load_space
-from diffusion import create_diffusion, samplers
+from data.condition import Classes, draw
+from diffusion import OBJECTIVES, create_diffusion, samplers
 from models import DiT
 from runtime.errors import UserError
-from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig, SourceConfig
-from sampling.labels import parse_labels, readable_names
-from sampling.noise import image_label, image_noise
-from sampling.pipeline import Pipeline, to_uint8
-from sampling.source import Source
+from sampling.config import ComputeConfig, DrawConfig, GuidanceConfig, SampleConfig, SamplerConfig, SourceConfig
+from sampling.opened import Opened
+from sampling.pipeline import Pipeline, image_noise, to_uint8
 
 SIZES = {
     "input_size": 8,
@@ -35,6 +37,10 @@ def save(path, args=None, **changes):
     args = {"num_heads": 2, "image_size": 8, "vae": "none", "num_classes": 10, **(args or {})}
     files.save(path, {"ema": {name: 0.5 * value for name, value in weights.items()}, "args": args})
     return path
+
+
+def opened(ckpt=None, kind=DrawConfig, **source):
+    return Opened.open(kind(source=SourceConfig(ckpt=ckpt and str(ckpt), **source)))
 
 
 @pytest.fixture
@@ -58,6 +64,69 @@ def test_a_pipeline_draws_what_its_steps_end_in(ckpt):
     torch.testing.assert_close(single[0], both[1])
 
 
+def test_drawing_from_python_ends_in_pictures(tmp_path):
+    """Image i depends on the seed and on i alone, and the folder of a run stands for its newest checkpoint."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="run: the run has no checkpoint yet"):
+        Pipeline.load(tmp_path / "run")
+    save(tmp_path / "run/checkpoints/0000002.pt", depth=2)
+    save(tmp_path / "run/checkpoints/0000010.pt", args={"class_names": ["ant", "bee", *"cdefghij"]})
+    pipeline = Pipeline.load(tmp_path / "run", STEPS)
+    assert len(pipeline.model.blocks) == 1
+    images = pipeline.draw(["bee", "7", 3], seed=5)
+    assert [(image.size, image.mode) for image in images] == [((8, 8), "RGB")] * 3
+    expected = pipeline.to_pixels(pipeline([1, 7, 3], *pipeline.noise(5, range(3))))
+    assert np.array_equal(np.stack(images), expected)
+    again = np.stack(pipeline.draw(["bee", 7, 3, 2], seed=5, batch_size=2)).astype(int)[:3]
+    assert np.abs(again - expected).max() <= 1, "batches may round differently"
+    assert len(pipeline.draw()) == 8, "some classes"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        (lambda p: p.draw(["dog"]), "--labels dog: no class is called that"),
+        (lambda p: p.draw([10]), "--labels 10: out of range, the model's classes are 0 to 9"),
+        (lambda p: p.draw(3), "what to draw: is one value, 3; give a list, such as [3]"),
+        (lambda p: p.draw("dog"), "what to draw: is one value, 'dog'; give a list, such as ['dog']"),
+        (lambda p: p.noise(0, 3), "indices is 3, must be a list or a range, such as range(3)"),
+        (lambda p: p([99], *p.noise(0, [0])), "class 99: is no number from 0 to 9"),
+        (lambda p: p(["dog"], *p.noise(0, [0])), "class 'dog': is no number from 0 to 9; `parse` makes one of a name"),
+        (lambda p: p(torch.tensor([11]), *p.noise(0, [0])), "y: holds labels from 11 to 11; the model's are 0 to 10"),
+        (lambda p: p([1], *p.noise(0, [0, 1])), "there are 1 choices for 2 noises, must be one for each"),
+        (lambda p: p([1], [[0.0]]), "x_T is a list, must be a tensor (N, 1, 8, 8), as `noise` draws it"),
+        (lambda p: p([1], torch.zeros(1, 4, 8, 8)), "x_T is of shape (1, 4, 8, 8), must be"),
+    ],
+)
+def test_mistakes_in_python_raise_a_sentence(ckpt, mistake, words):
+    pipeline = Pipeline.load(ckpt, STEPS)
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        mistake(pipeline)
+
+
+def test_flows_are_drawn_by_their_own_sampler(tmp_path):
+    model = DiT(**SIZES, objective="flow", predict="v", learn_sigma=False)
+    files.save(
+        tmp_path / "flow.pt", {"ema": model.state_dict(), "args": {"vae": "none", "image_size": 8}, **record_of(model)}
+    )
+    flow, diffusion = Pipeline.load(tmp_path / "flow.pt"), Pipeline.load(save(tmp_path / "a.pt"))
+    assert (flow.sampler.sampler, flow.sampler.num_sampling_steps) == OBJECTIVES["flow"].default_sampler
+    assert (diffusion.sampler.sampler, diffusion.sampler.num_sampling_steps) == ("ddpm", 250)
+    assert Pipeline(model, load_space("none", 1)).sampler == flow.sampler
+    assert Pipeline.load(tmp_path / "flow.pt", SamplerConfig("euler", 5)).sampler == SamplerConfig("euler", 5)
+    with pytest.raises(UserError, match="--sampler flow-sde: .*a.pt is no flow model; choose ddpm"):
+        Pipeline.load(tmp_path / "a.pt", SamplerConfig("flow-sde", 5))
+
+
+def test_the_flows_of_other_programs_are_refused(tmp_path):
+    """Their time runs the other way; they were drawn as if they predicted noise."""
+    for args in ({"path_type": "Linear", "prediction": "velocity"}, argparse.Namespace(prediction="velocity")):
+        weights = fill(DiT(**SIZES)).state_dict()
+        torch.save({"ema": weights, "args": args}, tmp_path / "sit.pt")
+        with pytest.raises(UserError, match="sit.pt: weights of another program's flow .*prediction=velocity"):
+            Pipeline.load(tmp_path / "sit.pt")
+
+
 def test_models_without_a_learned_variance_are_drawn_with_the_fixed_one(tmp_path):
     pipeline = Pipeline.load(save(tmp_path / "a.pt", learn_sigma=False), STEPS, GuidanceConfig(cfg_scale=2.0))
     x_T, step_noise = pipeline.noise(0, [0])
@@ -77,7 +146,7 @@ def test_a_pipeline_is_made_of_a_model_too(ckpt):
     made = Pipeline(Checkpoint.open(ckpt).build_model(), load_space("none", 1), STEPS)
     noise = loaded.noise(0, [0])
     assert torch.equal(made([7], *noise), loaded([7], *noise))
-    assert (made.null_class, made.num_classes, made.class_name(7)) == (10, 10, "7")
+    assert (made.condition.num_classes, made.condition.titles([7])) == (10, ["7"])
 
 
 def test_the_noise_of_deterministic_samplers_is_x_T_alone(ckpt):
@@ -94,8 +163,8 @@ def test_an_images_numbers_are_its_own():
     assert torch.equal(a[:, 1:2], image_noise(0, [6], 2, (1, 4, 4)))
     assert not torch.equal(a, image_noise(1, [5, 6, 7], 2, (1, 4, 4)))
     assert image_noise(2**63 - 1, [10**8], 0, (1, 1, 1)).isfinite().all()
-    assert len({image_label(0, i, 1000) for i in range(200)}) > 150
-    labels = [image_label(0, i, 10) for i in range(2000)]
+    assert len({*draw(0, range(200), 1000)}) > 150
+    labels = draw(0, range(2000), 10)
     assert min(labels.count(c) for c in range(10)) > 140  # 200 expected, 4.5 standard deviations
 
 
@@ -124,12 +193,12 @@ def test_bf16_is_autocast_and_near_float32(ckpt):
 
 
 def test_initial_weights_are_drawn_only_where_asked(ckpt):
-    source = Source.open(ckpt, STEPS)
+    checked = opened(ckpt)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    Pipeline.build(source)
+    Pipeline.build(checked)
     assert torch.equal(torch.get_rng_state(), before)
-    Pipeline.build(source, draw_initial_weights=True)
+    Pipeline.build(checked, draw_initial_weights=True)
     drawn = torch.get_rng_state()
     torch.manual_seed(0)
     DiT(**SIZES)
@@ -138,58 +207,57 @@ def test_initial_weights_are_drawn_only_where_asked(ckpt):
 
 def test_what_the_checkpoint_records_is_the_default(ckpt, tmp_path, small_vae):
     expected = {"image_size": 8, "num_classes": 10, "vae": "none"}
-    assert expected.items() <= Source.open(ckpt).settings.items()
-    assert expected.items() <= Source.open(SourceConfig(ckpt=str(ckpt), image_size=8, num_classes=10)).settings.items()
+    assert expected.items() <= opened(ckpt).settings.items()
+    assert expected.items() <= opened(ckpt, image_size=8, num_classes=10).settings.items()
     latent = save(tmp_path / "latent.pt", args={"image_size": 64, "vae": str(small_vae)}, in_channels=4)
-    assert Source.open(latent).settings["vae"] == str(small_vae)
+    assert opened(latent).settings["vae"] == str(small_vae)
     released = save(tmp_path / "released.pt", args={"image_size": 64, "vae": "ema"}, in_channels=4)
     with pytest.raises(UserError, match="^autoencoder mse: no usable autoencoder"):  # each command has a decoder of its own
-        Source.open(released, released_vae="mse")
+        opened(released, SampleConfig)
 
 
 def test_weights_of_a_pixel_model_need_no_record(tmp_path):
     """The image size was taken to be 8 pixels a cell."""
     torch.save(fill(DiT(**{**SIZES, "in_channels": 3})).state_dict(), tmp_path / "bare.pt")
-    source = SourceConfig(ckpt=str(tmp_path / "bare.pt"), vae="none", num_heads=2)
-    assert Source.open(source).settings["image_size"] == 8
+    assert opened(tmp_path / "bare.pt", vae="none", num_heads=2).settings["image_size"] == 8
     with pytest.raises(UserError, match=r"--num-heads 4: .*a.pt holds 2"):
-        Source.open(SourceConfig(ckpt=str(save(tmp_path / "a.pt")), num_heads=4))
+        opened(save(tmp_path / "a.pt"), num_heads=4)
 
 
 def test_errors_name_what_the_user_gave(ckpt, tmp_path):
     gone = save(tmp_path / "gone.pt", args={"image_size": 64, "vae": "/nowhere/vae"}, in_channels=4)
     with pytest.raises(UserError, match=r"^autoencoder /nowhere/vae, recorded in .*gone.pt: no usable autoencoder"):
-        Source.open(gone)
+        opened(gone)
     with pytest.raises(UserError, match=r"^--vae /nowhere/vae: no usable autoencoder"):
-        Source.open(SourceConfig(ckpt=str(gone), vae="/nowhere/vae"))
+        opened(gone, vae="/nowhere/vae")
     with pytest.raises(UserError, match="^--vae none: the released DiT-XL/2 has 4 channels, it works on latents"):
-        Source.open(SourceConfig(vae="none"))
+        opened(vae="none")
     with pytest.raises(UserError, match=f"^--guide-ckpt {ckpt}: in_channels 1, but the released DiT-XL/2 has 4"):
-        Source.open(SourceConfig(), guidance=GuidanceConfig(cfg_scale=4.0, guide_ckpt=str(ckpt)))
+        Opened.open(DrawConfig(guidance=GuidanceConfig(cfg_scale=4.0, guide_ckpt=str(ckpt))))
 
 
 def test_labels_go_by_number_and_name():
-    imagenet = readable_names(None, 1000)
-    assert parse_labels(["207", "golden retriever", "Daisy", "n02099601"], imagenet, 1000) == [207, 207, 985, 207]
-    assert (imagenet[134], imagenet[517]) == ("crane bird", "crane")
+    imagenet = Classes.from_record({"num_classes": 1000})
+    assert imagenet.parse(["207", "golden retriever", "Daisy", "n02099601"]) == [207, 207, 985, 207]
+    assert (imagenet.names[134], imagenet.names[517]) == ("crane bird", "crane")
     with pytest.raises(UserError, match=r"several classes are called that; did you mean 0 \(crane\), 2 \(Crane\)"):
-        parse_labels(["crane"], ["crane", "bee", "Crane"], 3)
+        Classes(3, ["crane", "bee", "Crane"]).parse(["crane"])
     with pytest.raises(UserError, match="no class is called that; did you mean .*goldfish"):
-        parse_labels(["goldfis"], imagenet, 1000)
+        imagenet.parse(["goldfis"])
     for wrong in ("--5", "", "9" * 5000):
         with pytest.raises(UserError, match="no class is called that"):
-            parse_labels([wrong], imagenet, 1000)
-    assert parse_labels(["bee", "0"], ["ant", "bee"], 2) == [1, 0]
-    assert parse_labels(["0"], [], 0) == [0]
+            imagenet.parse([wrong])
+    assert Classes(2, ["ant", "bee"]).parse(["bee", "0"]) == [1, 0]
+    assert Classes(0).parse(["0"]) == [0]
 
 
 def test_wordnet_numbers_that_a_checkpoint_records_are_read_as_names(tmp_path):
     recorded = ["n01440764", "n02099601", "n00015388", "n01514668", "n01792158"]
-    pipeline = Pipeline.load(save(tmp_path / "a.pt", args={"class_names": recorded}, num_classes=5), STEPS)
-    assert pipeline.class_names[:3] == ["tench", "golden retriever", "animal"]
-    assert pipeline.parse_labels(["Golden Retriever", "n02099601", "n00015388", "3"]) == [1, 1, 2, 3]
-    assert pipeline.parse_labels(recorded) == [0, 1, 2, 3, 4], "names that several classes have"
-    assert pipeline.class_name(1) == "golden retriever"
+    condition = Pipeline.load(save(tmp_path / "a.pt", args={"class_names": recorded}, num_classes=5), STEPS).condition
+    assert condition.names[:3] == ["tench", "golden retriever", "animal"]
+    assert condition.parse(["Golden Retriever", "n02099601", "n00015388", "3"]) == [1, 1, 2, 3]
+    assert condition.parse(recorded) == [0, 1, 2, 3, 4], "names that several classes have"
+    assert condition.titles([1]) == ["golden retriever"]
 
 
 def test_pixels_are_rounded_as_published():

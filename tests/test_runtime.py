@@ -1,7 +1,15 @@
 """runtime/: files, how processes were started, devices."""
 
+import contextlib
+import errno
+import fcntl
 import importlib
+import io
 import os
+import pickle
+import re
+import signal
+import stat
 import subprocess
 import sys
 import time
@@ -12,11 +20,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import call
+from conftest import TINY
+from helpers import call, wait_for
+from tqdm.auto import tqdm
 
-from runtime import devices, distributed, files
-from runtime.errors import OutOfMemoryError, UserError
+import train
+from runtime import devices, distributed, download, files, parser
+from runtime.errors import OutOfMemoryError, RunError, UserError, about
 from runtime.launch import first_node, launched, rendezvous_address
+from training.signals import StopSignals
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +116,47 @@ def test_a_restart_meets_no_keys_of_the_start_before():
         distributed.agree_on_attempt(server, 1, 2, patience=1)
 
 
+def blocks_in_blocks(argv):
+    """A process whose blocks of together() fail at the place that argv names, on rank 1 or 0 alone."""
+    where, failing = argv[0], int(argv[1])
+    with distributed.processes("cpu", timeout=20) as context:
+
+        def fail(place):
+            if where == place and context.rank == failing:
+                raise UserError(f"--report-to {place}", "not installed here", "install it")
+
+        def inner():
+            fail("listing")
+            return context.rank
+
+        def outer():
+            fail("before")
+            with context.together():
+                fail("inside")
+            assert context.on_main(inner) == 0
+            fail("after")
+
+        try:
+            with about("--tracker"), context.together():
+                outer()
+        except UserError as error:
+            print(error, error.of_one_rank)
+        assert context.all_gather(context.rank) == [0, 1], "still in step after the error"
+        assert context.any([context.rank == 1]) == [True]
+        if where == "nowhere":
+            with pytest.raises(AssertionError, match="nothing may be exchanged"), context.together():
+                context.barrier()
+
+
+@pytest.mark.parametrize(("place", "rank"), [("before", 1), ("inside", 0), ("listing", 0), ("after", 1), ("nowhere", 0)])
+def test_an_error_of_one_rank_ends_blocks_inside_of_blocks_on_all(place, rank, ranks):
+    """A tracker's package that was missing on another node ended as "lost the connection", and nobody said which."""
+    run = ranks(blocks_in_blocks, [place, rank], 2)
+    assert run.wait() == [0, 0], run.text() + run.text(1)
+    line = "" if place == "nowhere" else f"--tracker {place}: not installed here; install it False\n"
+    assert [run.text(0), run.text(1)] == [line, line]
+
+
 def test_an_error_of_pytorch_is_told_in_one_line():
     error = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:545] Connection closed by peer [10.0.0.2]:345. This may\nbe")
     assert distributed.first_sentence(error) == "Connection closed by peer [10.0.0.2]:345"
@@ -182,16 +235,60 @@ def test_out_of_memory_is_one_line_with_advice():
         torch.empty(2) + torch.empty(3)  # other errors stay what they are
 
 
-def test_the_message_of_a_user_error_is_one_line_whatever_it_quotes():
-    assert str(UserError("--vae a\nb: is missing")) == "--vae a\\nb: is missing"
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("--vae", "is missing", "name one"), "--vae: is missing; name one"),
+        (UserError("--vae: is missing; name one"), "--vae: is missing; name one"),
+        (UserError("no device"), "no device"),
+        (RunError("--vae a\nb", "is missing"), "--vae a\\nb: is missing"),
+    ],
+)
+def test_an_error_is_one_line_also_in_another_process(error, line):
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(error), str(copy), type(copy), copy.where) == (line, line, type(error), error.where)
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_work(tmp_path):
-    files.check_output(tmp_path / "new.json", "--output")
-    with pytest.raises(UserError, match="--output .*: is a folder"):
-        files.check_output(tmp_path, "--output")
-    with pytest.raises(UserError, match="--output .*: its folder does not exist"):
-        files.check_output(tmp_path / "missing/new.json", "--output")
+@pytest.mark.parametrize(
+    ("error", "names", "line"),
+    [
+        (UserError("--labels 7: there are 3"), ("--keep-classes",), "--keep-classes 7: there are 3"),
+        (UserError("--vae", "has 3 channels"), ("x.pt's autoencoder",), "x.pt's autoencoder: has 3 channels"),
+        (UserError("--vae X: has 3 channels"), ("--val-path", "--path"), "--vae X: has 3 channels"),
+        (UserError("--path X: bad; see --path"), ("--val-path", "--path"), "--val-path X: bad; see --val-path"),
+        (UserError("--path-b: bad"), ("--val-path", "--path"), "--path-b: bad"),
+        (UserError("x.png: bad"), ("--path",), "x.png: bad"),
+    ],
+)
+def test_an_error_names_the_option_that_was_given(error, names, line):
+    with pytest.raises(UserError) as found, about(*names):
+        raise error
+    assert (str(found.value), found.value) == (line, error)
+
+
+def test_paths_that_cannot_be_used_are_refused_before_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("gone")
+    files.check_output(tmp_path / "new.json", "--x")
+    files.check_input(tmp_path / "file", "--x", "file")
+    files.check_input(tmp_path, "--x", "folder")
+    for check, line in (
+        (lambda: files.check_output(tmp_path, "--x"), "is a folder; name a file"),
+        (
+            lambda: files.check_output(tmp_path / "a/b", "--x"),
+            f"its folder does not exist; make {tmp_path}/a, or",
+        ),
+        (lambda: files.check_input(tmp_path, "--x", "file"), "is a folder; name a file"),
+        (lambda: files.check_input(tmp_path / "file", "--x", "folder"), "is a file; name a folder"),
+        (lambda: files.check_input(tmp_path / "a", "--x", "folder"), f"no such folder; check the path {tmp_path}/a"),
+        (lambda: files.check_input(tmp_path / "link", "--x", "file"), "no such file (a link to what does not exist); "),
+        (lambda: files.check_input(tmp_path / "file/a", "--x", "file"), "cannot be read (Not a directory); name another"),
+        (lambda: files.check_input("a\0", "--x", "file"), "cannot be read (embedded null byte); name another file"),
+    ):
+        with pytest.raises(UserError) as error:
+            check()
+        assert re.fullmatch(r"--x [^:]*", error.value.where)
+        assert str(error.value).partition(": ")[2].startswith(line)
 
 
 def test_json_that_is_damaged_or_of_another_kind_is_none(tmp_path):
@@ -205,12 +302,124 @@ def test_json_that_is_damaged_or_of_another_kind_is_none(tmp_path):
     assert files.read_json(tmp_path) is None
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_or_flushes_can_be_written_to(code, tmp_path, monkeypatch, capfd):
+    """NFS, Lustre, SMB and FUSE lack some of these calls."""
+    lack = mock.Mock(side_effect=OSError(code, os.strerror(code)))
+    for module, call_of_it in ((fcntl, "lockf"), (fcntl, "flock"), (os, "fsync")):
+        monkeypatch.setattr(module, call_of_it, lack)
+    files.lock_folder(tmp_path).close()
+    with open(tmp_path / "part", "wb") as part:
+        download.lock(part)
+    for text in (b"old", b"new"):
+        files.replace_file(tmp_path / "x", lambda file, text=text: file.write(text))
+    assert (tmp_path / "x").read_bytes() == b"new"
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(set(lines)) == 4, "each once"
+    assert all(f"({os.strerror(code)})" in line for line in lines)
+    assert lack.call_count == 6
+
+
+def test_words_about_a_failed_write_are_true(tmp_path, monkeypatch, capfd):
+    path, fsync = tmp_path / "x", os.fsync
+    path.write_bytes(b"old")
+
+    def fail(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode) == (failing == "folder"):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    failing = "file"
+    with pytest.raises(OSError, match="Input/output"):
+        files.replace_file(path, lambda file: file.write(b"new"))
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+    failing = "folder"  # the file has its new contents by then
+    files.replace_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert "a power failure may undo what was written last (Input/output error)" in capfd.readouterr().err
+
+
+def test_processes_that_wait_for_others_say_so(environment, capfd):
+    """An interactive shell of `srun --ntasks-per-node=4 --pty bash` looks like the first of four processes."""
+    environment(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="4")
+    with distributed.announce_waiting(0, 4, after=60):
+        pass
+    with distributed.announce_waiting(0, 4, after=0.01):
+        time.sleep(0.3)
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "process 0 of 4 waits for the other 3 to start, for up to 0:10:00; start all of them" in error
+    way_out = re.search(r"set (\w+)=(\d) for one process alone", error)
+    environment(**{"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", way_out[1]: way_out[2]})
+    assert launched() == (0, 0, 1), "the advice has to work"
+
+
+def test_output_that_nobody_reads_is_no_error(capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    closed = io.StringIO()
+    closed.close()
+    with contextlib.suppress(BrokenPipeError), open(writing, "w") as gone:  # which fails at the end of the block
+        for stream in (gone, closed, None):
+            output = parser.Output(stream)
+            print("text", file=output, flush=True)
+            for _ in tqdm(range(3), file=output):
+                pass
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_threads_wait_with_a_short_spin_unless_the_user_says_how(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY"):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "active")
+        parser.spin_briefly()
+        assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that what is set next is undone
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    parser.spin_briefly()
+    assert int(os.environ["GOMP_SPINCOUNT"]) > 0
+
+
+def train_into_a_closed_pipe(argv):
+    """train.py ... 2>&1 | head -n 0"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    for number in (1, 2):
+        os.dup2(writing, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    train.main(argv)
+
+
+def test_a_run_outlives_its_output_and_saves_when_the_terminal_is_closed(ranks, tmp_path):
+    run = ranks(train_into_a_closed_pipe, [*TINY, "--max-steps", 10**6, "--run-dir", tmp_path / "run"])
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").read_text().count("\n") > 1, 120)
+    os.kill(run.processes[0].pid, signal.SIGHUP)
+    assert run.wait() == [0]
+    status = files.read_json(tmp_path / "run/status.json")
+    assert status["state"] == "preempted"
+    assert (tmp_path / f"run/checkpoints/{status['step']:07d}.pt").exists()
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    names = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(name) for name in names]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        StopSignals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for name, handler in zip(names, before, strict=True):
+            signal.signal(name, handler)
+
+
 WITHOUT_UNIX = """
 import sys
 for name in ("fcntl", "resource"):
     sys.modules[name] = None  # what Windows lacks
 import signal
-for name in ("SIGUSR1", "SIGCHLD"):
+for name in ("SIGUSR1", "SIGCHLD", "SIGHUP"):
     delattr(signal, name)
 import torch
 import train, sample, sample_ddp

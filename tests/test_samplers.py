@@ -1,5 +1,8 @@
 """diffusion.sample and diffusion/editing.py against closed forms, diffusers' own loops, and the process's equations."""
 
+import itertools
+import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -12,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import HostTraffic, normal, stub
 
-from diffusion import create_diffusion, sample, samplers
+from diffusion import check_sampler, create_diffusion, sample, samplers
 from diffusion.editing import ddim_inversion, inpainting_denoiser, slerp
-from diffusion.registry import SAMPLERS, SPACINGS
+from diffusion.registry import SAMPLERS, SPACINGS, Sampler
 from studies import gaussian
 
 # diffusers reads its tensors in a way that numpy 2 calls old
@@ -94,6 +97,13 @@ def test_what_is_yielded_is_x_t_of_ddpm_at_the_next_timestep(sampler):
         ("euler", {"num_steps": 1001}, "1001 steps"),
         ("dpm-solver++", {"num_steps": 1000}, "1000 steps"),  # diffusers would repeat a timestep
         ("unipc", {"num_steps": 61, "spacing": "trailing"}, "61 steps"),  # and here add timestep -1
+        (
+            "dpm-solver++",
+            {"num_steps": 500, "spacing": "leading"},
+            "starts at timestep 500 .* or take linspace or trailing",
+        ),
+        ("euler", {"num_steps": 400, "spacing": "leading"}, "starts at timestep 798"),
+        ("heun", {"num_steps": 1}, "starts at timestep 0 .* or take trailing"),
         ("unipc", {"create": partial(create_diffusion, predict_xstart=True)}, "predicts eps"),
     ],
 )
@@ -105,15 +115,19 @@ def test_impossible_options_are_refused_at_the_call(sampler, options, reason):
 @given(st.sampled_from(SOLVERS), st.sampled_from(SPACINGS), st.integers(1, 1000))
 @settings(max_examples=30, deadline=None)
 def test_solvers_take_a_number_of_steps_or_refuse_it(sampler, spacing, num_steps):
-    betas = create_diffusion("").betas
     try:
-        scheduler = samplers.solver_scheduler(SAMPLERS[sampler], betas, num_steps, spacing)
-    except ValueError:
-        assert num_steps > 60
+        scheduler = samplers.SolverSteps(SAMPLERS[sampler], create_diffusion("").betas, num_steps, spacing).scheduler
+    except ValueError as error:
+        assert num_steps > 60 or num_steps == 1
+        ways = re.findall("leading|linspace|trailing", str(error).partition("or take")[2])
+        for way in ways:
+            check_sampler(sampler, num_steps, spacing=way)
+        assert ways or num_steps == 1000
         return
     assert len(scheduler.timesteps) == SAMPLERS[sampler].evaluations(num_steps)
     assert scheduler.timesteps.min() >= 0
     assert scheduler.timesteps.max() <= 999
+    assert scheduler.timesteps[0] >= (900 if num_steps >= 10 else 500)
 
 
 @pytest.mark.parametrize("sampler", DIFFUSIONS)
@@ -286,6 +300,40 @@ def test_the_floor_is_what_the_last_step_from_the_lowest_noise_leaves():
     z = gaussian.exact_trajectory(X_T.double(), 999, None).sub(gaussian.MU) / gaussian.S
     floor = sigma**2 / (2 * gaussian.S) * z.square().mean().sqrt().item()
     assert abs(gaussian.error_at("heun", 1000, None, X_T.double()) / floor - 1) < 0.1
+
+
+@torch.no_grad()
+def two_step(process, denoise, x, steps, noise):
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: a sampler of a user, which keeps its history."""
+    before = None
+    for i in steps:
+        (alpha, sigma), (alpha_next, sigma_next) = process.alpha_sigma(i), process.alpha_sigma(i - 1)
+        x_0 = process.predict_xstart_from_output(x, i, denoise(x, process.timestep_map[i]))
+        if i == 0:
+            x = x_0
+        else:
+            h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma) if alpha else math.inf
+            ahead = x_0 + h / (2 * before[1]) * (x_0 - before[0]) if before else x_0
+            x = sigma_next / sigma * x + alpha_next * (1 - math.exp(-h)) * ahead
+            before = x_0, h
+        yield {"sample": x, "pred_xstart": x_0, "step": i}
+
+
+def test_a_function_and_a_line_make_a_sampler_for_diffusions_and_for_flows(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "2m", Sampler("2m", "", two_step))
+    monkeypatch.setitem(SAMPLERS, "flow-2m", Sampler("flow-2m", "", two_step, flow=True))
+    x_T, numbers = X_T.double(), [20, 28, 40, 56, 80]
+    order = gaussian.fitted_order(numbers, [gaussian.error_at("2m", n, 250, x_T) for n in numbers])
+    assert 1.9 < order < 2.3, order
+
+    errors = []
+    for n in numbers:  # at s = 1/2, as at t = 250 above
+        *_, out = itertools.islice(sample("flow-2m", gaussian.velocity, x_T, n), n // 2)
+        exact = 0.5 * gaussian.MU + (0.25 * gaussian.S**2 + 0.25) ** 0.5 * x_T
+        errors.append((out["sample"] - exact).abs().max().item())
+    assert 1.8 < gaussian.fitted_order(numbers, errors) < 2.2
+    for sampler, predict in (("2m", gaussian.denoiser), ("flow-2m", gaussian.velocity)):  # image to image comes with it
+        assert len(list(sample(sampler, predict, x_T, 10, init=x_T, strength=0.4))) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------

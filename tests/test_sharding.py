@@ -20,9 +20,9 @@ from data.autoencoder import Pixels
 from models import DiT
 from runtime.distributed import Context, processes
 from runtime.errors import UserError
-from training import grids, plan, session, sharding, validation  # noqa: F401
+from training import plan, run_folder, sharding, watchers  # noqa: F401
 from training.config import ComputeConfig, RecipeConfig
-from training.cost import build
+from training.cost import build, training_memory
 from training.trainer import Trainer
 
 OPTIONS = {
@@ -100,7 +100,7 @@ def train_sharded(argv):
 def check_more(trainer):
     """What is left to see in processes that have trained."""
     context, before = trainer.context, trainer.state_dict()
-    whole = trainer.whole(trainer.ema.module)
+    whole = trainer.full(trainer.ema.module)
     if context.is_main:
         assert all(torch.equal(value, before["ema"][name]) for name, value in whole.state_dict().items())
         whole(torch.randn(3, 1, 8, 8), torch.arange(3), torch.arange(3))  # alone, and nobody waits
@@ -186,7 +186,7 @@ def test_four_processes_resume_what_two_have_saved(ranks, tmp_path, expected, by
 
 def test_the_command_does_what_it_does_without_shard(ranks, tmp_path, monkeypatch):
     """In bfloat16, with a grid and validation, for which process 1 has fewer batches or none, and one process resumes."""
-    monkeypatch.setattr(validation, "MAX_IMAGES", 13)
+    monkeypatch.setattr(watchers, "MAX_IMAGES", 13)
     options = [*TINY, "--precision", "bf16", "--sample-every", 4, "--sample-labels", 3, "--sample-cfg-scale", 1]
     options += ["--val-data-path", "digits", "--val-every", 4, "--max-steps", 4]
     plain, sharded = tmp_path / "plain", tmp_path / "sharded"
@@ -204,9 +204,7 @@ def test_the_command_does_what_it_does_without_shard(ranks, tmp_path, monkeypatc
     assert latest(sharded)["step"] == 6
 
 
-def test_mistakes_are_one_line(capsys, monkeypatch):
-    assert call(train.main, *TINY, "--shard", "--ddp-comm", "bf16") == 2
-    assert "--ddp-comm bf16: is for runs without --shard; leave one of the two out" in capsys.readouterr().err
+def test_devices_that_cannot_be_shared_are_refused(monkeypatch):
     monkeypatch.setattr(sharding.dist, "is_initialized", lambda: True)
     uneven = SimpleNamespace(device=torch.device("cpu"), world_size=3, all_gather=lambda local_rank: [0, 1, 0])
     with pytest.raises(UserError, match="--shard node: needs equally many processes on each node"):
@@ -235,7 +233,7 @@ def test_the_plan_divides_the_memory(ranks):
     assert "\n  memory: gathered        0.00 GiB\n" in done.text()
     assert " s measured, " in done.text()
     model = build("DiT-B/4", num_classes=10)
-    alone, divided = plan.memory_parts(model, 4, "fp32"), plan.memory_parts(model, 4, "fp32", num_shards=4)
+    alone, divided = (training_memory(model, 4, "fp32", num_shards) for num_shards in (1, 4))
     for name in ("weights", "ema", "gradients", "optimizer"):
         assert divided[name] == pytest.approx(alone[name] / 4, abs=1)
-    assert 0.25 * sum(alone.values()) < sum(divided.values()) < 0.5 * sum(alone.values())
+    assert 0.25 * alone["total"] < divided["total"] < 0.5 * alone["total"]

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import zlib
 
 import numpy as np
 import pytest
@@ -13,16 +12,18 @@ from conftest import TINY
 from helpers import assert_same_state, call, latest, metrics, without_timings
 from PIL import Image
 from reference import fill, normal
+from safetensors.numpy import load_file
+from test_latents import rewrite
 
 import extract_latents
 import sample
 import sample_ddp
 import train
-from benchmarks import text_cost
 from checkpoint import files
 from checkpoint.opened import Checkpoint
 from data.captions import digit_captions
-from data.stored_latents import StoredLatents, is_complete
+from data.condition import Texts
+from data.latents import StoredLatents, is_complete
 from data.text_encoder import TextEncoder, pad
 from diffusion.guidance import guided_denoiser
 from models import BLOCKS, DiT
@@ -54,7 +55,7 @@ def other_encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(encoder_folder):
-    return TextEncoder(str(encoder_folder), LENGTH).place("cpu")
+    return TextEncoder(str(encoder_folder), LENGTH).to("cpu")
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def text_checkpoint(encoder_folder, tmp_path_factory):
     assert call(train.main, *TINY, *options, "--max-steps", 1, "--run-dir", folder / "run") == 0
     path = folder / "run/checkpoints/0000001.pt"
     state = files.load(path)
-    weights = fill(DiT(**state["model_config"])).state_dict()
+    weights = fill(Checkpoint(state)._new_model()).state_dict()
     weights = {name: (3 if "text" in name else 0.5) * value for name, value in weights.items()}
     weights["text_embedder.null_text"] = state["ema"]["text_embedder.null_text"]
     files.save(path, {**state, "ema": weights})
@@ -81,7 +82,7 @@ def text_checkpoint(encoder_folder, tmp_path_factory):
 
 def lively(null_text=None, **changes):
     """A model with random weights everywhere, in eval mode."""
-    model = fill(DiT(**{**SMALL, "text_width": WIDTH, "text_length": LENGTH, **changes}))
+    model = fill(DiT(**{**SMALL, **changes}, condition=Texts(WIDTH, LENGTH)))
     model.text_embedder.null_text.data.zero_()
     model.text_embedder.null_text.data[0, -1] = 1
     if null_text is not None:
@@ -110,7 +111,7 @@ def test_a_text_alone_among_others_and_with_more_padding_has_the_same_tokens(enc
     assert together.shape == (4, LENGTH, WIDTH + 1)
     assert together[..., -1].sum(1).tolist() == [4, 8, 3, 1], "words, a comma, and the end of the text"
     assert (together[together[..., -1] == 0] == 0).all(), "nothing may be left in the padding"
-    wider = TextEncoder(str(encoder_folder), 40).place("cpu")
+    wider = TextEncoder(str(encoder_folder), 40).to("cpu")
     for text, row in zip(TEXTS, together, strict=True):
         torch.testing.assert_close(encoder([text])[0], row, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(wider([text])[0, :LENGTH], row, rtol=1e-5, atol=1e-5)
@@ -127,19 +128,19 @@ def test_tokens_are_padded_in_their_order():
 
 
 def test_long_texts_are_cut_at_the_length(encoder_folder):
-    short = TextEncoder(str(encoder_folder), 3).place("cpu")
+    short = TextEncoder(str(encoder_folder), 3).to("cpu")
     assert short([TEXTS[1]])[0, :, -1].tolist() == [1, 1, 1]
 
 
 def test_the_checksum_knows_the_weights_and_the_vocabulary(encoder, encoder_folder, other_encoder, tmp_path):
-    assert TextEncoder(str(encoder_folder)).place("cpu").crc32 == encoder.crc32
-    assert TextEncoder(str(other_encoder)).place("cpu").crc32 != encoder.crc32
+    assert TextEncoder(str(encoder_folder)).to("cpu").crc32 == encoder.crc32
+    assert TextEncoder(str(other_encoder)).to("cpu").crc32 != encoder.crc32
     shutil.copytree(encoder_folder, tmp_path / "copy")
     text = (tmp_path / "copy/tokenizer.json").read_text()
     (tmp_path / "copy/tokenizer.json").write_text(text.replace('"</s>"', '"<end>"'))
     config = (tmp_path / "copy/tokenizer_config.json").read_text()
     (tmp_path / "copy/tokenizer_config.json").write_text(config.replace('"</s>"', '"<end>"'))
-    assert TextEncoder(str(tmp_path / "copy")).place("cpu").crc32 != encoder.crc32
+    assert TextEncoder(str(tmp_path / "copy")).to("cpu").crc32 != encoder.crc32
 
 
 def test_clip_is_an_encoder_too(encoder_folder, tmp_path):
@@ -150,7 +151,7 @@ def test_clip_is_an_encoder_too(encoder_folder, tmp_path):
     config = CLIPTextConfig(vocab_size=1000, max_position_embeddings=12, eos_token_id=1, bos_token_id=0, **sizes)
     torch.manual_seed(0)
     CLIPTextModel(config).save_pretrained(tmp_path / "clip")
-    clip = TextEncoder(str(tmp_path / "clip")).place("cpu")
+    clip = TextEncoder(str(tmp_path / "clip")).to("cpu")
     assert (clip.width, clip.length) == (8, 12)
     y = clip(TEXTS)
     assert y[..., -1].sum(1).tolist() == [4, 8, 3, 1]
@@ -178,7 +179,7 @@ def damaged(folder, change):
 def test_what_is_no_encoder_is_told_in_one_line(encoder_folder, tmp_path, change, words):
     shutil.copytree(encoder_folder, tmp_path / "bad")
     with pytest.raises(UserError, match=f"--text-encoder .*{words}.*pass a folder with a T5 or CLIP") as caught:
-        TextEncoder(damaged(tmp_path / "bad", change)).place("cpu")
+        TextEncoder(damaged(tmp_path / "bad", change)).to("cpu")
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="nowhere: no usable text encoder there, and no local folder"):
         TextEncoder("nowhere")
@@ -195,8 +196,6 @@ def test_words_count_and_padding_does_not(block, encoder):
     changed = y.clone()
     changed[..., :-1] += 100 * (1 - y[..., -1:])  # what stands in the padding
     torch.testing.assert_close(model(x, t, changed), out, rtol=0, atol=0)
-    longer = torch.cat([y, torch.zeros(4, 9, WIDTH + 1)], dim=1)
-    torch.testing.assert_close(model(x, t, longer), out, rtol=1e-5, atol=1e-5)
     everything = y.clone()
     everything[..., -1] = 1
     shuffled_mask = y.clone()
@@ -210,7 +209,7 @@ def test_words_count_and_padding_does_not(block, encoder):
 def test_a_new_branch_adds_nothing_at_first(block):
     plain = DiT(**SMALL, block=block, class_dropout_prob=0.1)
     torch.nn.init.normal_(plain.final_layer.linear.weight)
-    model = DiT(**SMALL, block=block, class_dropout_prob=0.1, text_width=WIDTH, text_length=LENGTH)
+    model = DiT(**SMALL, block=block, class_dropout_prob=0.1, condition=Texts(WIDTH, LENGTH))
     missing = model.load_state_dict(plain.state_dict(), strict=False)
     assert not missing.unexpected_keys
     assert all("text" in name for name in missing.missing_keys)
@@ -225,17 +224,13 @@ def test_no_class_is_the_empty_text(encoder):
     assert torch.equal(model(x, t, torch.zeros(4, dtype=torch.int64)), model(x, t, encoder.null.expand(4, -1, -1)))
 
 
-def test_dropout_replaces_whole_texts_in_training_alone(encoder):
-    model = lively(encoder.null, class_dropout_prob=0.3)
+def test_dropout_replaces_whole_texts(encoder):
     y = encoder(TEXTS[:1]).expand(4000, -1, -1)
     torch.manual_seed(0)
-    dropped = model.text_embedder.drop(y, encoder.null)
+    dropped = Texts(WIDTH, LENGTH, null_text=encoder.null).drop(y, 0.3)
     null = (dropped == encoder.null).all(2).all(1)
     assert null.double().mean() == pytest.approx(0.3, abs=0.03)
     assert torch.equal(dropped[~null], y[~null])
-    embedded = model.text_embedder.train()(y)[1].sum((1, 2, 3))
-    assert (embedded == 1).double().mean() == pytest.approx(0.3, abs=0.03)
-    assert (model.text_embedder.eval()(y)[1].sum((1, 2, 3)) == 4).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"rope": True}])
@@ -263,21 +258,21 @@ def test_guidance_leads_away_from_the_empty_text(encoder):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="a model of texts has no classes, these are 10"):
-        DiT(**{**SMALL, "num_classes": 10}, text_width=8)
+    with pytest.raises(ValueError, match="a model of another condition has no classes, these are 10"):
+        DiT(**{**SMALL, "num_classes": 10}, condition=Texts(8, LENGTH))
 
 
 def test_weights_alone_tell_that_the_model_is_one_of_texts():
-    config = {**SMALL, "text_width": WIDTH, "text_length": LENGTH}
-    found = Checkpoint({"ema": DiT(**config).state_dict(), "args": {"num_heads": 2}}).model_config
-    assert (found["text_width"], found["text_length"], found["num_classes"]) == (WIDTH, LENGTH, 0)
+    weights = DiT(**SMALL, condition=Texts(WIDTH, LENGTH)).state_dict()
+    found = Checkpoint({"ema": weights, "args": {"num_heads": 2}})
+    assert (found.condition.width, found.condition.length, found.model_config["num_classes"]) == (WIDTH, LENGTH, 0)
 
 
 def test_complexity_counts_the_branch(capsys):
     """By hand, of each block's products with the text: q and the output of T tokens, k and v of L, and twice T * L; and of
     the two layers that embed the L tokens."""
     plain = build("DiT-S/2", num_classes=0)
-    model = build("DiT-S/2", num_classes=0, text_width=64, text_length=20)
+    model = build("DiT-S/2", **Texts(64, 20).model_arguments())
     tokens, width, depth, length = 256, 384, 12, 20
     each = 2 * tokens * width**2 + 2 * length * width**2 + 2 * tokens * length * width
     assert forward_macs(model) - forward_macs(plain) == depth * each + length * (64 * width + width**2)
@@ -300,10 +295,10 @@ def test_a_resumed_run_is_the_undisturbed_one(argv, tmp_path):
     assert_same_state(latest(tmp_path / "whole"), latest(tmp_path / "parts"))
     assert without_timings(tmp_path / "whole") == without_timings(tmp_path / "parts")
     state = latest(tmp_path / "whole")
-    encoder = TextEncoder(str(argv[argv.index("--text-encoder") + 1]), LENGTH).place("cpu")
-    assert state["text_encoder_crc32"] == encoder.crc32
+    encoder = TextEncoder(str(argv[argv.index("--text-encoder") + 1]), LENGTH).to("cpu")
+    assert state["condition"]["crc32"] == encoder.crc32
     assert torch.equal(state["ema"]["text_embedder.null_text"], encoder.null), "it is not averaged with anything"
-    assert (state["args"]["num_classes"], state["model_config"]["text_width"]) == (0, WIDTH)
+    assert (state["args"]["num_classes"], state["condition"]["width"]) == (0, WIDTH)
     other = [*argv, "--label-dropout", 0.5, "--max-steps", 4, "--run-dir", tmp_path / "other"]
     assert call(train.main, *other) == 0
     assert latest(tmp_path / "other")["ema"]["blocks.0.norm_text.weight"].ne(1).any(), "the branch is trained"
@@ -348,6 +343,16 @@ def test_grids_validation_and_fid_are_made_of_texts(argv, tmp_path, inception_fi
     assert {"fid", "val_loss"} <= {name for row in values for name in row}
     assert (tmp_path / "prompts/samples/0000002.png").is_file()
     assert "Conditioned on texts of up to 16 tokens" in (tmp_path / "data/log.txt").read_text()
+
+
+def test_the_encoder_is_read_once_for_all_data(argv, tmp_path, monkeypatch):
+    """A T5-XXL needs 19 GB: held-out texts are encoded by the encoder that is there, whatever its length."""
+    at, read, seen = argv.index("--text-length"), TextEncoder._read_weights, []
+    monkeypatch.setattr(TextEncoder, "_read_weights", lambda *args: seen.append(1) or read(*args))
+    monkeypatch.setattr("data.text_encoder._loaded", {})
+    watch = ["--val-every", 2, "--val-data-path", "digits", "--max-steps", 2, "--run-dir", tmp_path]
+    assert call(train.main, *argv[:at], *argv[at + 2 :], *watch) == 0
+    assert len(seen) == 1
 
 
 def test_a_class_model_may_be_continued_with_texts(argv, tiny_checkpoint, tmp_path, capsys):
@@ -471,9 +476,8 @@ def test_stored_and_fresh_texts_train_alike(stored, captioned, small_vae, encode
 def test_training_from_stored_texts_needs_no_encoder(stored, small_vae, encoder_folder, tmp_path, monkeypatch, capfd):
     gone = tmp_path / "gone"
     shutil.copytree(stored, gone / "latents")
-    for name in ("index.json", "options.json"):
-        content = (gone / "latents" / name).read_text()
-        (gone / "latents" / name).write_text(content.replace(str(encoder_folder), "somewhere/encoder"))
+    for path in (gone / "latents").glob("*.safetensors"):
+        rewrite(path, settings={"text_encoder": "somewhere/encoder"})
     options = [
         "--image-size",
         16,
@@ -497,19 +501,11 @@ def test_training_from_stored_texts_needs_no_encoder(stored, small_vae, encoder_
     assert call(train.main, *renamed, *prompts) == 0, "the same encoder at another place"
 
 
-@pytest.mark.parametrize("damage", ["missing", "texts missing", "a byte", "cut", "record"])
+@pytest.mark.parametrize("damage", [{"tokens": None}, {"length": np.ones(11, np.int64)}, {"text": np.zeros(3, np.uint8)}])
 def test_a_damaged_shard_is_made_again_byte_for_byte(stored, captioned, small_vae, encoder_folder, tmp_path, damage):
     out = tmp_path / "latents"
     shutil.copytree(stored, out)
-    texts, record = out / "texts-00001.npy", out / "shard-00001.json"
-    content = texts.read_bytes()
-    if "missing" in damage:
-        (texts if "texts" in damage else out / "shard-00001.npy").unlink()
-    elif damage == "record":
-        values = json.loads(record.read_text())
-        record.write_text(json.dumps({**values, "text_lengths": [1, *values["text_lengths"][1:]]}))
-    else:
-        texts.write_bytes(content[:-5] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    rewrite(out / "shard-00001.safetensors", damage)
     settings = StoredLatents(stored).settings
     assert [is_complete(out, number, settings) for number in range(3)] == [True, False, True]
     assert call(extract_latents.main, *extraction(captioned, small_vae, encoder_folder, out)) == 0
@@ -556,7 +552,7 @@ def test_mistakes_with_stored_texts_get_one_line(
     def train_on(folder, encoder, *extra):
         return refused(capfd, train.main, *options, "--data-path", folder, "--text-encoder", encoder, *extra)
 
-    assert "holds texts encoded by" in train_on(stored, other_encoder)
+    assert "is not the encoder that made" in train_on(stored, other_encoder)
     assert "--text-length 9: " in train_on(stored, encoder_folder, "--text-length", 9)
     without = tmp_path / "without"
     command = extraction(captioned, small_vae, encoder_folder, without)
@@ -564,22 +560,13 @@ def test_mistakes_with_stored_texts_get_one_line(
         call(extract_latents.main, *[word for i, word in enumerate(command) if "--text" not in f"{word}{command[i - 1]}"])
         == 0
     )
-    assert "text" not in (without / "index.json").read_text() + (without / "shard-00000.json").read_text()
+    assert not {"text", "tokens", "length"} & load_file(without / "shard-00000.safetensors").keys()
     assert "holds no texts; extract the latents again" in train_on(without, encoder_folder)
-    content = json.loads((stored / "images.json").read_text())
-    index = json.loads((stored / "index.json").read_text())
-    for change in (
-        {"texts": content["texts"][1:]},
-        {"texts": [["x"]] * 12},
-        {"text_lengths": [[1]] * 3},
-        {"texts": [[""]] * 12},
-    ):
-        damaged_folder = tmp_path / f"damaged{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(stored, damaged_folder)
-        (damaged_folder / "images.json").write_text(json.dumps({**content, **change}))
-        crc32 = f"{zlib.crc32((damaged_folder / 'images.json').read_bytes()):08x}"
-        (damaged_folder / "index.json").write_text(json.dumps({**index, "images_json_crc32": crc32}))
-        assert "images.json: missing or damaged" in train_on(damaged_folder, encoder_folder)
+    texts = np.frombuffer(json.dumps([["x"], [""]]).encode(), np.uint8)
+    for change in ({"text": texts}, {"length": np.ones(1, np.int64)}, {"text": np.zeros(9, np.uint8)}, {"tokens": None}):
+        shutil.copytree(stored, tmp_path / "damaged", dirs_exist_ok=True)
+        rewrite(tmp_path / "damaged/shard-00001.safetensors", change)
+        assert "shard-00001.safetensors: truncated or damaged" in train_on(tmp_path / "damaged", encoder_folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -596,7 +583,7 @@ def test_prompts_are_drawn_in_their_order(text_checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: seen.append(list(texts)) or encode(self, texts))
     command = drawing(text_checkpoint, tmp_path / "a.png", "a seven", "a two")
     assert call(sample.main, *command, "--samples-per-label", 2, "--captions", "--negative-prompt", "a one") == 0
-    assert seen == [["a one"], ["a seven", "a seven", "a two", "a two"]]
+    assert seen == [["a seven", "a seven", "a two", "a two"], ["a one"]]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (2 + 4 * 66, 2 + 66 + 20), "with a line for captions"
 
@@ -623,15 +610,16 @@ def test_prompts_and_negative_prompts_count(text_checkpoint, tmp_path):
 
 def test_the_pipeline_takes_prompts_from_python(text_checkpoint):
     sampler, compute = SamplerConfig(num_sampling_steps=2), ComputeConfig(device="cpu")
-    pipeline = Pipeline.load(text_checkpoint, sampler, GuidanceConfig(cfg_scale=2.0), compute, prompts=["a seven", "a two"])
-    noise = pipeline.noise(0, range(2))
-    images = pipeline([1, 0], *noise)
-    y = pipeline.text_encoder(["a two", "a seven"])
-    assert torch.equal(images, pipeline(y, *noise))
+    pipeline = Pipeline.load(text_checkpoint, sampler, GuidanceConfig(cfg_scale=2.0), compute)
+    noise, prompts = pipeline.noise(0, range(2)), ["a two", "a seven"]
+    images = pipeline(prompts, *noise)
+    assert torch.equal(images, pipeline(pipeline.condition.encode(prompts, "cpu"), *noise))
+    assert [np.asarray(image).tolist() for image in pipeline.draw(prompts)] == pipeline.to_pixels(images).tolist()
+    with pytest.raises(UserError, match="3 is no text; give one text for each image"):
+        pipeline.draw(["a two", 3])
     text = TextConfig(negative_prompt="a one")
-    prompts = ["a seven", "a two"]
-    negative = Pipeline.load(text_checkpoint, sampler, GuidanceConfig(cfg_scale=2.0), compute, text=text, prompts=prompts)
-    assert (negative([1, 0], *noise) - images).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    negative = Pipeline.load(text_checkpoint, sampler, GuidanceConfig(cfg_scale=2.0), compute, text=text)
+    assert (negative(prompts, *noise) - images).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
@@ -645,14 +633,8 @@ def test_a_set_takes_its_prompts_in_turn(text_checkpoint, tmp_path, capfd, suffi
     with np.load(tmp_path / "set.npz") as found:
         assert found["arr_1"].tolist() == [0, 1, 2, 0, 1]
         images = found["arr_0"]
-    pipeline = Pipeline.load(
-        text_checkpoint,
-        SamplerConfig(num_sampling_steps=2),
-        GuidanceConfig(),
-        ComputeConfig(device="cpu"),
-        prompts=["a two"],
-    )
-    alone = pipeline.to_pixels(pipeline([0], *pipeline.noise(0, [4])))[0]
+    pipeline = Pipeline.load(text_checkpoint, SamplerConfig(num_sampling_steps=2), compute=ComputeConfig(device="cpu"))
+    alone = pipeline.to_pixels(pipeline(["a two"], *pipeline.noise(0, [4])))[0]
     assert np.abs(alone.astype(int) - images[4]).max() <= 1, "image 4 has the second prompt"
     assert call(sample_ddp.main, *command) == 0, "the same command again has nothing left to do"
     path.write_text(path.read_text().replace("two", "six"))
@@ -661,7 +643,7 @@ def test_a_set_takes_its_prompts_in_turn(text_checkpoint, tmp_path, capfd, suffi
 
 
 def test_the_page_draws_what_sample_draws(text_checkpoint, tmp_path):
-    assert web.class_choices(str(text_checkpoint)) == ([], [])
+    assert web.offers(str(text_checkpoint))[:2] == ([], [])
     values = {
         "ckpt": str(text_checkpoint), "labels": [], "prompt": "a seven\n\n a two ", "samples_per_label": 2,
         "interpolate": False, "cfg_scale": 3.0, "sampler": "ddpm", "num_sampling_steps": 3, "seed": 4,
@@ -686,7 +668,7 @@ def test_weights_alone_know_their_encoder(text_checkpoint, tmp_path, capfd):
         assert call(sample.main, *drawing(ckpt, tmp_path / name, "a seven")) == 0
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
     capfd.readouterr()
-    assert "it has --text-width 16" in refused(capfd, convert.main, text_checkpoint, tmp_path / "folder")
+    assert "diffusers' DiT cannot hold this model" in refused(capfd, convert.main, text_checkpoint, tmp_path / "folder")
 
 
 def test_mistakes_in_sampling_get_one_line(
@@ -698,39 +680,30 @@ def test_mistakes_in_sampling_get_one_line(
     assert "--prompt: " in bad(prompts=())
     assert "--labels: " in bad("--labels", 3)
     assert "--interpolate classes: " in bad("--interpolate", "classes")
-    assert "was trained on classes, not on texts; use --labels" in bad(ckpt=tiny_checkpoint)
+    assert "draws by 10 classes; use --labels" in bad(ckpt=tiny_checkpoint)
     assert "--negative-prompt: " in bad("--negative-prompt", "a", ckpt=tiny_checkpoint, prompts=())
     assert "is not the encoder that" in bad("--text-encoder", other_encoder)
     wide = make_encoder(tmp_path / "wide", 24)
     assert "has tokens of width 24" in bad("--text-encoder", wide)
     state = files.load(text_checkpoint)
-    files.save(tmp_path / "moved.pt", {**state, "args": {**state["args"], "text_encoder": "gone/encoder"}})
+    files.save(tmp_path / "moved.pt", {**state, "condition": {**state["condition"], "name": "gone/encoder"}})
     message = bad(ckpt=tmp_path / "moved.pt")
     assert "text encoder gone/encoder, recorded in" in message
-    assert "name it with --text-encoder" in message
+    assert "as --text-encoder" in message
     moved = drawing(tmp_path / "moved.pt", tmp_path / "a.png", "a seven")
     assert call(sample.main, *moved, "--text-encoder", encoder_folder) == 0
 
     (tmp_path / "empty.txt").write_text("\n")
-    command = [
-        "--sample-dir",
-        tmp_path,
-        "--folder",
-        "set",
-        "--num-fid-samples",
-        2,
-        "--device",
-        "cpu",
-        "--ckpt",
-        text_checkpoint,
-    ]
+    command = ["--sample-dir", tmp_path, "--folder", "set", "--num-fid-samples", 2, "--device", "cpu", "--ckpt"]
+    command.append(text_checkpoint)
     assert "holds no prompts" in refused(capfd, sample_ddp.main, *command, "--prompts", tmp_path / "empty.txt")
     assert "--prompts: " in refused(capfd, sample_ddp.main, *command)
     (tmp_path / "one.txt").write_text("a seven")
     prompts = ["--prompts", tmp_path / "one.txt"]
-    assert "does not go with --labels" in refused(capfd, sample_ddp.main, *command, *prompts, "--balanced-labels")
+    assert "does not go with --balanced-labels" in refused(capfd, sample_ddp.main, *command, *prompts, "--balanced-labels")
     command[-1] = tiny_checkpoint
-    assert "was trained on classes" in refused(capfd, sample_ddp.main, *command, *prompts)
+    assert "--prompts: " in (message := refused(capfd, sample_ddp.main, *command, *prompts))
+    assert "draws by 10 classes; use --labels" in message
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -753,11 +726,3 @@ def test_unseen_templates_are_not_trained_on():
     assert kinds["trained templates"] | kinds["no digit, trained"] == trained
     assert not (kinds["unseen templates"] | kinds["no digit, unseen"]) & trained
     assert len(kinds["unseen templates"]) == 10 * 2 * len(text_digits.UNSEEN)
-
-
-def test_the_cost_of_texts_is_measured(capfd):
-    sizes = "--model DiT-S/2 --image-size 32 --hidden-size 16 --depth 1 --num-heads 2 --batch-size 2 --text-width 8"
-    assert call(text_cost.main, *sizes.split(), "--text-length", 6, "--repeats", 1, "--device", "cpu") == 0
-    rows = re.findall(r"(classes|texts) +([\d.]+) s a step +[\d.]+ GMACs +([\d.]+) M parameters", capfd.readouterr().out)
-    assert [name for name, *_ in rows] == ["classes", "texts"]
-    assert all(float(seconds) > 0 for _, seconds, _ in rows)

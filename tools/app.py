@@ -2,7 +2,7 @@
 
     pip install "gradio>=6"
     python -m tools.app                                # the newest checkpoint below demo/ or results/
-    python -m tools.app --ckpt results/xl2/checkpoints/0400000.pt --precision bf16 --port 8000
+    python -m tools.app --ckpt results/xl2 --precision bf16 --port 8000
 
 The page shows what sample.py draws for the same settings. Only this machine can open it, unless --host says otherwise.
 """
@@ -40,7 +40,8 @@ class AppConfig(Config):
     """Options of app.py."""
 
     compute: ComputeConfig
-    ckpt: str | None = option(None, "the checkpoint that is chosen first (default: the newest below demo/ or results/)")
+    ckpt: str | None = option(None, "the checkpoint that is chosen first, or a run's folder, for its newest one (default: "
+        "the newest below demo/ or results/)")  # fmt: skip
     vae: str | None = option(None, "autoencoder for all checkpoints (default: the one that a checkpoint records, or mse "
         'where that is "ema" or "mse" or nothing is recorded)')  # fmt: skip
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines open the page, without a password")
@@ -59,12 +60,10 @@ def main(argv=None):
 def serve(config):
     """Serve the page until Ctrl-C."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported: it asks no server for anything
-    from sampling.source import Source  # here and below: what takes seconds to import
-    from sampling.web import SourceConfig, find_checkpoints
+    from sampling import web  # here and below: what takes seconds to import
 
-    first = find_checkpoints(config.ckpt)[0]
-    Source.open(SourceConfig(ckpt=first, vae=config.vae), compute=config.compute)  # mistakes end the command here
-
+    # mistakes end the command here, before what takes seconds
+    web.offers(web.find_checkpoints(config.ckpt)[0], config.vae, config.compute)
     check_address(config)
     with tempfile.TemporaryDirectory(prefix="dit-app-") as folder:
         tempfile.tempdir = folder  # where Gradio copies pictures to, and nothing is left in the end
@@ -74,31 +73,24 @@ def serve(config):
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's own come from the network
         theme = gr.themes.Default(**fonts).set(block_info_text_color="*neutral_500")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then too
-        try:
-            _, url, _ = page.queue(default_concurrency_limit=1).launch(
-                server_name=config.host, server_port=config.port, share=False, quiet=True, prevent_thread_lock=True,
-                theme=theme, css=CSS, footer_links=[], max_file_size="20mb", ssr_mode=False, run_history=False,
-            )  # fmt: skip
-        except OSError as error:
-            raise cannot_listen(config, str(error).split(":")[0]) from None
+        _, url, _ = page.queue(default_concurrency_limit=1).launch(
+            server_name=config.host, server_port=config.port, share=False, quiet=True, prevent_thread_lock=True,
+            theme=theme, css=CSS, footer_links=[], max_file_size="20mb", ssr_mode=False, run_history=False,
+        )  # fmt: skip
         print(f"The page is at {url} (Ctrl-C stops it)", flush=True)
         page.block_thread()
 
 
 def check_address(config):
-    """Raises UserError where --host and --port cannot be listened on: Gradio would try a hundred ports first."""
+    """Raises UserError where the page cannot be served at --host and --port, of which Gradio would try a hundred."""
     try:
         family, *_, address = socket.getaddrinfo(config.host, config.port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
     except (OSError, UnicodeError) as error:
-        raise cannot_listen(config, reason(error)) from None
-
-
-def cannot_listen(config, why):
-    port = f"--port {config.port}" if config.port else "--port"
-    return UserError(f"--host {config.host} {port}: cannot be listened on ({why})")
+        where = f"--host {config.host} --port {config.port or ''}".rstrip()
+        raise UserError(where, f"cannot be listened on ({reason(error).split(':')[0]})", "choose another") from None
 
 
 def build_page(config):
@@ -108,7 +100,7 @@ def build_page(config):
     from sampling import web
 
     artist, first, titles = web.Artist(), web.find_checkpoints(config.ckpt), web.TITLES
-    choices, labels = web.class_choices(first[0], config.vae)
+    choices, labels, (sampler, steps) = web.offers(first[0], config.vae)
 
     @contextlib.contextmanager
     def messages():
@@ -118,14 +110,19 @@ def build_page(config):
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    def offer_checkpoints():
-        with messages():
-            return gr.update(choices=web.find_checkpoints(config.ckpt))
+    def conditions(choices, labels, prompt=""):
+        """Updates of the fields for classes and prompts, one of which is shown."""
+        return gr.update(choices=choices, value=labels, visible=bool(choices)), gr.update(value=prompt, visible=not choices)
 
-    def offer_classes(ckpt):
-        with messages():
-            choices, labels = web.class_choices(ckpt, config.vae)
-        return gr.update(choices=choices, value=labels, visible=bool(choices)), gr.update(value="", visible=not choices)
+    @messages()
+    def offer_checkpoints():
+        return gr.update(choices=web.find_checkpoints(config.ckpt))
+
+    @messages()
+    def offer(ckpt):
+        """Updates of the fields that depend on the checkpoint."""
+        choices, labels, sampler = web.offers(ckpt, config.vae)
+        return *conditions(choices, labels), *sampler
 
     def draw(*values):
         """Yields updates: {component: value}."""
@@ -133,26 +130,23 @@ def build_page(config):
             settings = web.page_config(dict(zip(controls, values, strict=True)), config.compute, config.vae)
             no_archive = gr.update(value=None, interactive=False)
             yield {status: "Preparing the model", picture: None, singles: None, command: "", download: no_archive}
-            steps = settings.sampler.num_sampling_steps
-            for drawn_config, step, images, captions in artist.draw(settings):
+            for drawn_config, step, images, names in artist.draw(settings):
                 if step:
+                    steps = drawn_config.sampler.num_sampling_steps
                     text = f"Step {steps - step} of {steps}: the predicted images"
-                    yield {status: text, picture: web.draw_grid(drawn_config, images, captions)}
-            path, gallery, archive = web.write_pictures(folder, drawn_config, images, captions)
-            yield {
-                status: f"{len(images)} images", picture: path, singles: gallery,
-                command: f"The same from the command line:\n```\n{web.command(drawn_config)}\n```",
-                download: gr.update(value=archive, interactive=True),
-            }  # fmt: skip
+                    yield {status: text, picture: web.draw_grid(drawn_config, images, names)}
+            path, gallery, archive = web.write_pictures(folder, drawn_config, images, names)
+            text = f"The same from the command line:\n```\n{web.command(drawn_config)}\n```"
+            yield {status: f"{len(images)} images", picture: path, singles: gallery, command: text,
+                   download: gr.update(value=archive, interactive=True)}  # fmt: skip
 
+    @messages()
     def restore(path):
-        with messages():
-            values = web.read_settings(path)
-            if values["ckpt"] not in web.find_checkpoints(config.ckpt):
-                raise UserError(f"Checkpoint: {values['ckpt']}, which drew this picture, is not there")
-            known = web.class_choices(values["ckpt"], config.vae)[0]
-            values["labels"] = gr.update(choices=known, value=values["labels"], visible=bool(known))
-            values["prompt"] = gr.update(value=values["prompt"], visible=not known)
+        values = web.read_settings(path)
+        if values["ckpt"] not in web.find_checkpoints(config.ckpt):
+            raise UserError(f"Checkpoint: {values['ckpt']}, which drew this picture, is not there")
+        known, *_ = web.offers(values["ckpt"], config.vae)
+        values["labels"], values["prompt"] = conditions(known, values["labels"], values["prompt"])
         return [values[name] for name in controls]
 
     # Gradio removes its copies of pictures after a day; it looks every hour
@@ -170,11 +164,11 @@ def build_page(config):
                         info="Of each class or prompt, or of a row from a class to the next."),
                     "interpolate": gr.Checkbox(False, label=titles["interpolate"],
                         info="Draw rows of images from each class to the next."),
-                    "sampler": gr.Dropdown([*SAMPLERS], value="dpm-solver++", label=titles["sampler"]),
+                    "sampler": gr.Dropdown([*SAMPLERS], value=sampler, label=titles["sampler"]),
                 }  # fmt: skip
                 with gr.Row():
-                    for name, value, digits in (("num_sampling_steps", 20, 0), ("cfg_scale", 4, None), ("seed", 0, 0)):
-                        controls[name] = gr.Number(value, precision=digits, label=titles[name], min_width=80)
+                    for name, value in (("num_sampling_steps", steps), ("cfg_scale", 4), ("seed", 0)):
+                        controls[name] = gr.Number(value, label=titles[name], min_width=80)
                 with gr.Row():
                     start, stop = gr.Button("Draw", variant="primary", min_width=100), gr.Button("Stop", min_width=100)
             with gr.Column(scale=3):
@@ -187,13 +181,13 @@ def build_page(config):
                     download = gr.DownloadButton("Download all", interactive=False)
                     load = gr.UploadButton("Settings from a picture", file_types=[".png"])
         page.load(offer_checkpoints, outputs=controls["ckpt"], show_progress="hidden")
-        controls["ckpt"].input(offer_classes, controls["ckpt"], [controls["labels"], controls["prompt"]])
+        offered = [controls[name] for name in ("labels", "prompt", "sampler", "num_sampling_steps")]  # what `offer` returns
+        controls["ckpt"].input(offer, controls["ckpt"], offered)
         shown = [status, picture, singles, command, download]
         start.click(None, outputs=status, js="() => 'Waiting until the model is free'")
         drawing = start.click(draw, [*controls.values()], shown, show_progress="hidden")
-        stopped = {"fn": None, "outputs": status, "js": "() => 'Stopped before the images were finished'"}
-        drawing.failure(**stopped)
-        stop.click(**stopped, cancels=drawing)
+        drawing.failure(None, outputs=status, js="() => 'Nothing was drawn: the message says why'")
+        stop.click(None, outputs=status, js="() => 'Stopped before the images were finished'", cancels=drawing)
         load.upload(restore, load, [*controls.values()])
     return page
 

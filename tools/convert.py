@@ -37,10 +37,6 @@ class ConvertConfig(Config):
         if Path(self.target).suffix in (".bin", ".ckpt", ".pth"):
             raise UserError(f"TARGET {self.target}: name a .safetensors file, a .pt file or a folder")
 
-    @property
-    def writes_file(self):
-        return Path(self.target).suffix in (".safetensors", ".pt")
-
 
 def main(argv=None):
     parser = Parser(ConvertConfig, __doc__)
@@ -52,17 +48,17 @@ def main(argv=None):
 
 def check_target(config):
     """Raises UserError where the target may not be written."""
-    target = Path(config.target)
+    target, where = Path(config.target), f"TARGET {config.target}"
     if not os.access(target.absolute().parent, os.W_OK):
-        raise UserError(f"TARGET {target}: its folder does not exist or cannot be written to; name another place")
-    if not os.path.lexists(target):
-        return
-    replaceable = os.path.isfile(target if config.writes_file else target / "model_index.json")
-    if not replaceable:  # a folder of photos, say, is not deleted for a mistyped name
-        kind = "a file" if config.writes_file else "a folder in diffusers' format"
-        raise UserError(f"TARGET {target}: exists and is not {kind}; name another place")
-    if not config.overwrite:
-        raise UserError(f"TARGET {target}: exists; pass --overwrite to replace it")
+        raise UserError(where, "its folder does not exist or cannot be written to", "name another place")
+    is_file = target.suffix in (".safetensors", ".pt")
+    exists = os.path.lexists(target)
+    if exists and not os.path.isfile(target if is_file else target / "model_index.json"):
+        # a folder of photos, say, is not deleted for a mistyped name
+        kind = "a file" if is_file else "a folder in diffusers' format"
+        raise UserError(where, f"exists and is not {kind}", "name another place")
+    if exists and not config.overwrite:
+        raise UserError(where, "exists", "pass --overwrite to replace it")
 
 
 def convert(config):
@@ -77,7 +73,8 @@ def convert(config):
 
     checkpoint, target = Checkpoint.open(config.source, config.num_heads), Path(config.target)
     checkpoint.check_weights()
-    if target.suffix == ".pt" and (lost := diffusers_folder.newer_options(checkpoint.model_config)):
+    lost = diffusers_folder.newer_options(checkpoint)
+    if target.suffix == ".pt" and lost:
         raise UserError(f"TARGET {target}: a .pt file of weights cannot record {lost}; write a .safetensors file")
     record = metadata.of(checkpoint, vae=None if config.vae == "none" else config.vae)
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
@@ -102,11 +99,14 @@ def load_autoencoder(config, checkpoint):
     if vae == "none":
         return None
     try:
-        space = load_space(vae).place("cpu")
+        space = load_space(vae).to("cpu")
     except UserError as error:
-        raise UserError(f"{error}, or to leave it out") from None
+        raise UserError(f"{error}, or --vae none to leave it out") from None
     if space.channels != model["in_channels"]:
         raise UserError(f"--vae {vae}: {space.channels} channels, {config.source} has {model['in_channels']}")
+    if space.kind != "AutoencoderKL" or not isinstance(space.scaling, float):
+        problem = f"is a {space.kind}, whose latents diffusers' DiTPipeline does not normalise as they were"
+        raise UserError(f"--vae {vae}", problem, "pass --vae none to leave it out")
     return space.vae
 
 

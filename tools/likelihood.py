@@ -25,8 +25,8 @@ def main(argv=None):
             report = measure_likelihood(config, context)
         if report:
             print(describe(report))
-            write_report(report, config.output)
-            print(f"written to {config.output}")
+            write_report(report, config.report)
+            print(f"written to {config.report}")
 
 
 if __name__ == "__main__":

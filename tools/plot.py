@@ -1,59 +1,59 @@
-"""Draw the curves of one or more training runs: loss and its parts, gradient norm, validation loss, FID.
+"""Draw the curves of one or more training runs: loss and its parts, gradient norm, validation loss, FID. Or show how the
+samples of a run change: an animation of the grids that train.py --sample-every has drawn.
 
     python -m tools.plot results/000-DiT-XL-2 --output curves.png
     python -m tools.plot results/a results/b --x hours --smooth 20
+    python -m tools.plot results/000-DiT-XL-2 --animate samples.gif
 
 The numbers are those of metrics.jsonl in the run folders. The panels for which no run has numbers are left out.
 """
 
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.files import check_output, check_regular, read_json, reason, replace_file, write_errors
 from runtime.parser import Parser
 
 X_LABELS = {"steps": "steps", "images": "images seen", "hours": "hours of training"}
-PANELS = {
-    "loss": "Loss",
-    "mse": "Loss, part mse",
-    "vb": "Loss, part vb",
-    "grad_norm": "Gradient norm",
-    "val_loss": "Validation loss",
-    "fid": "FID",
-}
-SMOOTHED = ("loss", "mse", "vb", "grad_norm")
+SMOOTHED = {"loss": "Loss", "mse": "Loss, part mse", "vb": "Loss, part vb", "grad_norm": "Gradient norm"}
+PANELS = {**SMOOTHED, "val_loss": "Validation loss", "fid": "FID"}
 
 
 @dataclass(frozen=True)
 class PlotConfig(Config):
-    """Options of plot.py."""
+    """Options of tools/plot.py."""
 
-    runs: tuple[str, ...] = option(help="run folders, which hold metrics.jsonl", positional=True, metavar="RUN")
-    output: str = option("curves.png", "file of the picture; its ending chooses the format, such as .png, .pdf or .svg",
-        metavar="FILE")  # fmt: skip
+    runs: tuple[str, ...] = option(help="run folders of train.py", positional=True, path="folder", metavar="RUN")
+    output: str | None = option(None, "file of the figure; its ending chooses the format, such as .png, .pdf or .svg "
+        "(default: curves.png, or none with --animate)", metavar="FILE")  # fmt: skip
     x: str = option("steps", "what the curves are drawn against", choices=tuple(X_LABELS))
     smooth: int | None = option(None, "draw training curves as the mean over this many rows of metrics.jsonl; 1 draws the "
         "rows as they are (default: a fiftieth of the rows)", low=1, metavar="ROWS")  # fmt: skip
+    animate: str | None = option(None, "write an animation of the run's grids of samples into this file (default: none)",
+        path="output", metavar="FILE.gif")  # fmt: skip
+
+    def check(self):
+        if self.animate and Path(self.animate).suffix.lower() != ".gif":
+            raise UserError(f"--animate {self.animate}", "name a .gif file")
+        if self.animate and len(self.runs) > 1:
+            raise UserError("--animate", f"shows one run, these are {len(self.runs)}", "name one of them")
 
 
 def read_rows(run):
     """The rows of a run's metrics.jsonl that have a step. A row that a kill cut off is left out. Raises UserError."""
-    from runtime.files import check_regular
-
     path, rows = Path(run) / "metrics.jsonl", []
-    if not Path(run).is_dir():
-        raise UserError(f"{run}: no such folder; name run folders of train.py, such as results/000-DiT-XL-2")
     try:
-        if os.path.lexists(path):
-            check_regular(path)
-        text = path.read_text(errors="replace") if path.exists() else ""
+        check_regular(path)
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return []
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(path, f"cannot be read ({reason(error)})") from None
     for line in text.splitlines():
         try:
             row = json.loads(line)
@@ -65,9 +65,8 @@ def read_rows(run):
 
 
 def number(value):
-    """The value if it is a finite number, else None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return value if is_number and math.isfinite(value) else None
+    """The value if it is a number that is finite and below 1e300, else None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
 def column(rows, name):
@@ -80,17 +79,15 @@ def positions(run, rows, steps, x):
     """The steps in units of `x`. Raises UserError where the run does not record what that needs."""
     import numpy as np
 
-    from runtime.files import read_json
-
     if x == "images":
         batch_size = number((read_json(Path(run) / "options.json") or {}).get("global_batch_size"))
         if batch_size is None:
-            raise UserError(f"--x images: {run}/options.json has no global_batch_size; choose --x steps")
+            raise UserError("--x images", f"{run}/options.json has no global_batch_size", "choose --x steps")
         return np.multiply(steps, float(batch_size))
     if x == "hours":
         known, seconds = column(rows, "training_seconds")
         if not known:
-            raise UserError(f"--x hours: {run}/metrics.jsonl has no training_seconds; choose --x steps")
+            raise UserError("--x hours", f"{run}/metrics.jsonl has no training_seconds", "choose --x steps")
         return np.interp(steps, [0, *known], [0, *seconds]) / 3600  # rows of FID have no time of their own
     return np.array(steps, float)
 
@@ -106,83 +103,82 @@ def moving_mean(values, window):
 
 def draw(runs, config):
     """The figure of {run: rows}. Raises UserError where no run has a column to draw."""
+    import numpy as np
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator
 
-    panels = {name: title for name, title in PANELS.items() if any(column(rows, name)[0] for rows in runs.values())}
+    panels = [name for name in PANELS if any(column(rows, name)[0] for rows in runs.values())]
     if not panels:
-        raise UserError(f"{', '.join(runs)}: metrics.jsonl has none of the columns {', '.join(PANELS)}")
+        raise UserError(", ".join(runs), f"metrics.jsonl has none of the columns {', '.join(PANELS)}")
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.6 * across, 3.2 * down + 0.5), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharex=True).flat
-    names = [Path(run).name for run in runs]
-    labels = dict(zip(runs, names if len({*names}) == len(names) else runs, strict=True))
-
-    for axes, (name, title) in zip(grid, panels.items(), strict=False):
-        ranges = sorted({key for rows in runs.values() for row in rows for key in row if key.startswith(f"{name}_t")})
-        all_values, ends = [], {}  # ends: where each range of t has its furthest value
+    for axes, name in zip(grid, panels, strict=False):
         for i, (run, rows) in enumerate(runs.items()):
-            for part in [name, *ranges]:
+            ranges = sorted({key for row in rows for key in row if key.startswith(f"{name}_t")})  # of timesteps
+            for n, part in enumerate([name, *ranges]):
                 steps, values = column(rows, part)
                 if not steps:
                     continue
-                all_values += values
-                x, colour, line = positions(run, rows, steps, config.x), f"C{i % 10}", {"linewidth": 1.5}
-                if name in SMOOTHED:
-                    window = config.smooth or max(1, len(values) // 50)
-                    if window > 1:
-                        axes.plot(x, values, color=colour, alpha=0.2, linewidth=0.8)
+                x, color = positions(run, rows, steps, config.x), f"C{i % 10}"
+                line = {"linewidth": 0.8, "linestyle": (0, (2 * n - 1, 1.5))} if n else {"linewidth": 1.5}
+                window = config.smooth or max(1, len(values) // 50)
+                if name in SMOOTHED and window > 1:
+                    axes.plot(x, values, color=color, alpha=0.2, linewidth=0.8)
                     values = moving_mean(values, window)
-                else:
-                    line["marker"] = "o" if len(values) < 30 else None
-                if part != name:
-                    line |= {"linewidth": 0.8, "linestyle": (0, (1 + 2 * ranges.index(part), 1.5)), "marker": None}
-                axes.plot(x, values, color=colour, markersize=3, **line)
-                if part != name:
-                    ends[part] = max(ends.get(part, (-1,)), (x[-1], values[-1], colour))
-        for part, (*end, colour) in ends.items():
-            axes.annotate(part.removeprefix(f"{name}_"), (1.01, end[1]), xycoords=axes.get_yaxis_transform(), color=colour,
-                fontsize=8, va="center")  # fmt: skip
-        if name != "fid" and min(all_values) > 0 and max(all_values) > 3 * min(all_values):
+                marker = "o" if name not in SMOOTHED and not n and len(values) < 30 else None
+                axes.plot(x, values, color=color, marker=marker, markersize=3, **line)
+                if n and not i:
+                    place = {"xycoords": axes.get_yaxis_transform(), "fontsize": 8, "va": "center"}
+                    axes.annotate(part.removeprefix(f"{name}_"), (1.01, values[-1]), **place)
+        drawn = np.concatenate([line.get_ydata() for line in axes.lines])
+        if name != "fid" and drawn.min() > 0 and drawn.max() > 3 * drawn.min():
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         if config.x != "hours":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 400k
         axes.tick_params(labelsize=8, labelbottom=True)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(PANELS[name], fontsize=10)
         axes.set_xlabel(X_LABELS[config.x], fontsize=9)
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.remove()
-    handles = [figure.axes[0].plot([], [], color=f"C{i % 10}", label=label)[0] for i, label in enumerate(labels.values())]
+    names = [Path(run).name for run in runs]
+    labels = names if len({*names}) == len(names) else runs
+    handles = [figure.axes[0].plot([], [], color=f"C{i % 10}", label=label)[0] for i, label in enumerate(labels)]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     return figure
 
 
 def plot(config):
-    """Write the picture. Raises UserError."""
-    from runtime.files import check_output, replace_file, write_errors
+    """Write the figure, or the animation, or both. Raises UserError."""
+    if config.animate:
+        from training.grids import write_animation  # PyTorch, which it imports, takes seconds
 
-    check_output(config.output, "--output")
-    runs = {}
-    for run in config.runs:
-        if rows := read_rows(run):
-            runs[run] = rows
-        else:
-            print(f"{run}: left out, metrics.jsonl has no rows yet", file=sys.stderr)
+        if not (count := write_animation(config.runs[0], config.animate)):
+            raise UserError(config.runs[0], "has no grids in samples/", "train with --sample-every")
+        print(f"{count} grids in {config.animate}")
+        if not config.output:
+            return
+    output = config.output or "curves.png"
+    check_output(output, "--output")
+    runs = {run: read_rows(run) for run in config.runs}
+    for run in [run for run, rows in runs.items() if not rows]:
+        print(f"{run}: left out, metrics.jsonl has no rows yet", file=sys.stderr)
+        del runs[run]
     if not runs:
         names = ", ".join(config.runs)
-        raise UserError(f"{names}: no rows in metrics.jsonl; they come every --log-every steps of train.py")
-    figure, ending = draw(runs, config), Path(config.output).suffix[1:].lower()
+        raise UserError(names, "no rows in metrics.jsonl", "they come every --log-every steps of train.py")
+    figure, ending = draw(runs, config), Path(output).suffix[1:].lower()
     formats = sorted(figure.canvas.get_supported_filetypes())
     if ending not in formats:
-        raise UserError(f"--output {config.output}: its ending is none of {', '.join(formats)}")
-    with write_errors(f"--output {config.output}"):
-        replace_file(config.output, lambda file: figure.savefig(file, format=ending, dpi=130))
-    print(f"written to {config.output}")
+        raise UserError(f"--output {output}", f"its ending is none of {', '.join(formats)}")
+    with write_errors(f"--output {output}"):
+        replace_file(output, lambda file: figure.savefig(file, format=ending, dpi=130))
+    print(f"written to {output}")
 
 
 def main(argv=None):

@@ -1,1 +1,1 @@
-"""Training: the update and its EMA, and the session around the loop (run folder, logs, signals, saving, resuming)."""
+"""Training: the update and its EMA, and the run around it (folder, logs, signals, saving, resuming, watchers)."""

@@ -1,40 +1,11 @@
-"""Options of training: the model, the weights to start from, the recipe, how it is computed, and the run's record."""
+"""Options of training: the weights to start from, the recipe, how it is computed, and the run's record."""
 
 import math
 from dataclasses import dataclass
 
-from checkpoint.config import BLOCKS, MODELS, OBJECTIVES, PREDICTIONS, DesignOptions, ModelOptions
+from diffusion.registry import LOSS_WEIGHTS, SAMPLERS
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
-
-
-@dataclass(frozen=True)
-class TrainedModel(ModelOptions):
-    """model"""
-
-    model: str | None = option(None, "size and patch size (default: DiT-XL/2, or those of --init-from)", choices=MODELS,
-        metavar="DiT-{S,B,L,XL}/{2,4,8}")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainedDesign(DesignOptions):
-    """design"""
-
-    block: str | None = option(None, "how timestep and class enter the blocks (default: adaln-zero, or that of "
-        "--init-from)", choices=BLOCKS)  # fmt: skip
-    objective: str | None = option(None, "what is learned: the paper's diffusion, or a flow along straight lines between "
-        "noise and data (Liu et al. 2023; Ma et al. 2024) (default: diffusion, or that of --init-from)",
-        choices=OBJECTIVES)  # fmt: skip
-    predict: str | None = option(None, "the model's output: the noise eps, or v, which mixes it with the clean image "
-        "(default: eps, v for a flow, or that of --init-from)", choices=PREDICTIONS)  # fmt: skip
-
-    def check(self):
-        if self.objective == "flow" and self.predict not in (None, "v"):
-            raise UserError(f"--predict {self.predict}: a flow predicts v, its velocity; leave the option out")
-
-    def overrides(self):
-        given = super().overrides()
-        return {**given, "predict": "v", "learn_sigma": False} if self.objective == "flow" else given
 
 
 @dataclass(frozen=True)
@@ -43,11 +14,11 @@ class FinetuneConfig(Config):
 
     # a run that is resumed has its weights: these two have no effect then, and the file may be gone
     init_from: str | None = option(None, "start from the weights of this checkpoint, .safetensors file, or folder or hub "
-        "name in diffusers' format; the sizes of the model and its block design come from it (default: random weights)",
-        metavar="WHERE", changeable=True)  # fmt: skip
+        "name in diffusers' format; the model's sizes and design come from it (default: random weights)",
+        metavar="WHERE", changeable=True, basic=True)  # fmt: skip
     keep_classes: tuple[str, ...] | None = option(None, "the class of --init-from that each class of this run starts from, "
-        "in the order of the class folders: numbers or names, - for none; or a text file with one of them in each line "
-        "(default: the same classes if there are equally many, else none)", metavar="CLASS", changeable=True)  # fmt: skip
+        "in the order of the class folders: numbers or names, - for none; or a text file with one in each line (default: "
+        "of the same name; without names of the same number)", metavar="CLASS", changeable=True)  # fmt: skip
     freeze: tuple[str, ...] | None = option(None, "do not train the parameters whose names match one of these patterns, "
         "such as 'blocks.*.attn.*' (default: train all)", metavar="PATTERN")  # fmt: skip
 
@@ -66,15 +37,12 @@ class RecipeConfig(Config):
     """training recipe; the defaults are the paper's (section 4)"""
 
     recipe: str = option("paper", "set of options: paper, or fast, which learns more in the same time (--objective flow "
-        "--timestep-sampling logit-normal); options that are given win", choices=tuple(PRESETS),
-        changeable=True)  # fmt: skip
-
+        "--timestep-sampling logit-normal); given options win", choices=tuple(PRESETS), changeable=True)  # fmt: skip
     epochs: int = option(1400, "passes over the data", low=1, changeable=True)
-    max_steps: int | None = option(None, "stop after this many updates, if that is earlier (default: no limit)", low=1,
-        changeable=True)  # fmt: skip
-    global_batch_size: int = option(256, "images in an update, over all processes", low=1, high=10_000_000)
+    max_steps: int | None = option(None, "stop after so many updates (default: all)", low=1, changeable=True, basic=True)
+    global_batch_size: int = option(256, "images in an update, over all processes", low=1, high=10_000_000, basic=True)
     global_seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
-    lr: float = option(1e-4, "learning rate of AdamW", above=0)
+    lr: float = option(1e-4, "learning rate of AdamW", above=0, basic=True)
     lr_warmup_steps: int = option(0, "raise the learning rate linearly to --lr over so many updates", low=0)
     lr_schedule: str = option("constant", "learning rate after the warm-up: constant, or a cosine that falls to 0 at the "
         "end of the run, which --max-steps or --epochs sets", choices=("constant", "cosine"))  # fmt: skip
@@ -85,11 +53,10 @@ class RecipeConfig(Config):
     ema_warmup: bool = option(False, "start the moving average with a low decay, for short runs")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
     loss_weight: str = option("uniform", "weight of the timesteps in the loss: all alike, or min-snr, which limits the "
-        "weight of those with little noise (Hang et al. 2023)", choices=("uniform", "min-snr"))  # fmt: skip
+        "weight of those with little noise (Hang et al. 2023)", choices=LOSS_WEIGHTS)  # fmt: skip
     timestep_sampling: str = option("uniform", "how often each timestep is trained: all alike, or logit-normal, which "
         "prefers the middle (Esser et al. 2024)", choices=("uniform", "logit-normal"))  # fmt: skip
-    max_bad_steps: int = option(10, "stop after so many non-finite updates in a row; the log lines look for them", low=1,
-        changeable=True)  # fmt: skip
+    max_bad_steps: int = option(10, "stop at a line of the log after so many non-finite updates", low=1, changeable=True)
 
     def total_steps(self, num_images):
         """Updates of the whole run on a dataset of `num_images` images."""
@@ -118,15 +85,13 @@ class ComputeConfig(Config):
         "memory; the update is the same", low=1, metavar="K", changeable=True)  # fmt: skip
     grad_checkpoint: int = option(0, "gradient checkpointing of every K-th block: its activations are computed again, not "
         "kept; 1 saves most memory, 0 is off; the update is the same", low=0, metavar="K", changeable=True)  # fmt: skip
-    shard: str | None = option(None, "divide weights, gradients, optimizer state and averaged weights among the processes, "
-        "for models that one device cannot hold: all divides among all processes, node among those of each node, which "
-        "keeps a whole copy; all unless named (default: each process has its own)", choices=("all", "node"), const="all",
-        changeable=True)  # fmt: skip
+    shard: str | None = option(None, "divide weights, gradients, optimizer state and EMA among the processes, for models "
+        "that one device cannot hold: all divides among all, node among those of each node; all unless named (default: "
+        "each process has its own)", choices=("all", "node"), const="all", changeable=True)  # fmt: skip
     ddp_comm: str = option("fp32", "number format in which processes without --shard exchange their gradients: bf16 halves "
         "the bytes and rounds the gradients", choices=("fp32", "bf16"))  # fmt: skip
     deterministic: bool = option(False, "use kernels that give the same bits each time, so that a resumed run on a GPU is "
-        "exactly that of a run that was never interrupted; slower on GPUs, without effect on CPUs",
-        changeable=True)  # fmt: skip
+        "exactly an uninterrupted one; slower on GPUs, without effect on CPUs", changeable=True)  # fmt: skip
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"),
         changeable=True)  # fmt: skip
 
@@ -141,17 +106,15 @@ class RunConfig(Config):
 
     results_dir: str = option("results", "folder in which numbered run folders are made", changeable=True)
     run_dir: str | None = option(None, "run folder, instead of a numbered one; a run that is there is resumed "
-        "(default: none)", changeable=True)  # fmt: skip
+        "(default: none)", changeable=True, basic=True)  # fmt: skip
     log_every: int = option(100, "steps between lines of the log", low=1, changeable=True)
     ckpt_every: int = option(50_000, "steps between checkpoints", low=1, changeable=True)
     keep_last: int = option(0, "number of checkpoints to keep, the latest; 0 keeps all", low=0, changeable=True)
-    keep_every: int = option(0, "also keep, beside the latest, checkpoints whose step is a multiple of this; 0 keeps no "
-        "others", low=0, changeable=True)  # fmt: skip
+    keep_every: int = option(0, "also keep checkpoints whose step is a multiple of this; 0: none", low=0, changeable=True)
     resume: str | None = option(None, 'where to resume: "auto" (the latest undamaged checkpoint in --run-dir, if any), '
         '"none", or the path of a checkpoint (default: auto with --run-dir, else none)', changeable=True)  # fmt: skip
     allow_changes: bool = option(False, "resume although options that change the result differ", changeable=True)
-    dry_run: bool = option(False, "print the plan of the run, with its cost and what may be a mistake, and write nothing",
-        changeable=True)  # fmt: skip
+    dry_run: bool = option(False, "print the run's plan, cost and likely mistakes, and write nothing", changeable=True)
 
     def check(self):
         if self.resume == "auto" and not self.run_dir:
@@ -169,10 +132,13 @@ class MonitorConfig(Config):
 
     sample_every: int | None = option(None, "draw a grid of images with the averaged weights every N steps, into samples/ "
         "in the run's folder (default: never)", low=1, metavar="N", changeable=True)  # fmt: skip
-    sample_labels: tuple[str, ...] | None = option(None, "classes of the grid's images, by number or name (default: all of "
-        "them, or 16 spread over them if there are more)", metavar="CLASS", changeable=True)  # fmt: skip
+    sample_labels: tuple[str, ...] | None = option(None, "classes of the grid's images, by number or name, or .npy files "
+        "of vectors (default: all classes, or 16 of them if there are more)", metavar="CLASS", changeable=True)  # fmt: skip
     sample_prompts: tuple[str, ...] | None = option(None, "texts of the grid's images, in place of classes (default: those "
         "of 16 images, spread over the data)", metavar="TEXT", changeable=True, repeatable=True)  # fmt: skip
+    sample_sampler: str | None = option(None, "sampler of the grid's images (default: dpm-solver++, or for flows the "
+        "objective's own, flow-heun)", choices=tuple(SAMPLERS), metavar="SAMPLER", changeable=True)  # fmt: skip
+    sample_sampling_steps: int | None = option(None, "the sampler's steps (default: 20)", low=1, high=1000, changeable=True)
     sample_cfg_scale: float | None = option(None, "guidance scale of the grid's images; 1 turns guidance off (default: 4, "
         "or 1 for a model without null labels)", low=0, changeable=True)  # fmt: skip
     val_data_path: str | None = option(None, "held-out images whose loss is measured: a folder as --data-path takes it, "
@@ -180,14 +146,13 @@ class MonitorConfig(Config):
     val_every: int | None = option(None, "measure the loss of the images of --val-data-path every N steps (default: "
         "never)", low=1, metavar="N", changeable=True)  # fmt: skip
     peak_tflops: float | None = option(None, "peak of one device at the run's precision in TFLOP/s, for the utilisation in "
-        "the progress bar (default: by a table of GPUs; without an entry there is no utilisation)", low=1e-6, high=1e12,
-        changeable=True)  # fmt: skip
+        "the progress bar (default: by a table of GPUs, if it is there)", low=1e-6, high=1e12, changeable=True)  # fmt: skip
     report_to: tuple[str, ...] | None = option(None, "also send metrics, grids and options to these trackers: tensorboard, "
-        "wandb (default: none)", choices=("tensorboard", "wandb"), metavar="TRACKER", changeable=True)  # fmt: skip
+        "wandb (default: none)", choices="training.trackers:TRACKERS", metavar="TRACKER", changeable=True)  # fmt: skip
 
     def check(self):
         if (self.val_every is None) != (self.val_data_path is None):
             raise UserError("--val-every and --val-data-path: both are needed, or neither")
-        for name in ("sample_labels", "sample_prompts", "sample_cfg_scale"):
-            if getattr(self, name) is not None and not self.sample_every:
-                raise UserError(f"{flag(name)}: needs --sample-every, the steps between grids")
+        for name in ("labels", "prompts", "sampler", "sampling_steps", "cfg_scale"):
+            if getattr(self, f"sample_{name}") is not None and not self.sample_every:
+                raise UserError(flag(f"sample_{name}"), "needs --sample-every, the steps between grids", "give both")

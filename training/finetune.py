@@ -6,163 +6,146 @@ embedding, where the grid of patches differs.
 
 import dataclasses
 import fnmatch
-import zipfile
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
-from checkpoint import files
-from checkpoint.config import MODELS
-from checkpoint.opened import Checkpoint
-from models import DiT_models
+from checkpoint.config import DEFAULT, MODELS
+from checkpoint.opened import Checkpoint, check_shapes
+from data.condition import comparable
+from models import DiT_models, DiTConfig
 from runtime.config import flag
-from runtime.errors import UserError
+from runtime.errors import UserError, about
 from runtime.files import reason
-from sampling.labels import parse_labels, readable_names
-from training import resume
 
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
 
 
-def resolve(config):
-    """(config, source) of a TrainConfig: the config with the model's name and block design filled in, and the Source of the
-    first weights; None where they are random, or those of a run that is resumed.
+def resolve(options, init_from, peek):
+    """(ModelOptions, source): the options with the model's name, sizes and design filled in, with --init-from from there,
+    and the Checkpoint of the first weights; None where they are random, or those of a run that is resumed. Such a run takes
+    the design, and the number of its classes, from its own checkpoint, since the file of --init-from may be gone. peek():
+    that Checkpoint, or None. Raises UserError."""
+    resumed, source = peek() if init_from or options.num_classes is None else None, None
+    if resumed is not None and options.num_classes is None:
+        options = dataclasses.replace(options, num_classes=resumed.model_config["num_classes"])
+    if not init_from:
+        design = {"block": options.block or "adaln-zero", "objective": options.objective or "diffusion"}
+        return dataclasses.replace(options, model=options.model or DEFAULT, **design), None
+    if resumed is None:
+        source = Checkpoint.open(init_from, options.num_heads)
+        if not source.model_config["learn_sigma"] and source.model_config["objective"] == "diffusion":
+            raise UserError(f"--init-from {init_from}: a model without learned variance, which train.py cannot train")
+    checkpoint = resumed or source
+    name = checkpoint.describe()
+    options = dataclasses.replace(options, model=name if name in MODELS else None, **sizes_of(checkpoint, options))
+    return options, source
 
-    With --init-from the sizes and the block design come from there. A run that is resumed takes them from its own
-    checkpoint, because the file of --init-from may be gone. Raises UserError."""
-    if config.data.text_encoder:  # which takes the place of the classes
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0))
-    name, sizes, source = config.model.model or "DiT-XL/2", {"block": config.design.block or "adaln-zero"}, None
-    if config.finetune.init_from:
-        checkpoint = resume.peek(config.run)
-        if checkpoint is None:
-            source = Source.open(config)
-            checkpoint = source.checkpoint
-        sizes = sizes_of(checkpoint, config)
-        name = checkpoint.describe() if checkpoint.describe() in MODELS else name
-    model, design = dataclasses.replace(config.model, model=name), dataclasses.replace(config.design, **sizes)
-    return dataclasses.replace(config, model=model, design=design), source
 
-
-def sizes_of(checkpoint, config):
-    """The checkpoint's values of the options in DesignOptions. Raises UserError where the command line contradicts them."""
-    found, given = checkpoint.model_config, config.design.overrides()
-    named = DiT_models[config.model.model].keywords if config.model.model else {}
+def sizes_of(checkpoint, options):
+    """The checkpoint's values of the design in ModelOptions. Raises UserError where the command line contradicts them."""
+    found, given = checkpoint.model_config, options.overrides()
+    named = DiT_models[options.model].keywords if options.model else {}
     for name, value in {**named, **given}.items():
         same = value == found[name]
         if name == "mlp_ratio":  # only the width that results counts: it is all that weights without a record tell
             same = int(value * found["hidden_size"]) == int(found[name] * found["hidden_size"])
         if not same:
-            option = f"{flag(name)} {value}" if name in given else f"--model {config.model.model}, {flag(name)} {value}"
+            option = f"{flag(name)} {value}" if name in given else f"--model {options.model}, {flag(name)} {value}"
             raise UserError(f"{option}: {checkpoint.path} has {found[name]}; leave the option out to use that")
-    return {name: found[name] for name in config.design.flat()}
+    return {name: found[name] for name in options.flat() if name in found and name != "num_classes"}
 
 
-@dataclass(frozen=True)
-class Source:
-    """Weights to start from. rows: {row of the new label table: row of the checkpoint's, from which it starts}."""
+def load_into(model, source, rows):
+    """Take over what of a Checkpoint fits into `model`; its other values stay as they are. rows: {row of the label table:
+    row of the checkpoint's}. Returns lines that say what was done. Raises UserError for weights that do not fit."""
+    path, weights, old, where = source.path, source.weights, source.model_config, f"--init-from {source.path}"
+    if old["in_channels"] != model.in_channels:
+        problem = f"a model of {old['in_channels']} channels, those of this run's images are {model.in_channels}"
+        raise UserError(where, problem, "pass the autoencoder that it was trained with as --vae")
+    source.check_weights()
+    new = model.state_dict()  # its tensors share the memory of the model's parameters
+    width, (before, now) = old["hidden_size"], [DiTConfig(**config).grid for config in (old, model.config)]
+    # what belongs to a condition that the other model does not have
+    other = source.condition.kind != (model.condition.kind if model.condition else "classes")
+    own = {name for name in weights.keys() ^ new.keys() if other and ("text" in name or name.startswith("y_embedder."))}
+    differing = own | {TABLE, POSITIONS}
+    try:
+        check_shapes(*({name: part[name] for name in part.keys() - differing} for part in (weights, new)))
+    except ValueError as error:
+        raise UserError(where, f"its weights do not fit ({error})") from None
 
-    checkpoint: Checkpoint
-    rows: dict
+    totals = {}  # {part of the model: numbers of tensors and of values taken over, newly made, left out}
+    for name in {**new, **weights}:
+        made, there = (part[name].numel() if name in part else 0 for part in (new, weights))
+        taken = used = made
+        if name in own or (name == POSITIONS and before != now):
+            taken = used = 0
+        elif name == TABLE:
+            new[name][list(rows)] = weights[name][list(rows.values())].to(new[name].dtype)
+            taken, used = len(rows) * width, len({*rows.values()}) * width
+        else:
+            new[name].copy_(weights[name])
+        row, part = (int(name in new), taken, made - taken, there - used), name.split(".")[0]
+        totals[part] = [a + b for a, b in zip(totals.get(part, (0, 0, 0, 0)), row, strict=True)]
 
-    @classmethod
-    def open(cls, config):
-        """What the --init-from of a TrainConfig names. Raises UserError."""
-        where = config.finetune.init_from
-        if Path(where).is_file() and zipfile.is_zipfile(where):
-            files.verify(where)  # a flipped bit would go unnoticed
-        checkpoint = Checkpoint.open(where, config.design.num_heads)
-        if not checkpoint.model_config["learn_sigma"] and checkpoint.model_config["objective"] != "flow":
-            raise UserError(f"--init-from {where}: a model without learned variance, which train.py cannot train")
-        return cls(checkpoint, label_rows(checkpoint, config))
-
-    def load_into(self, model):
-        """Take over what fits into `model`; its other values stay as they are. Returns lines that say what was done. Raises
-        UserError for a model of other channels, and for weights of another architecture."""
-        path, weights, old = self.checkpoint.path, self.checkpoint.weights, self.checkpoint.model_config
-        if old["in_channels"] != model.in_channels:
-            raise UserError(
-                f"--init-from {path}: a model of {old['in_channels']} channels, those of this run's images are "
-                f"{model.in_channels}; pass the autoencoder that it was trained with as --vae"
-            )
-        new = model.state_dict()  # its tensors share the memory of the model's parameters
-        found, expected = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (weights, new))
-        width, grids = old["hidden_size"], [config["input_size"] // config["patch_size"] for config in (old, model.config)]
-        num_rows = old["num_classes"] + has_null(old["num_classes"], old["class_dropout_prob"])
-        expected |= {TABLE: (num_rows, width), POSITIONS: (1, grids[0] ** 2, width)}
-        added = {name for name in expected.keys() - found.keys() if "text" in name} if not old["text_width"] else set()
-        for name in [*(expected.keys() - added), *found]:
-            if found.get(name) != expected.get(name):
-                wrong = f"{name} is {found.get(name, 'missing')}, must be {expected.get(name, 'absent')}"
-                raise UserError(f"--init-from {path}: its weights do not fit ({wrong})")
-        self.checkpoint.check_finite()
-
-        totals = {}  # {part of the model: numbers of tensors and of values taken over, newly made, left out}
-        for name, tensor in new.items():
-            taken = used = tensor.numel()
-            if name == TABLE:
-                tensor[list(self.rows)] = weights[name][list(self.rows.values())].to(tensor.dtype)
-                taken, used = len(self.rows) * width, len({*self.rows.values()}) * width
-            elif name in added or (name == POSITIONS and grids[0] != grids[1]):
-                taken = used = 0
-            else:
-                tensor.copy_(weights[name])
-            row = 1, taken, tensor.numel() - taken, (0 if name in added else weights[name].numel()) - used
-            part = name.split(".")[0]
-            totals[part] = [a + b for a, b in zip(totals.get(part, (0, 0, 0, 0)), row, strict=True)]
-
-        titles = ("tensors", "taken over", "newly made", "left out")
-        vae = f", trained with --vae {self.checkpoint.vae}" if self.checkpoint.vae else ""
-        lines = [f"Initialised from {path}, {self.checkpoint.describe()}{vae}; numbers of values:"]
-        lines += ["".join(f"{cell:>13}" for cell in ("part", *titles))]
-        lines += ["".join(f"{cell:>13}" for cell in (part, *map("{:,}".format, row))) for part, row in totals.items()]
-        if grids[0] != grids[1]:
-            lines += [f"Position embedding: computed for {grids[1]} x {grids[1]} patches, was {grids[0]} x {grids[0]}"]
-        names = dict(enumerate(readable_names(self.checkpoint.class_names, old["num_classes"])))
-        names[old["num_classes"]] = "null class"
-        pairs = [f"{row} from {was} ({names.get(was, 'without a name')})" for row, was in self.rows.items()]
+    table = [("part", "tensors", "taken over", "newly made", "left out")]
+    table += [(part, *map("{:,}".format, row)) for part, row in totals.items()]
+    vae = f", trained with --vae {source.vae}" if source.vae else ""
+    lines = [f"Initialised from {path}, {source.describe()}{vae}; numbers of values:"]
+    lines += ["".join(f"{cell:>13}" for cell in row) for row in table]
+    if before != now:
+        sides = (" x ".join(map(str, grid)) for grid in (now, before))
+        lines += ["Position embedding: computed for {} patches, was {}".format(*sides)]
+    if TABLE in new and TABLE in weights:
+        names = {**dict(enumerate(getattr(source.condition, "names", ()))), old["num_classes"]: "null class"}
+        pairs = [f"{row} from {was} ({names.get(was, 'without a name')})" for row, was in rows.items()]
         pairs[20:] = ["..."] if len(pairs) > 20 else []
-        return [*lines, f"Rows of the label table: {', '.join(pairs) or 'none'} taken over, others N(0, 0.02)"]
+        lines += [f"Rows of the label table: {', '.join(pairs) or 'none'} taken over, others N(0, 0.02)"]
+    return lines
 
 
-def has_null(num_classes, label_dropout):
-    """Whether the label table has a row of the null class."""
-    return label_dropout > 0 or num_classes == 0
-
-
-def label_rows(checkpoint, config):
-    """Source.rows for a TrainConfig: the classes of --keep-classes, or all of them where there are equally many, and the
-    null class. Raises UserError."""
-    words, num_classes, old = config.finetune.keep_classes, config.model.num_classes, checkpoint.model_config
+def label_rows(source, words, num_classes, label_dropout, names):
+    """{row of the new label table: row of the checkpoint's, from which it starts}: the classes of --keep-classes (words),
+    or those of the same name, or without names those of the same number, if there are equally many; and the null class.
+    names: of the run's classes. Raises UserError."""
+    old, known = source.model_config, getattr(source.condition, "names", ())
     rows = {i: i for i in range(num_classes)} if num_classes == old["num_classes"] else {}
     if words:
-        words = read_lines(words[0]) if len(words) == 1 and Path(words[0]).is_file() else words
+        if len(words) == 1 and Path(words[0]).is_file():
+            try:
+                words = Path(words[0]).read_text(encoding="utf-8").splitlines()
+            except (OSError, ValueError) as error:
+                raise UserError(f"--keep-classes {words[0]}: not a text file ({reason(error)})") from None
+        words = [word.strip() for word in words if word.strip()]
         if len(words) != num_classes:
-            raise UserError(
-                f"--keep-classes: names {len(words)} classes, --num-classes is {num_classes}; give one for each class of "
-                "this run, and - for a class that has none"
-            )
-        names = readable_names(checkpoint.class_names, old["num_classes"])
+            problem = f"names {len(words)} classes, --num-classes is {num_classes}"
+            raise UserError("--keep-classes", problem, "give one for each class of this run, - for a class that has none")
         kept = {row: word for row, word in enumerate(words) if word != "-"}
-        try:
-            rows = dict(zip(kept, parse_labels(kept.values(), names, old["num_classes"]), strict=True))
-        except UserError as error:
-            raise UserError(str(error).replace("--labels", "--keep-classes", 1)) from None
-    if has_null(num_classes, config.recipe.label_dropout) and has_null(old["num_classes"], old["class_dropout_prob"]):
+        with about("--keep-classes", option="--labels"):
+            rows = dict(zip(kept, source.condition.parse(kept.values()), strict=True))
+    elif known:
+        numbers = {}
+        for number, name in enumerate(known):
+            numbers.setdefault(plain(name), []).append(number)
+        for row, name in enumerate(names[:num_classes]):
+            found = numbers.get(plain(name), [])
+            rows.pop(row, None)
+            if row in found or len(found) == 1:  # of two classes called the same, ImageNet's cranes, the one at its place
+                rows[row] = row if row in found else found[0]
+    tables = (num_classes, label_dropout), (old["num_classes"], old["class_dropout_prob"])
+    if all(dropout > 0 or number == 0 for number, dropout in tables):  # both have a row of the null class
         rows[num_classes] = old["num_classes"]
     return rows
 
 
-def read_lines(path):
-    """The lines of a text file that are not empty. Raises UserError."""
-    try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--keep-classes {path}: not a text file ({reason(error)})") from None
+def plain(name):
+    """A class's name for comparison, without the WordNet number that tells two of the same name apart."""
+    return comparable(re.sub(r" \(n\d{8}\)$", "", name))
 
 
 def freeze(model, patterns):
-    """Exclude the parameters that match a pattern from training. Returns lines that say what was done. Raises UserError for
-    a pattern that matches none, and where no parameter is left to train."""
+    """Exclude the parameters that match a pattern from training. Returns lines for the log. Raises UserError for a pattern
+    that matches none, and where no parameter is left to train."""
     parameters, frozen = dict(model.named_parameters()), set()
     for pattern in patterns or ():
         matching = {name for name in parameters if fnmatch.fnmatchcase(name, pattern)}

@@ -18,28 +18,24 @@ class Meter:
     bad_in_a_row: how many of the latest updates were not finite, a tensor on the device. seconds: training time so far,
     evaluations excluded."""
 
-    NAMES = ("loss", "mse", "vb", "grad_norm", "steps")
-
-    def __init__(self, device, seconds=0.0):
-        self.device, self.seconds = device, seconds
-        self.absent = set()  # names of losses that the objective does not have
+    def __init__(self, device, seconds=0.0, bad_in_a_row=0):
+        self.device, self.seconds, self.names = device, seconds, ()
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_in_a_row = torch.tensor(bad_in_a_row, device=device)
         self._restart()
 
     def _restart(self):
-        self.sums = torch.zeros(len(self.NAMES), dtype=self.dtype, device=self.device)
+        self.sums = torch.zeros(1, dtype=self.dtype, device=self.device)  # takes the shape of what is added
         self.steps = self.images = 0
         self.start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def add(self, losses, grad_norm, finite, num_images):
-        """Add one update's losses, (N,) each. Skipped updates count in none of the means."""
-        self.absent = {name for name in ("loss", "mse", "vb") if name not in losses}
-        row = [losses[name].mean() if name in losses else torch.zeros_like(grad_norm) for name in ("loss", "mse", "vb")]
-        row += [grad_norm, torch.ones_like(grad_norm)]
-        self.sums += torch.where(finite, torch.stack(row).detach(), 0.0)
+        """Add one update's losses, (N,) each, by their names. Skipped updates count in none of the means."""
+        self.names = (*losses, "grad_norm")
+        row = [values.mean() for values in losses.values()] + [grad_norm, torch.ones_like(grad_norm)]
+        self.sums = self.sums + torch.where(finite, torch.stack(row).detach(), 0.0)
         self.bad_in_a_row = torch.where(finite, 0, self.bad_in_a_row + 1)
         self.steps += 1
         self.images += num_images
@@ -60,11 +56,8 @@ class Meter:
         *totals, counted = (sum(column) for column in zip(*(sums for sums, _ in gathered), strict=True))
         seconds = time.perf_counter() - self.start
         self.seconds += seconds
-        values = {
-            name: total / counted if counted else float("nan")
-            for name, total in zip(self.NAMES, totals, strict=False)
-            if name not in self.absent
-        }
+        means = (total / counted if counted else float("nan") for total in totals)
+        values = dict(zip(self.names, means, strict=True))
         values["skipped_steps"] = self.steps - round(counted / len(gathered))
         values["steps_per_second"] = self.steps / seconds
         values["images_per_second"] = sum(images for _, images in gathered) / seconds

@@ -5,145 +5,127 @@ import math
 
 import torch
 
+from checkpoint.config import DEFAULT
 from data.autoencoder import check_image_size
+from data.condition import Classes, open_condition
 from data.images import load_dataset
+from diffusion.registry import make_objective
 from models import DiT_models
-from runtime.config import flag
-from runtime.devices import check_compile, check_memory, has_bf16, precision_warning
+from runtime.config import differences
+from runtime.devices import check_compile, check_memory, has_bf16
 from runtime.errors import UserError
-from training import finetune
-from training.config import PRESETS
+from training import finetune, resume
+from training.config import RecipeConfig
 from training.trackers import check_installed
 
 
-def resolve_precision(config, device):
-    """The config with the precision that its default means on this device."""
-    check_compile(config.compute.compile, device.type)
+def resolve(config, context):
+    """(config, source) of a TrainConfig: the config with the precision, the model's name and its design filled in, and what
+    `finetune.resolve` returns as the source of the first weights. All ranks call it. Raises UserError."""
+    with context.together():
+        check_installed(config.monitor.report_to)
+        check_batch(config.recipe, config.compute, context.world_size)
+        compute = resolve_precision(config.compute, context.device)
+        model, source = finetune.resolve(config.model, config.finetune.init_from, lambda: resume.peek(config.run))
+        if config.data.kind != "classes":  # which takes the place of the classes
+            model = dataclasses.replace(model, num_classes=0)
+        return dataclasses.replace(config, model=model, compute=compute), source
+
+
+def resolve_precision(compute, device):
+    """The ComputeConfig with the precision that its default means on this device. Raises UserError."""
+    check_compile(compute.compile, device.type)
     default = "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
-    compute = dataclasses.replace(config.compute, precision=config.compute.precision or default)
-    return dataclasses.replace(config, compute=compute)
+    return dataclasses.replace(compute, precision=compute.precision or default)
 
 
-def prepare(config, context, source):
-    """(dataset, latent space, model, lines for the log). source: of the first weights, None for random ones. Raises
-    UserError for what cannot work."""
-    check_installed(config.monitor.report_to)
-    dataset = load_data(config, context)
-    space = dataset.open_space(config.vae, decode=bool(config.evaluation.eval_every or config.monitor.sample_every))
-    text = open_text(config, dataset)
-    check_size(config, context, space, text)
-    model = build_model(config, space, text)
-    check_recipe(config.recipe, model)
-    notes = [*dataset.notes, *(source.load_into(model) if source else [])]
-    if text:
-        model.text_embedder.null_text.data.copy_(text.null)
-        notes.append(f"Conditioned on texts of up to {text.length} tokens, encoded by {text.name} (CRC-32 {text.crc32})")
-    return dataset, space, model, notes + finetune.freeze(model, config.finetune.freeze)
-
-
-def open_text(config, dataset, device="cpu"):
-    """What encodes the texts of the run, on a device; None for a run with classes. Raises UserError."""
-    text = dataset.open_text(config.data, prompts=bool(config.monitor.sample_prompts))
-    return text and text.place(device)
-
-
-def load_data(config, context):
-    """The dataset of the options. Raises UserError where it does not fit them."""
-    check_batch(config, context.world_size)
-    dataset = load_dataset(config.data, config.model.image_size, config.recipe.global_seed, context)
-    check_dataset(config, dataset)
-    return dataset
-
-
-def check_batch(config, world_size):
-    size, parts = config.recipe.global_batch_size, config.compute.grad_accum
+def check_batch(recipe, compute, world_size):
+    size, parts = recipe.global_batch_size, compute.grad_accum
     if size % world_size:
-        raise UserError(
-            f"--global-batch-size {size}: not a multiple of the {world_size} processes; "
-            f"{math.ceil(size / world_size) * world_size} is"
-        )
+        nearest = math.ceil(size / world_size) * world_size
+        raise UserError(f"--global-batch-size {size}", f"not a multiple of the {world_size} processes", f"{nearest} is")
     if parts * world_size > size:
-        raise UserError(
-            f"--grad-accum {parts}: more than the {size // world_size} images that a process has of each batch; lower it"
-        )
+        problem = f"more than the {size // world_size} images that a process has of each batch"
+        raise UserError(f"--grad-accum {parts}", problem, "lower it")
 
 
-def check_dataset(config, dataset):
-    num_classes, found = config.model.num_classes, len(dataset.classes)
-    if num_classes and found > num_classes:
-        raise UserError(
-            f"--num-classes {num_classes}: {config.data.data_path} has {found} classes; "
-            f"pass --num-classes {found}, or 0 to ignore them"
-        )
-    images = config.recipe.epochs * len(dataset)
-    if images < config.recipe.global_batch_size:
-        raise UserError(
-            f"--global-batch-size {config.recipe.global_batch_size}: more than the {images} images of all epochs; "
-            "lower it, or raise --epochs"
-        )
+def load_data(data, model, recipe, context, dataset=None):
+    """(dataset, ModelOptions with the number of classes) of a DataConfig, ModelOptions and a RecipeConfig. dataset: in
+    place of the one that `data` names. All ranks call it. Raises UserError."""
+    with context.together():
+        dataset = dataset or load_dataset(data, model.image_size, recipe.global_seed, context)
+        found = len(dataset.classes)
+        if model.num_classes and found > model.num_classes:
+            way_out = f"pass --num-classes {found}, or 0 to ignore them"
+            raise UserError(f"--num-classes {model.num_classes}", f"{data.data_path} has {found} classes", way_out)
+        if (images := recipe.epochs * len(dataset)) < (size := recipe.global_batch_size):
+            problem = f"more than the {images} images of all epochs"
+            raise UserError(f"--global-batch-size {size}", problem, "lower it, or raise --epochs")
+    return dataset, dataclasses.replace(model, num_classes=found if model.num_classes is None else model.num_classes)
 
 
-def build_model(config, space, text=None):
-    """The DiT of the options, initialised from --global-seed. text: of `open_text`."""
-    overrides = config.design.overrides()
-    if text:
-        overrides |= {"text_width": text.width, "text_length": text.length}
-    constructor = DiT_models[config.model.model]
-    check_image_size(config.model.image_size, space.factor, overrides.get("patch_size", constructor.keywords["patch_size"]))
-    torch.manual_seed(config.recipe.global_seed)
+def prepare(config, context, dataset, source=None):
+    """(latent space, condition, model, lines for the log) of a TrainConfig that is resolved. source: the Checkpoint of the
+    first weights. Raises UserError for what cannot work."""
+    space = dataset.open_space(config.vae, decode=bool(config.evaluation.eval_every or config.monitor.sample_every))
+    condition = open_condition(config.data, dataset, config.model.num_classes)
+    check_size(config.model, config.recipe, config.compute, context, space, condition)
+    model = build_model(config.model, config.recipe, space, condition)
     try:
-        return constructor(
-            input_size=config.model.image_size // space.factor,
-            in_channels=space.channels,
-            class_dropout_prob=config.recipe.label_dropout,
-            num_classes=config.model.num_classes,
-            **overrides,
-        )
+        make_objective(model.objective, model.predict, model.learn_sigma, config.recipe.loss_weight)
     except ValueError as error:
-        raise UserError(f"--model {config.model.model} with these overrides: {error}") from None
+        problem = f"is defined for other objectives than {model.objective} ({error})"
+        raise UserError(f"--loss-weight {config.recipe.loss_weight}", problem, "leave it out") from None
+    lines = [*dataset.notes, *class_notes(dataset.classes, config.model.num_classes)]
+    lines += [f"Conditioned on {condition.describe()}"]
+    if source:
+        words, dropout = config.finetune.keep_classes, config.recipe.label_dropout
+        rows = finetune.label_rows(source, words, config.model.num_classes, dropout, dataset.classes)
+        lines += finetune.load_into(model, source, rows)
+        ignored = RecipeConfig.changeable() | {"global_seed", "global_batch_size", "label_dropout"}
+        if changed := differences(source.options, config.recipe.flat(), ignored):
+            lines += [f"The weights were trained with {'; '.join(changed)}"]
+    return space, condition, model, lines + finetune.freeze(model, config.finetune.freeze)
 
 
-def check_recipe(recipe, model):
-    """Raises UserError where the recipe does not fit the model."""
-    if model.objective == "flow" and recipe.loss_weight != "uniform":
-        raise UserError(f"--loss-weight {recipe.loss_weight}: is defined for --objective diffusion; leave it out")
+def class_notes(names, num_classes=0):
+    """Lines where a class is called by a number that is not its own, so that --labels would mean another one, and where
+    the model has more classes than the data, which has `names`."""
+    lines, found = [], len(names)
+    if wrong := [number for number, name in enumerate(names) if name.isdecimal() and int(name) != number]:
+        lines += [f'Classes are numbered in the order of their names: "{names[wrong[0]]}" is class {wrong[0]}. A word that '
+            "is one class's number and another's name is refused by --labels; 00, 01, ... would be in order"]  # fmt: skip
+    if found < num_classes:
+        lines += [f"--num-classes {num_classes}: the data has {found} classes, so labels from {found} on are never trained"]
+    return lines
 
 
-def check_size(config, context, space, text=None):
+def build_model(options, recipe, space, condition=None):
+    """The DiT of ModelOptions, initialised from --global-seed. recipe: a RecipeConfig. condition: what it draws by
+    (default: classes, 1000 unless their number is given). Raises UserError."""
+    condition = condition or Classes(1000 if options.num_classes is None else options.num_classes)
+    overrides, name = options.overrides(), options.model or DEFAULT
+    constructor = DiT_models[name]
+    check_image_size(options.image_size, space.factor, overrides.get("patch_size", constructor.keywords["patch_size"]))
+    arguments = {"input_size": options.image_size // space.factor, "in_channels": space.channels, **overrides}
+    torch.manual_seed(recipe.global_seed)
+    try:
+        return constructor(**arguments, **condition.model_arguments(), class_dropout_prob=recipe.label_dropout)
+    except ValueError as error:
+        raise UserError(f"--model {name} with these overrides: {error}") from None
+
+
+def check_size(options, recipe, compute, context, space, condition):
     """Raises OutOfMemoryError for a model or a batch that this machine cannot hold, by lower bounds of what is needed."""
     with torch.device("meta"):
-        model = build_model(config, space, text)
-    batch_size, on_host = config.recipe.global_batch_size // context.world_size, context.device.type == "cpu"
+        model = build_model(options, recipe, space, condition)
+    batch_size, on_host = recipe.global_batch_size // context.world_size, context.device.type == "cpu"
     weights = 4 * sum(p.numel() for p in model.parameters())
-    images = batch_size * config.model.image_size**2  # bytes of a channel, of which there are one or three
+    images = batch_size * options.image_size**2  # bytes of a channel, of which there are one or three
     if on_host:  # gradients, EMA and two moments beside the weights; ten activations of each token in a block
-        blocks = len(model.blocks) if not config.compute.grad_checkpoint else 1
-        part = math.ceil(batch_size / config.compute.grad_accum)
-        copies = max(1, 5 / context.world_size) if config.compute.shard else 5  # each process makes the first weights
+        blocks = len(model.blocks) if not compute.grad_checkpoint else 1
+        part = math.ceil(batch_size / compute.grad_accum)
+        copies = max(1, 5 / context.world_size) if compute.shard else 5  # each process makes the first weights
         weights, images = copies * weights, 5 * images + 40 * part * model.pos_embed.numel() * blocks
-    options = ("--global-batch-size or --image-size", "--hidden-size, --depth, --mlp-ratio or --num-classes")
-    check_memory(weights + images, f"lower {options[weights > images]}")
-
-
-def introduce(config, trainer, dataset, session, notes):
-    """Log what is trained on what, and what may be a mistake."""
-    parameters = sum(p.numel() for p in trainer.ema.weights)
-    precision, where = config.compute.precision, trainer.context.describe()
-    session.log(f"{config.model.model} ({config.design.block}), {parameters:,} trainable parameters, {precision}, {where}")
-    if config.compute.shard:
-        number = trainer.mesh["shard"].size()
-        session.log(f"Weights, gradients, optimizer state and EMA are divided among {number} processes (--shard)")
-    session.log(
-        f"{len(dataset):,} images of {len(dataset.classes)} classes from {config.data.data_path}; run folder "
-        f"{session.run_dir}"
-    )
-    for note in notes:
-        session.log(note)
-    preset, now = PRESETS[config.recipe.recipe], config.flat()
-    if preset:
-        session.log(f"--recipe {config.recipe.recipe} is {' '.join(f'{flag(name)} {now[name]}' for name in preset)}")
-    given, found = config.model.num_classes, len(dataset.classes)
-    if found < given:
-        session.log(f"--num-classes {given}: the data has {found} classes, so labels from {found} on are never trained")
-    if warning := precision_warning(precision, trainer.device):
-        session.log(warning)
+    advice = ("--global-batch-size or --image-size", "--hidden-size, --depth, --mlp-ratio or --num-classes")
+    check_memory(weights + images, f"lower {advice[weights > images]}")

@@ -2,11 +2,11 @@
 FSDP2 (Zhao et al. 2023, "PyTorch FSDP"), the third stage of ZeRO (Rajbhandari et al. 2020).
 
 Each tensor is divided along its first axis. A block's weights are gathered before the block is computed, forward and
-backward, and given up afterwards; its gradients are averaged while they are divided again.
+backward, and freed afterwards; its gradients are averaged while they are divided again.
 
     shard(model, make_mesh(context, "all"))     # in place: the parameters are DTensors now
-    average = sharded_copy(model)               # divided in the same way
-    state = gather(optimizer.state_dict(), keep=context.is_main)     # whole tensors in the host's memory
+    average = copy_of(model)                    # divided in the same way
+    state = gather(optimizer.state_dict(), keep=context.is_main)     # full tensors in the host's memory
 """
 
 import copy
@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor
 from checkpoint.saver import copy_to_host
 from models import DiT
 from runtime.errors import UserError
+from runtime.files import reason
 from runtime.launch import launched
 
 TOLERANCE = 1e-3  # relative difference of gradients; a sum instead of an average is a difference of 1 or more
 
 
 def make_mesh(context, how):
-    """The grid of processes. how: "all" divides over all of them; "node" over those of a node, of which each has a whole
+    """The grid of processes. how: "all" divides over all of them; "node" over those of a node, of which each has a full
     copy. Every rank calls it. Raises UserError where that cannot be."""
     device, size = context.device.type, context.world_size
     if device == "mps":
@@ -57,9 +58,9 @@ def shard(model, mesh, precision="fp32"):
 
 
 def probe(context, mesh):
-    """Compare the gradient of a tiny sharded model with the average of the processes' own gradients: some versions of
-    PyTorch crash on CPUs or sum the gradients, which Adam would hide. Every rank calls it. Raises UserError, on all ranks,
-    where they differ."""
+    """Compare the gradient of a tiny sharded model with the average of the processes' own gradients: some of the versions
+    of PyTorch before 2.15 crash on CPUs or sum the gradients, which Adam would hide. Every rank calls it. Raises UserError,
+    on all ranks, where they differ."""
     random = torch.Generator().manual_seed(context.rank)
     x, y = torch.randn(2, 1, 4, 4, generator=random).to(context.device), torch.tensor([0, 1], device=context.device)
     try:
@@ -79,40 +80,27 @@ def probe(context, mesh):
         difference = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
         problem = None if difference < TOLERANCE else f"the gradients are wrong by {difference:.2g} of their size"
     except Exception as error:  # whatever this version raises
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    problems = list(filter(None, context.all_gather(problem)))
-    if problems:
-        raise UserError(
-            f"--shard: does not work with PyTorch {torch.__version__} on {context.device.type} ({problems[0]}); use "
-            "version 2.15 or later, or leave the option out"
-        )
+        problem = f"{type(error).__name__}: {reason(error)}"
+    if found := next(filter(None, context.all_gather(problem)), None):
+        problem = f"does not work with PyTorch {torch.__version__} on {context.device.type} ({found})"
+        raise UserError("--shard", problem, "use version 2.15 or later, or leave the option out")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Copies and state
-
-
-def sharded_copy(model):
-    """A copy of a sharded DiT, divided in the same way. It holds weights and computes nothing."""
-    return _with_weights(model, {name: value.detach().clone() for name, value in model.state_dict().items()})
-
-
-def whole_copy(model):
-    """A copy of a sharded DiT with all of its weights on this process's device, in eval mode, for an evaluation: the
-    processes may call it differently often, which would leave them waiting with a sharded one. Every rank calls it."""
-    return _with_weights(model, {name: value.full_tensor() for name, value in model.state_dict().items()})
-
-
-def _with_weights(model, weights):
+def copy_of(model, full=False):
+    """A copy of a sharded DiT in eval mode. Divided in the same way it holds weights and computes nothing. full: with all
+    weights on this process's device, for an evaluation: the processes may call it differently often, which would leave them
+    waiting with a sharded one. Every rank calls it."""
+    weights = model.state_dict().items()
     with torch.device("meta"):
-        copied = DiT(**model.config)
+        copied = DiT(**model.config, condition=model.condition)
+    weights = {name: value.full_tensor() if full else value.detach().clone() for name, value in weights}
     copied.load_state_dict(weights, assign=True)
     return copied.eval().requires_grad_(False)
 
 
 def gather(state, keep):
-    """A copy of a nested state in the host's memory with whole tensors, where `keep` is true; None for each tensor where it
-    is false. One tensor after the other is gathered, so that no device holds more. Every rank calls it. Copies of CUDA
+    """A copy of a nested state in the host's memory with full tensors, where `keep` is true; None for each tensor where it
+    is false. One tensor is gathered after the other, so that no device holds more. Every rank calls it. Copies of CUDA
     tensors are asynchronous, as those of `copy_to_host`."""
     if isinstance(state, dict):
         return {key: gather(value, keep) for key, value in state.items()}
@@ -124,30 +112,25 @@ def gather(state, keep):
 
 
 def scatter(state, model):
-    """This process's parts of the whole tensors in a state with `model`, `ema` and `opt`: the inverse of `gather`, without
+    """This process's parts of the full tensors in a state with `model`, `ema` and `opt`: the inverse of `gather`, without
     communication. Raises ValueError where shapes differ from those of the sharded model."""
     parameters = dict(model.named_parameters())
     by_number = dict(enumerate(parameters.values()))  # as the optimizer's state counts them
-    moments = {
-        number: {
-            key: _part(value, by_number[number]) if key != "step" else copy.deepcopy(value) for key, value in values.items()
-        }
-        for number, values in state["opt"]["state"].items()
-    }
-    weights = {
-        part: {name: _part(value, parameters[name]) for name, value in state[part].items()} for part in ("model", "ema")
-    }
-    return {**state, **weights, "opt": {**state["opt"], "state": moments}}
+    saved = state["opt"]["state"].items()
+    moments = {number: {**values, "step": copy.deepcopy(values["step"])} for number, values in saved}
+    for number, values in moments.items():
+        values |= {key: _part(value, by_number[number]) for key, value in values.items() if key != "step"}
+    model, ema = ({name: _part(value, parameters[name]) for name, value in state[of].items()} for of in ("model", "ema"))
+    return {**state, "model": model, "ema": ema, "opt": {**state["opt"], "state": moments}}
 
 
-def _part(whole, parameter):
-    """The DTensor of `whole` that is divided like `parameter`. Each part is copied: a view would keep the whole."""
-    if whole.shape != parameter.shape:
-        raise ValueError(f"a tensor of {tuple(whole.shape)}, must be {tuple(parameter.shape)}")
+def _part(full, parameter):
+    """The DTensor of `full` that is divided like `parameter`. Each part is copied: a view would keep all of it."""
+    if full.shape != parameter.shape:
+        raise ValueError(f"a tensor of {tuple(full.shape)}, must be {tuple(parameter.shape)}")
     mesh = parameter.device_mesh
-    parts, number = whole.chunk(mesh["shard"].size()), mesh["shard"].get_local_rank()
-    part = parts[number] if number < len(parts) else whole[:0]
+    parts, number = full.chunk(mesh["shard"].size()), mesh["shard"].get_local_rank()
+    part = parts[number] if number < len(parts) else full[:0]
     part = part.to(mesh.device_type, parameter.dtype, copy=True)
-    return DTensor.from_local(
-        part, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    like = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(part, mesh, parameter.placements, run_check=False, **like)

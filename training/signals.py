@@ -6,7 +6,8 @@ import time
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1, which schedulers send, and Ctrl-C ask for a stop after the current step.
+    """SIGTERM and SIGUSR1, which schedulers send, SIGHUP, which a closed terminal sends, and Ctrl-C ask for a stop after
+    the current step. SIGHUP stays ignored where it is at the start, as under nohup.
 
     A second Ctrl-C stops at once (not one within a second, since a launcher repeats what the terminal has already sent).
     The end of torchrun asks for a stop too: a signal that torchrun does not handle, or a kill, would otherwise leave its
@@ -16,9 +17,10 @@ class StopSignals:
         self.interrupted = self._signalled = False
         self._first = None
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self._handle)
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGUSR1 and no SIGHUP
+            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self._handle)
 
     @property
     def requested(self):

@@ -1,5 +1,5 @@
-"""Trackers that show a run's metrics and pictures in a browser. They follow metrics.jsonl: at each start of the run they
-are given all of it again, so that after a kill and a resume no step is there twice and none is missing."""
+"""Trackers that show a run's metrics and images in a browser. They follow metrics.jsonl: at each start of the run they are
+given all of it again, so that after a kill and a resume no step is there twice and none is missing."""
 
 import importlib.util
 import json
@@ -13,7 +13,6 @@ from PIL import Image
 
 from runtime import files
 from runtime.errors import UserError
-from training.grids import grid_paths
 
 
 class TensorBoard:
@@ -29,27 +28,19 @@ class TensorBoard:
         self.writer = SummaryWriter(folder, purge_step=0)
         rows = [f"| {name} | {value} |" for name, value in options.items()]
         self.writer.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]))
+        self.flush, self.close = self.writer.flush, self.writer.close
 
-    def add_row(self, row):
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self.writer.add_scalar(name, value, row["step"])
-
-    def add_picture(self, step, pixels):
-        self.writer.add_image("samples", pixels, step, dataformats="HWC")
-
-    def flush(self):
-        self.writer.flush()
-
-    def close(self):
-        self.writer.close()
+    def add(self, step, values):
+        for name, value in values.items():
+            if isinstance(value, np.ndarray):
+                self.writer.add_image(name, value, step, dataformats="HWC")
+            else:
+                self.writer.add_scalar(name, value, step)
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, whose id is kept in wandb.json; WANDB_MODE=offline records it in the run's folder `wandb`.
-
-    It takes no step that comes before one it has. A record made offline is made anew at each start, as TensorBoard's is. A
-    run on a server keeps its rows, and those that it has are not sent again."""
+    """A run of Weights & Biases, whose id is kept in wandb.json; WANDB_MODE=offline records it in the run's folder `wandb`,
+    anew at each start. A run on a server keeps its rows: those that it has are not sent again."""
 
     def __init__(self, run_dir, options):
         import wandb
@@ -59,28 +50,19 @@ class WeightsAndBiases:
         files.write_json(path, {"id": name})
         for old in Path(run_dir).glob(f"wandb/offline-run-*-{name}"):
             shutil.rmtree(old)
-        self.make_image = wandb.Image
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "dit"), id=name, name=Path(run_dir).name, dir=run_dir, config=options,
             resume="allow", settings=wandb.Settings(console="off", save_code=False),
         )  # fmt: skip
-        self.first_step = self.run.step
+        self.make_image, self.first_step, self.close = wandb.Image, self.run.step, self.run.finish
 
     def add(self, step, values):
         if step >= self.first_step:
-            self.run.log(values, step=step)
-
-    def add_row(self, row):
-        self.add(row["step"], {name: value for name, value in row.items() if name != "step" and value is not None})
-
-    def add_picture(self, step, pixels):
-        self.add(step, {"samples": self.make_image(pixels)})
+            images = {name: self.make_image(value) for name, value in values.items() if isinstance(value, np.ndarray)}
+            self.run.log({**values, **images}, step=step)
 
     def flush(self):
         """Does nothing: another process writes what it is given."""
-
-    def close(self):
-        self.run.finish()
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
@@ -91,41 +73,34 @@ def check_installed(names):
     for name in names or ():
         spec = importlib.util.find_spec(name)
         if not (spec and spec.origin):  # a folder of that name, which both packages make, is found too
-            raise UserError(f"--report-to {name}: the package {name} is not installed; run: pip install {name}")
+            raise UserError(f"--report-to {name}", f"the package {name} is not installed", f"run: pip install {name}")
 
 
 class Trackers:
     """The trackers `names` of the run in `run_dir`, with the history that the folder holds. options: of the run. A tracker
-    that fails later is given up with a line of log(text), because training need not end for it; the next start of the run
-    makes up for what it has missed."""
+    that fails later is closed with a line of log(text), because training need not end for it; the next start adds what it
+    has missed."""
 
     def __init__(self, names, run_dir, options, log):
-        self.log = log
-        self.open = {}
+        self.log, self.open = log, {}
         for name in dict.fromkeys(names or ()):
             try:
                 self.open[name] = TRACKERS[name](run_dir, options)
             except Exception as error:  # every package raises its own kinds
-                raise UserError(f"--report-to {name}: cannot start ({files.reason(error)}); leave it out") from None
+                raise UserError(f"--report-to {name}", f"cannot start ({files.reason(error)})", "leave it out") from None
         path = Path(run_dir) / "metrics.jsonl"
-        if not self.open or not path.exists():
-            return
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        history = [(row["step"], row) for row in rows] + [(int(grid.stem), grid) for grid in grid_paths(run_dir)]
-        for step, entry in sorted(history, key=lambda entry: entry[0]):
-            if isinstance(entry, dict):
-                self._each(lambda tracker, row=entry: tracker.add_row(row))
-            else:
-                self._each(lambda tracker, step=step, path=entry: tracker.add_picture(step, read_pixels(path)))
+        if self.open and path.exists():
+            rows = map(json.loads, path.read_text().splitlines())
+            history = [(row.pop("step"), row) for row in rows]
+            history += [(step, {name: path}) for step, name, path in image_paths(run_dir)]
+            self.add(*sorted(history, key=lambda entry: entry[0]))
+
+    def add(self, *rows):
+        """Add pairs of a step and {name: number, PIL image, or path of an image}; None is left out."""
+        for step, row in rows if self.open else ():
+            values = {name: read_pixels(value) for name, value in row.items() if value is not None}
+            self._each(lambda tracker, step=step, values=values: tracker.add(step, values))
         self._each(lambda tracker: tracker.flush())
-
-    def add_row(self, row):
-        """Add a row of metrics.jsonl, whose null is None."""
-        self._each(lambda tracker: (tracker.add_row(row), tracker.flush()))
-
-    def add_picture(self, step, picture):
-        """Add a PIL image."""
-        self._each(lambda tracker: (tracker.add_picture(step, np.asarray(picture)), tracker.flush()))
 
     def close(self):
         self._each(lambda tracker: tracker.close())
@@ -140,7 +115,16 @@ class Trackers:
                 self.log(f"--report-to {name}: given up ({why}); metrics.jsonl has all numbers")
 
 
-def read_pixels(path):
-    """A picture file as (H, W, 3) uint8."""
-    with Image.open(path) as file:
-        return np.asarray(file.convert("RGB"))
+def image_paths(run_dir):
+    """[(step, name, path)] of the images in a run's folder, as `RunFolder.write_image` names them."""
+    paths = sorted((Path(run_dir) / "samples").glob("*.png"))
+    parts = [(path.stem.rpartition("-"), path) for path in paths]
+    return [(int(step), name or "samples", path) for (name, _, step), path in parts if step.isdecimal()]
+
+
+def read_pixels(value):
+    """A PIL image, or a file of one, as (H, W, 3) uint8; a number as it is."""
+    if isinstance(value, Path):
+        with Image.open(value) as file:
+            return np.asarray(file.convert("RGB"))
+    return np.asarray(value) if isinstance(value, Image.Image) else value

@@ -2,27 +2,24 @@
 
 import contextlib
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from data.autoencoder import encode_batch
-from data.text_encoder import encode_texts
-from diffusion import create_diffusion
-from diffusion.flow import Flow
+from data.condition import Classes
+from diffusion.registry import make_objective
 from runtime import seeds
 from runtime.devices import set_precision, use_deterministic_kernels
+from runtime.files import reason
 from training.ema import EMA
-
-MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 
 
 @dataclass
 class StepResult:
-    """What one update leaves on this rank. losses: `loss`, `mse` and, but for a flow, `vb`, (N,) each; grad_norm and finite
-    are scalars on the device (an update that is not finite was skipped). batch: the batch's dict."""
+    """What one update leaves on this rank. losses: of the objective, by their names, (N,) each, `loss` among them;
+    grad_norm, finite: scalars on the device (an update that is not finite was skipped)."""
 
     losses: dict
     grad_norm: torch.Tensor
@@ -33,26 +30,19 @@ class StepResult:
 class Trainer:
     """The weights, their EMA and the optimizer, and the update of all three.
 
-    recipe: RecipeConfig. compute: ComputeConfig. precision: "fp32", "tf32" or "bf16". space: the latent space of the
-    batches, on the context's device. total_steps: of the run, which a cosine learning rate needs to know. text: what
-    encodes the texts of a model of texts, on the device. Parameters of the model that do not require gradients are not
-    trained. steps_made, images_seen: position of the run."""
+    recipe: RecipeConfig. compute: ComputeConfig. precision: "fp32", "tf32" or "bf16". space: the latent space of batches.
+    total_steps: of the run, for a cosine learning rate. condition: what the model draws by (default: its classes); both on
+    the device. Parameters that require no gradient are not trained. steps_made, images_seen: position of the run."""
 
-    def __init__(self, recipe, compute, context, model, space, precision="fp32", total_steps=None, text=None):
-        self.recipe, self.compute, self.context, self.space, self.text = recipe, compute, context, space, text
+    def __init__(self, recipe, compute, context, model, space, precision="fp32", total_steps=None, condition=None):
+        self.recipe, self.compute, self.context, self.space = recipe, compute, context, space
+        self.condition = condition or model.condition or Classes(model.num_classes)
         self.total_steps = total_steps
         if compute.deterministic:
             use_deterministic_kernels()
         self.device = device = context.device
         self.model = model.train()
-        model.y_embedder.eval()  # `step` drops labels, or texts, itself, for the whole batch
-        self.drop = model.y_embedder.drop
-        if text:
-            model.text_embedder.eval()
-            # a copy, because with --shard the parameter itself is divided
-            self.drop = partial(
-                model.text_embedder.drop, null_text=model.text_embedder.null_text.detach().to(device, copy=True)
-            )
+        model.y_embedder.eval()  # `step` drops conditions itself, for the whole batch
         model.gradient_checkpointing = compute.grad_checkpoint
         average = None
         if compute.shard:
@@ -61,13 +51,9 @@ class Trainer:
             self.sharding, self.mesh = sharding, sharding.make_mesh(context, compute.shard)
             sharding.probe(context, self.mesh)
             sharding.shard(model, self.mesh, precision)
-            average = sharding.sharded_copy(model)
+            average = sharding.copy_of(model)
         self.ema = EMA(model.to(device), recipe.ema_decay, recipe.ema_warmup, average)
-        if model.objective == "flow":
-            self.diffusion = Flow()
-        else:
-            snr_gamma = MIN_SNR_GAMMA if recipe.loss_weight == "min-snr" else None
-            self.diffusion = create_diffusion("", predict=model.predict, snr_gamma=snr_gamma)
+        self.objective = make_objective(model.objective, model.predict, model.learn_sigma, recipe.loss_weight)
         # all parameters, frozen ones too: their places are part of the layout of the optimizer state in checkpoints
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
@@ -89,19 +75,19 @@ class Trainer:
             if compute.ddp_comm == "bf16":
                 self.parallel_model.register_comm_hook(None, bf16_compress_hook)
         self.steps_made = self.images_seen = 0
+        # images that a process computes at once; what fits in training fits elsewhere
+        self.part_size = max(1, recipe.global_batch_size // context.world_size // compute.grad_accum)
 
     def step(self, batch):
         """One update on this rank's part of the global batch, {"image" or "moments", "label", "index", ...}."""
         # noise, timesteps and null labels depend on (seed, step, rank): there is no random state to save or to lose
         seed = seeds.torch_seed(self.recipe.global_seed, seeds.TRAINING_STEP, self.steps_made, self.context.rank)
         torch.manual_seed(seed)
-        y = encode_texts(self.text, batch, self.device) if self.text else batch["label"].to(self.device, non_blocking=True)
-        if self.model.num_classes == 0 and not self.text:
-            y = torch.zeros_like(y)
+        y = self.condition.y(batch, self.device)
         x_0 = encode_batch(self.space, batch, self.device)  # (N, C, h, w)
-        t = self.diffusion.draw_timesteps(len(x_0), self.device, self.recipe.timestep_sampling)
+        t = self.objective.draw_timesteps(len(x_0), self.device, self.recipe.timestep_sampling)
         noise = torch.randn_like(x_0)
-        losses = self.backward(x_0, t, noise, self.drop(y))
+        losses = self.backward(x_0, t, noise, self.condition.drop(y, self.model.config["class_dropout_prob"]))
         grad_norm, finite = self.optimizer_step()
         self.steps_made += 1
         self.images_seen += self.recipe.global_batch_size
@@ -115,19 +101,20 @@ class Trainer:
         num_parts, found = self.compute.grad_accum, []
         parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, y)), strict=True)
         for i, (x_0_i, t_i, noise_i, y_i) in enumerate(parts, 1):
-            # DDP exchanges the last sum, not the parts; with --shard no process has room for the whole of a sum
+            # DDP exchanges the last sum, not the parts; with --shard no process has room for all of a sum
             synchronise = self.parallel_model is self.model or i == num_parts
             with contextlib.nullcontext() if synchronise else self.parallel_model.no_sync():
                 with self.autocast:
-                    losses = self.diffusion.training_losses(self.parallel_model, x_0_i, t_i, {"y": y_i}, noise_i)
+                    losses = self.objective.training_losses(self.parallel_model, x_0_i, t_i, {"y": y_i}, noise_i)
                 (losses["loss"].sum() / len(x_0)).backward()
             found.append({name: values.detach() for name, values in losses.items()})
         return {name: torch.cat([losses[name] for losses in found]) for name in found[0]}
 
     def optimizer_step(self):
         """Update weights and EMA. Where the gradient is not finite, the fused optimizer leaves weights and state alone: on
-        the device, without the host waiting, and on all ranks alike, since they share the averaged gradient. Returns the
-        gradient's norm and whether it was finite."""
+        the device, without the host waiting, and on all ranks alike, since they share the averaged gradient. The average
+        moves all the same, towards the weights as they are: to leave it would need the host, or a second pass over it.
+        Returns the gradient's norm and whether it was finite."""
         weights = self.ema.weights
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
         if self.compute.shard:
@@ -141,12 +128,12 @@ class Trainer:
         self.ema.update(self.steps_made)
         return grad_norm, finite
 
-    def whole(self, module):
-        """`module`, the model or ema.module, with all of its weights on this device, for an evaluation: with --shard a
-        copy, which every rank has to make, else the module itself."""
+    def full(self, module):
+        """`module`, the model or ema.module, with its full (unsharded) weights, for an evaluation: with --shard a copy,
+        which every rank has to make, else the module itself."""
         if not self.compute.shard:
             return module
-        module = self.sharding.whole_copy(module)
+        module = self.sharding.copy_of(module, full=True)
         if self.compute.compile:
             module.compile_blocks(self.compute.compile)
         return module
@@ -154,13 +141,8 @@ class Trainer:
     def state_dict(self):
         """The part of a checkpoint that the updates change. With --shard every rank calls it, and rank 0 alone gets the
         tensors, as copies in the host's memory."""
-        state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "opt": self.optimizer.state_dict(),
-            "step": self.steps_made,
-            "images_seen": self.images_seen,
-        }
+        state = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict(), "opt": self.optimizer.state_dict()}
+        state |= {"step": self.steps_made, "images_seen": self.images_seen}
         return self.sharding.gather(state, self.context.is_main) if self.compute.shard else state
 
     def load_state_dict(self, state):
@@ -172,9 +154,8 @@ class Trainer:
                 state = self.sharding.scatter(state, self.model)
             self.model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
-            groups = [
-                {**theirs, **ours} for theirs, ours in zip(state["opt"]["param_groups"], hyperparameters, strict=True)
-            ]
+            pairs = zip(state["opt"]["param_groups"], hyperparameters, strict=True)
+            groups = [{**theirs, **ours} for theirs, ours in pairs]
             self.optimizer.load_state_dict({**state["opt"], "param_groups": groups})
             for p, saved in list(self.optimizer.state.items()):
                 if not p.requires_grad:  # frozen since: its state would be of no use
@@ -182,5 +163,5 @@ class Trainer:
                 elif any(saved[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
                     raise ValueError("moments of other shapes than the weights")
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+            raise ValueError(f"{type(error).__name__}: {reason(error)}") from None
         self.steps_made, self.images_seen = state["step"], state["images_seen"]

@@ -32,10 +32,11 @@ from helpers import Ranks, assert_same_state, latest, without_timings
 
 import sample_ddp
 import train
+from benchmarks.timing import table
 from checkpoint import files
 from runtime.config import Config, option
 from runtime.errors import RunError
-from runtime.files import check_output, write_json
+from runtime.files import write_json
 from runtime.parser import Parser
 
 # --log-every divides --ckpt-every: every row of the metrics then covers a whole interval, also the first after a resume
@@ -52,22 +53,17 @@ class FaultsConfig(Config):
 
     kills: int = option(216, "number of kills: three quarters in training, the others in sampling", low=8, high=1_000_000)
     seed: int = option(0, "seed of the moments and damages; they also depend on the machine's speed", low=0, high=2**63 - 1)
-    json: str | None = option(None, "write the counts to this file (default: they are only printed)", metavar="FILE")
+    json: str | None = option(None, "also write the numbers to this file", metavar="FILE", path="output")
 
 
 def main(argv=None):
     parser = Parser(FaultsConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        if config.json:
-            check_output(config.json, "--json")
         start = time.perf_counter()
         rows = run_scenarios(config)
-    columns = list(rows[0])
-    total = {"scenario": "all"} | {key: sum(row.get(key, 0) for row in rows) for key in columns[1:]}
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in [*rows, total]:
-        print(f"| {' | '.join(str(row.get(key, '')) for key in columns)} |")
+    total = {"scenario": "all"} | {key: sum(row.get(key, 0) for row in rows) for key in list(rows[0])[1:]}
+    print(table([*rows, total]))
     print(f"{time.perf_counter() - start:.0f} s, seed {config.seed}, torch {torch.__version__}")
     if config.json:
         write_json(config.json, [*rows, total])
@@ -78,7 +74,7 @@ def run_scenarios(config):
     """The counts of every scenario, a list of dicts."""
     torch.set_num_threads(1)  # forked processes may not use OpenMP's threads
     # what the commands import after parsing, once here and not in every forked process
-    for module in ("sklearn.datasets", "training.session", "training.trainer", "sampling.image_set"):
+    for module in ("sklearn.datasets", "training.run", "training.trainer", "sampling.image_set"):
         importlib.import_module(module)
 
     rows, chance = [], random.Random(config.seed)

@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 python tests/stress/mistakes.py --only evaluate
 
 A mistake is a wrong value or combination of options, a file that is missing, damaged or of a special kind, a record in it
-that is wrong, a number that is none, a size that does not fit, a full disk, or Ctrl-C. The right answer is one line on
-stderr that names the option or the file, an exit status that says so, and an end within a minute; no traceback, no file
-lost or changed, no temporary file left. Commands run in forked processes, some in two as under torchrun, and some as a user
-starts them. The exit status is 1 if an answer is wrong.
+that is wrong, a number that is none, a size that does not fit, a full disk, or Ctrl-C: the table is mistakes.txt. The right
+answer is one line on stderr that names the option or the file, an exit status that says so, and an end within a minute; no
+traceback, no file lost or changed, no temporary file left. Commands run in forked processes, some in two as under torchrun,
+and some as a user starts them. The exit status is 1 if an answer is wrong.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +31,16 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # torch-fidelity installs a package named tests
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from helpers import ROOT, Ranks, command_module
-from stress.mistake_cases import KINDS, VALID, all_cases
+from stress.mistake_cases import KINDS, VALID, all_cases, copies
 from stress.mistake_inputs import make_inputs
 
+from benchmarks.timing import table
 from runtime.config import Config, option
-from runtime.files import check_output, write_json
+from runtime.files import write_json
 from runtime.parser import Parser
 
 MEMORY = 8 * 2**30  # bytes that a command may ask for beyond what this process has
+MAY_CHANGE = ("status.json", "options.json", ".lock")
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,28 @@ class MistakesConfig(Config):
 
     only: tuple[str, ...] | None = option(None, "only the cases of these commands or kinds (default: all)", metavar="WORD",
         choices=(*VALID, *KINDS))  # fmt: skip
-    json: str | None = option(None, "write every answer to this file (default: only the table is printed)", metavar="FILE")
+    json: str | None = option(None, "also write the numbers to this file", metavar="FILE", path="output")
 
 
-def snapshot(folder, contents=False):
-    """{path: what tells whether it has changed}; status.json and a run's options.json may."""
+def stamps(folder):
+    """{path: what tells whether it has changed}."""
     found = {}
     for parent, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            path = os.path.join(parent, name)
+        for path in (os.path.join(parent, name) for name in [*folders, *names] if name not in MAY_CHANGE):
             info = os.lstat(path)
-            regular = contents and os.path.isfile(path) and not os.path.islink(path)
-            if name not in ("status.json", "options.json", ".lock") and (regular or not contents or os.path.islink(path)):
-                found[path] = Path(path).read_bytes() if regular else (info.st_size * (name not in folders), info.st_mode)
-                if not contents and name not in folders:
-                    found[path] += (info.st_mtime_ns,)
+            found[path] = (info.st_mode,) if os.path.isdir(path) else (info.st_mode, info.st_size, info.st_mtime_ns)
     return found
 
 
+def contents(folder):
+    """{path: bytes} of the regular files, and {path: None} of everything else but folders."""
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if name not in MAY_CHANGE]
+    regular = {path: os.path.isfile(path) and not os.path.islink(path) for path in paths}
+    return {path: Path(path).read_bytes() if regular[path] else None for path in paths}
+
+
 def limit_resources(case):
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore it, and so would their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children too
     if case.limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case.limit, case.limit))
     used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -77,29 +78,28 @@ def limit_resources(case):
 
 
 class Answer:
-    """A case that runs, and what came of it."""
+    """A case that runs, and what came of it. inputs: the stamps of the inputs before; None while these are made."""
 
     def __init__(self, case, root, number, inputs):
-        self.case, self.inputs, self.start = case, inputs, time.monotonic()
-        self.folder = root if inputs is None else root / f"case{number}"
-        self.output, self.interrupted = root / f"output{number}", False
+        self.case, self.inputs, self.start, self.late, self.interrupted = case, inputs, time.monotonic(), False, False
+        self.root, self.folder = root, root if inputs is None else root / f"case{number}"
         if inputs is not None:
             self.folder.mkdir()
             (self.folder / "in").symlink_to(root / "in")
-            for name in case.copies:
+            for name in copies(case, root / "in"):
                 subprocess.run(["cp", "-a", root / "in" / name, self.folder / name], check=True)
-            self.copies = snapshot(self.folder, contents=True)
+            self.before = contents(self.folder)
         # stdout and stderr of each process; files would have the limit too
         self.pipes, self.said = [(os.pipe(), os.pipe()) for _ in range(case.ranks)], {}
         if case.alone:
-            (_, out), (_, err) = self.pipes[0]
             settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
             self.processes = [subprocess.Popen(
-                [sys.executable, "-m", command_module(case.command), *case.argv], cwd=self.folder, stdout=out, stderr=err,
-                env=os.environ | settings, preexec_fn=lambda: limit_resources(case),
+                [sys.executable, "-m", command_module(case.command), *case.argv], cwd=self.folder,
+                stdout=self.pipes[0][0][1], stderr=self.pipes[0][1][1], env=os.environ | settings,
+                preexec_fn=lambda: limit_resources(case),
             )]  # fmt: skip
         else:
-            self.processes = Ranks(self.run_command, case.argv, case.ranks, self.output).processes
+            self.processes = Ranks(self.run_command, case.argv, case.ranks, root / f"output{number}").processes
         for read, write in sum(self.pipes, ()):
             os.close(write)
             os.set_blocking(read, False)
@@ -118,12 +118,10 @@ class Answer:
 
     def statuses(self):
         """Exit statuses of the processes; None for one that runs."""
-        if self.case.alone:
-            return [self.processes[0].poll()]
-        return [process.exitcode for process in self.processes]
+        return [process.poll() if self.case.alone else process.exitcode for process in self.processes]
 
     def texts(self, stream):
-        """What the processes have said: 0 for stdout, 1 for stderr."""
+        """What the processes have said: 0 for stdout, 1 for stderr. To be called often: a full pipe stops the command."""
         for pair in self.pipes:
             with contextlib.suppress(BlockingIOError):
                 while content := os.read(read := pair[stream][0], 1 << 16):
@@ -131,106 +129,78 @@ class Answer:
         return [self.said.get(pair[stream][0], b"").decode(errors="replace") for pair in self.pipes]
 
     def is_done(self):
-        seconds = time.monotonic() - self.start
-        limit = 30 if self.case.ranks > 1 else 60
-        if (
-            self.case.interrupt is not None
-            and not self.interrupted
-            and seconds > 1
-            and self.case.interrupt in "".join(self.texts(0) + self.texts(1))
-        ):
+        seconds, said, wait_for = time.monotonic() - self.start, self.texts(0) + self.texts(1), self.case.interrupt
+        if wait_for is not None and not self.interrupted and seconds > 1 and wait_for in "".join(said):
             self.interrupted = True
             for process in self.processes:
                 os.kill(process.pid, signal.SIGINT)
-        self.texts(0), self.texts(1)  # a full pipe would stop the command
         if None not in self.statuses():
             return True
-        if seconds > limit:
+        if seconds > (30 if self.case.ranks > 1 else 60):
+            self.late = True
             for process in self.processes:
                 process.kill()
                 process.wait() if self.case.alone else process.join()
-            self.late = True
-        return seconds > limit
-
-    late = False
+        return self.late
 
     def report(self):
-        seconds, case = time.monotonic() - self.start, self.case
-        stdout, stderr = self.texts(0), self.texts(1)
+        """{command, kind, name, wrong: what is wrong with the answer, "" for nothing, seconds, line, text}."""
+        seconds, case, stdout, stderr = time.monotonic() - self.start, self.case, self.texts(0), self.texts(1)
         lines = [line for text in stderr for line in text.replace("\r", "\n").split("\n")]
         errors = [line for line in lines if re.match(r"\S+: error: ", line)]
-        wrong = []
-        if self.late:
-            wrong.append("did not end")
-        if "Traceback" in "".join(stderr + stdout):
-            wrong.append("traceback")
-        if case.interrupt is not None and not self.interrupted:
-            wrong.append("ended before Ctrl-C")
-        if any(status not in case.status for status in self.statuses()) and not self.late:
-            wrong.append(f"status {self.statuses()}")
-        if (
-            len(errors) != (0 not in case.status)
-            and "Stopped (interrupted)" not in case.words
-            and not (len(errors) < 2 and 0 in case.status and len(case.status) > 1)
-        ):
-            wrong.append(f"{len(errors)} error lines")
-        elif errors and stderr and not any(text.rstrip("\n").endswith(errors[0]) for text in stderr):
-            wrong.append("more than one line")
-        said = "\n".join(errors or stdout)
-        wrong += [f"does not say {word!r}" for word in case.words if word not in said and 0 not in case.status]
-        if errors and len(errors[0]) > 800:
-            wrong.append("a long line")
+        is_mistake, may_be = 0 not in case.status, len(case.status) > 1 and 0 in case.status
+        stopped = case.word.startswith("Stopped")  # a run that was interrupted says so in its log, and not as an error
+        faults = {
+            "did not end": self.late,
+            "traceback": "Traceback" in "".join(stderr + stdout),
+            "ended before Ctrl-C": case.interrupt is not None and not self.interrupted,
+            f"status {self.statuses()}": not self.late and not {*self.statuses()} <= {*case.status},
+            f"{len(errors)} error lines": len(errors) != is_mistake and not stopped and not (may_be and len(errors) < 2),
+            "more than one line": len(errors) == 1 and not any(text.rstrip("\n").endswith(errors[0]) for text in stderr),
+            f"does not say {case.word!r}": is_mistake and case.word not in "\n".join(errors or stdout),
+            "a long line": bool(errors) and len(errors[0]) > 800,
+        }
+        wrong = [fault for fault, found in faults.items() if found]
         if self.inputs is not None:
-            after = snapshot(self.folder, contents=True)
-            if 0 not in case.status:
-                changed = [
-                    p
-                    for p, content in self.copies.items()
-                    if after.get(p) is None or (isinstance(content, bytes) and not after[p].startswith(content))
-                ]
-                wrong += [f"changed {os.path.relpath(p, self.folder)}" for p in changed]
-            wrong += [
-                f"left {os.path.relpath(p, self.folder)}"
-                for p in after
-                if p.endswith((".tmp", ".part")) or "code-was-run" in p
-            ]
-            if case.kind != "values" and (now := snapshot(self.inputs)) != self.inputs_before:
-                wrong += [f"changed {p}" for p in {*now, *self.inputs_before} if now.get(p) != self.inputs_before.get(p)][
-                    :3
-                ]
-                type(self).inputs_before = now
+            wrong += self.changes(is_mistake)
             shutil.rmtree(self.folder, ignore_errors=True)
         for read, _ in sum(self.pipes, ()):
             os.close(read)
-        text = "".join(stderr)[-1500:] + "".join(stdout)[-1500:]
-        return {"command": case.command, "kind": case.kind, "name": case.name, "wrong": "; ".join(wrong),
-        "seconds": round(seconds, 2),
-                "line": errors[0] if errors else "", "text": text if wrong else ""}  # fmt: skip
+        text = "".join(stderr)[-1500:] + "".join(stdout)[-1500:] if wrong else ""
+        return {
+            "command": case.command, "kind": case.kind, "name": case.name, "wrong": "; ".join(wrong),
+            "seconds": round(seconds, 2), "line": errors[0] if errors else "", "text": text,
+        }  # fmt: skip
 
-    inputs_before = None
+    def changes(self, is_mistake):
+        """The files that were changed or left. A log may be longer than it was."""
+        after = contents(self.folder)
+        found = [f"left {path}" for path in after if path.endswith((".tmp", ".part")) or "code-was-run" in path]
+        for path, content in self.before.items() if is_mistake else ():
+            if path not in after or (content is not None and not (after[path] or b"").startswith(content)):
+                found.append(f"changed {path}")
+        if self.case.kind != "values" and (now := stamps(self.root / "in")) != self.inputs:
+            found += [f"changed {path}" for path in {*now, *self.inputs} if now.get(path) != self.inputs.get(path)][:3]
+            self.inputs.clear()
+            self.inputs.update(now)
+        return found
 
 
 def run_cases(cases, root, without_inputs=False, jobs=2, progress=False):
     """The answers to the cases, a list of dicts in their order. `wrong` says what is wrong with one."""
     answers, running, waiting = {}, {}, list(enumerate(cases))
-    inputs = None if without_inputs else root / "in"
-    Answer.inputs_before = inputs and snapshot(inputs)
+    inputs = None if without_inputs else stamps(root / "in")
     gc.freeze()  # or collecting would copy the pages that forked processes share
     with tqdm(total=len(cases), desc="Mistakes", unit="case", mininterval=5, disable=not progress) as bar:
         while waiting or running:
             while waiting and sum(answer.case.ranks for answer in running.values()) < jobs:
                 number, chosen = waiting.pop(0)
                 running[number] = Answer(chosen, root, number, inputs)
-            for number, answer in list(running.items()):
-                if answer.is_done():
-                    answers[number] = answer.report()
-                    if progress and answers[number]["wrong"]:
-                        tqdm.write(
-                            f"{answers[number]['name']}\n    {answers[number]['wrong']}: {answers[number]['line']}",
-                            file=sys.stderr,
-                        )
-                    del running[number]
-                    bar.update()
+            for number in [number for number, answer in running.items() if answer.is_done()]:
+                found = answers[number] = running.pop(number).report()
+                if progress and found["wrong"]:
+                    tqdm.write(f"{found['name']}\n    {found['wrong']}: {found['line']}", file=sys.stderr)
+                bar.update()
             time.sleep(0.005)
     gc.unfreeze()
     return [answers[number] for number in range(len(cases))]
@@ -240,12 +210,12 @@ def prepare():
     """Import once what the commands import after parsing, so that forked processes need not."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)  # forked processes may not use OpenMP's threads
-    modules = ("sklearn.datasets", "diffusers", "matplotlib.figure", "torch_fidelity", "evaluation.comparison",
-    "evaluation.likelihood",
-               "evaluation.during_training", "training.session", "training.trainer", "training.finetune",
-               "sampling.image_set",
-               "sampling.grid", "sampling.original", "data.extraction", "checkpoint.diffusers_folder",
-               "data.class_names")  # fmt: skip
+    modules = (
+        "sklearn.datasets", "diffusers", "matplotlib.figure", "torch_fidelity", "evaluation.comparison",
+        "evaluation.likelihood", "evaluation.during_training", "training.run", "training.trainer", "training.finetune",
+        "sampling.image_set", "sampling.grid", "sampling.labels", "sampling.editing", "data.extraction",
+        "checkpoint.diffusers_folder", "data.listing",
+    )  # fmt: skip
     for module in (*map(command_module, VALID), *modules):
         importlib.import_module(module)
     from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel  # noqa: F401 -- imported when they are named
@@ -255,37 +225,29 @@ def main(argv=None):
     parser = Parser(MistakesConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        if config.json:
-            check_output(config.json, "--json")
         start = time.perf_counter()
         prepare()
         cases = [case for case in all_cases() if not config.only or {case.command, case.kind} & {*config.only}]
         with tempfile.TemporaryDirectory() as folder:
             make_inputs(Path(folder), run_cases)
             answers = run_cases(cases, Path(folder), progress=True)
-    print_table(answers)
+    print(table_of(answers))
     print(f"{time.perf_counter() - start:.0f} s, torch {torch.__version__}")
     if config.json:
         write_json(config.json, answers)
     sys.exit(any(answer["wrong"] for answer in answers))
 
 
-def print_table(answers):
-    """Right answers and mistakes by command and kind."""
-    count, right = (
-        Counter((a["command"], a["kind"]) for a in answers if not (a["wrong"] and good)) for good in (False, True)
-    )
-    kinds = [kind for kind in KINDS if any(kind == found for _, found in count)]
-    print(f"| command | {' | '.join([*kinds, 'all'])} |\n|{'---|' * (len(kinds) + 2)}")
-    for command in [*(command for command in VALID if any(command == found for found, _ in count)), "all"]:
-        cells = []
-        for kind in [*kinds, "all"]:
-            of, good = (
-                sum(n for (c, k), n in which.items() if command in (c, "all") and kind in (k, "all"))
-                for which in (count, right)
-            )
-            cells.append(f"{good}/{of}" if of else "")
-        print(f"| {' | '.join([command, *cells])} |")
+def table_of(answers):
+    """Right answers and mistakes by command and kind, as Markdown."""
+
+    def share(command, kind):
+        chosen = [a for a in answers if command in (a["command"], "all") and kind in (a["kind"], "all")]
+        return f"{sum(not a['wrong'] for a in chosen)}/{len(chosen)}" if chosen else ""
+
+    commands = [name for name in VALID if any(answer["command"] == name for answer in answers)]
+    kinds = [name for name in KINDS if any(answer["kind"] == name for answer in answers)]
+    return table([{"command": of, **{kind: share(of, kind) for kind in (*kinds, "all")}} for of in (*commands, "all")])
 
 
 if __name__ == "__main__":

@@ -25,16 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # torch-fidelity installs a 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from helpers import assert_same_state, latest, metrics, without_timings
 
+from benchmarks.timing import table
 from checkpoint import files
 from runtime.config import Config, option
 from runtime.errors import RunError, UserError
-from runtime.files import check_output, write_json
+from runtime.files import write_json
 from runtime.parser import Parser
 
 ROOT = Path(__file__).parents[2]
 TINY = (
     "--data-path digits --vae none --image-size 8 --num-classes 10 --hidden-size 16 --depth 1 --num-heads 2 --patch-size 2 "
-    "--global-batch-size 12 --device cpu --num-workers 0 --log-every 1 --ckpt-every 50 --max-steps 400"
+    "--global-batch-size 12 --device cpu --num-workers 0 --log-every 1 --ckpt-every 50"
 ).split()
 WIDE = (
     "--data-path digits --vae none --image-size 8 --num-classes 10 --model DiT-S/8 --depth 4 --global-batch-size 4 "
@@ -54,15 +55,13 @@ class TwoHostsConfig(Config):
     only: tuple[str, ...] | None = option(None, "disturbances to try, by their names in the table (default: all)")
     inception_weights: str | None = option(None, "weights of the Inception network; evaluate.py is left out without "
         "(default: none)", metavar="FILE")  # fmt: skip
-    json: str | None = option(None, "write the tables to this file (default: they are only printed)", metavar="FILE")
+    json: str | None = option(None, "also write the numbers to this file", metavar="FILE", path="output")
 
 
 def main(argv=None):
     parser = Parser(TwoHostsConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        if config.json:
-            check_output(config.json, "--json")
         if unknown := set(config.only or ()) - {*DISTURBANCES, RATES}:
             raise UserError(f"--only {min(unknown)}: is none of {', '.join([*DISTURBANCES, RATES])}")
         if reason := why_not():
@@ -90,11 +89,6 @@ def why_not():
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, timeout=10)
     subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=10)
     return f"this system makes no network namespaces ({made.stderr.strip()})" if made.returncode else None
-
-
-def table(rows):
-    cells = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,40 +274,40 @@ def measure(config):
 
 def try_commands(config, hosts, folder):
     """Train, resume, sample and evaluate on both hosts, and compare with two processes on one."""
-    rows, one, two = [], folder / "one", folder / "two"
+    rows, one, two, together = [], folder / "one", folder / "two", ["--nproc_per_node=2"]
 
     def row(what, seconds, same):
         rows.append({"command": what, "seconds": round(seconds, 1), "same as on one host": same})
         print(rows[-1], flush=True)
 
-    together = ["--nproc_per_node=2"]
-    Job(hosts[:1], folder, "train.py", [*TINY, "--run-dir", one], together).finish()
-    half = [*TINY[:-1], "200", "--run-dir", two]
-    row("train.py, 200 steps", Job(hosts, folder, "train.py", half).finish(), "")
-    row("train.py, resumed, to 400", Job(hosts, folder, "train.py", [*TINY, "--run-dir", two]).finish(), same(one, two))
+    def train(run, steps=400, where=hosts, launch=(), **environment):
+        return Job(where, folder, "train.py", [*TINY, "--max-steps", steps, "--run-dir", run], launch, **environment)
+
+    train(one, where=hosts[:1], launch=together).finish()
+    row("train.py, 200 steps", train(two, 200).finish(), "")
+    row("train.py, resumed, to 400", train(two).finish(), same(one, two))
     for host in hosts:
         host.name_hosts(hosts, own_address="127.0.1.1")
-    refused = Job(hosts, folder, "train.py", [*half, "--run-dir", folder / "refused"])
+    refused = train(folder / "refused", 200)
     seconds = refused.wait()["worker", hosts[0]]
     told = "one line" if "GLOO_SOCKET_IFNAME" in refused.outputs[0].read_text() else "no"
     row("train.py, hosts named 127.0.1.1: refused", seconds or LIMIT, told)
-    named = Job(hosts, folder, "train.py", [*TINY, "--run-dir", folder / "named"], GLOO_SOCKET_IFNAME="cable")
-    row("the same, GLOO_SOCKET_IFNAME=cable", named.finish(), same(one, folder / "named"))
+    seconds = train(folder / "named", GLOO_SOCKET_IFNAME="cable").finish()
+    row("the same, GLOO_SOCKET_IFNAME=cable", seconds, same(one, folder / "named"))
     for host in hosts:
         host.name_hosts(hosts)
-    ckpt = one / "checkpoints/0000400.pt"
-    sets = [["--ckpt", ckpt, *SAMPLES, "--sample-dir", folder / name] for name in ("samples-one", "samples-two")]
-    Job(hosts[:1], folder, "sample_ddp.py", sets[0], together).finish()
-    seconds = Job(hosts, folder, "sample_ddp.py", sets[1]).finish()
-    files_of = [folder / name / "set.npz" for name in ("samples-one", "samples-two")]
-    row("sample_ddp.py, 24 images", seconds, "yes" if files_of[0].read_bytes() == files_of[1].read_bytes() else "no")
-    if config.inception_weights:
-        weights = ["--inception-weights", Path(config.inception_weights).resolve(), "--device", "cpu", "--batch-size", 4]
-        reports = []
-        for where, launch in ((hosts[:1], together), (hosts, [])):
-            seconds = Job(where, folder, "evaluate.py", [*files_of, *weights], launch).finish()
-            report = json.loads(files_of[1].with_name("set.npz.metrics.json").read_text())
-            reports.append({k: v for k, v in report.items() if isinstance(v, float)})
+    sets, reports = [folder / name / "set.npz" for name in ("samples-one", "samples-two")], []
+    weights = config.inception_weights and ["--inception-weights", Path(config.inception_weights).resolve()]
+    for path, where, launch in zip(sets, (hosts[:1], hosts), (together, []), strict=True):
+        options = ["--ckpt", one / "checkpoints/0000400.pt", *SAMPLES, "--sample-dir", path.parent]
+        seconds = Job(where, folder, "sample_ddp.py", options, launch).finish()
+    row("sample_ddp.py, 24 images", seconds, "yes" if sets[0].read_bytes() == sets[1].read_bytes() else "no")
+    for where, launch in ((hosts[:1], together), (hosts, [])) if weights else ():
+        options = [*sets, *weights, "--device", "cpu", "--batch-size", 4]
+        seconds = Job(where, folder, "evaluate.py", options, launch).finish()
+        report = json.loads(sets[1].with_name("set.npz.metrics.json").read_text())
+        reports.append({k: v for k, v in report.items() if isinstance(v, float)})
+    if weights:
         row("evaluate.py, 24 images", seconds, "yes" if reports[0] == reports[1] else "no")
     return rows
 
@@ -354,7 +348,7 @@ DISTURBANCES = {
 def disturb(config, hosts, folder, name, act):
     """Disturb a run, give the same command again, and compare the end with that of an undisturbed run."""
     run = folder / re.sub(r"\W+", "-", name)
-    options = [*TINY, "--run-dir", run, "--timeout", config.timeout]
+    options = [*TINY, "--max-steps", 400, "--run-dir", run, "--timeout", config.timeout]
     launch = re.findall(r"--\S+", name)
     job = Job(hosts, folder, "train.py", options, launch)
     wait_for_step(job, run, FAULT_STEP)
@@ -390,18 +384,14 @@ def try_rates(hosts, folder):
     """Seconds a step of a larger model, with the cable as fast as it is and at 1 Gbit/s."""
     rows, run = [], folder / "rates"
     for rate in ("not limited", "1 Gbit/s", "100 Mbit/s"):
-        if rate != "not limited":
-            for host in hosts:
+        with ExitStack() as stack:
+            for host in hosts if rate != "not limited" else ():
                 host.limit_rate(rate.replace(" ", "").removesuffix("/s").lower())
-        Job(hosts, folder, "train.py", [*WIDE, "--run-dir", run]).finish()
-        if rate != "not limited":
-            for host in hosts:
-                host.unlimit_rate()
-        row = metrics(run)[-1]
+                stack.callback(host.unlimit_rate)
+            Job(hosts, folder, "train.py", [*WIDE, "--run-dir", run]).finish()
         parameters = re.search(r"([\d,]+) trainable", (run / "log.txt").read_text())[1]
-        rows.append(
-            {"network": rate, "trainable parameters": parameters, "seconds a step": round(1 / row["steps_per_second"], 3)}
-        )
+        seconds = round(1 / metrics(run)[-1]["steps_per_second"], 3)
+        rows.append({"network": rate, "trainable parameters": parameters, "seconds a step": seconds})
         print(rows[-1], flush=True)
         shutil.rmtree(run)
     return rows

@@ -1,0 +1,137 @@
+"""What is drawn from: checkpoint, autoencoder and guiding checkpoint, opened once and checked before slow work."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+import download
+from checkpoint.opened import Checkpoint
+from data.autoencoder import RELEASED, load_space
+from data.condition import Condition
+from models import DiT_models
+from runtime.config import flag
+from runtime.devices import check_compile, check_memory, pick_device, set_precision
+from runtime.errors import UserError, about
+from sampling.config import DrawConfig
+
+# What must be the same of a model and of the weaker one that it is guided away from
+SHARED_WITH_GUIDE = ("in_channels", "input_size", "num_classes", "learn_sigma", "objective", "predict")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can be drawn from, opened and checked; `Pipeline.build` makes it.
+
+    config: a DrawConfig whose sampler is completed. guide: of a weaker model to guide away from. vae_name: of the latent
+    space in messages. settings: model, image_size (pixels), num_classes and vae, as given or as the checkpoint has them."""
+
+    config: DrawConfig
+    checkpoint: Checkpoint
+    guide: Checkpoint | None
+    space: object
+    vae_name: str
+    settings: dict
+    condition: Condition
+
+    @classmethod
+    def open(cls, config):
+        """Raises UserError for everything that cannot work."""
+        source = config.source
+        checkpoint = open_checkpoint(source)
+        path, objective, text = checkpoint.path, checkpoint.model_config["objective"], config.text
+        config = replace(config, sampler=config.sampler.completed(objective, path))
+        condition = checkpoint.condition.prepare(path, text.negative_prompt, text.text_encoder)
+        guide = open_guide(config.guidance, checkpoint)
+        space, vae, vae_name = open_space(source, checkpoint, config.released_vae)
+        settings = {**settle(source, checkpoint, space, vae_name), "vae": vae}
+        check_compile(config.compute.compile, pick_device(config.compute.device))
+        if not source.ckpt:
+            checkpoint = Checkpoint.open(download.download(download.released_checkpoint(settings["image_size"])))
+        return cls(config, checkpoint, guide, space, vae_name, settings, condition)
+
+    @property
+    def device(self):
+        return torch.device(pick_device(self.config.compute.device))
+
+    def check_memory(self, number, advice):
+        """Raises OutOfMemoryError where the memory of a CPU cannot hold `number` images that are drawn at once: six
+        activations of each token in a block, with guidance, and the images. advice: how to need less."""
+        if self.device.type == "cpu":
+            model = self.checkpoint.model_config
+            tokens = 2 * (model["input_size"] // model["patch_size"]) ** 2
+            check_memory(4 * number * (6 * tokens * model["hidden_size"] + 9 * self.settings["image_size"] ** 2), advice)
+
+
+def place(model, compute, device):
+    """The model on its device, compiled if asked, and torch's precision set for it, as a ComputeConfig says."""
+    set_precision(compute.products if compute.tf32 else "fp32", device)
+    if compute.products == "bf16":  # what autocast would do to these weights in every step
+        for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            linear.bfloat16()
+    if compute.compile:
+        model.compile_blocks(compute.compile)
+    return model.to(device)
+
+
+def open_checkpoint(source):
+    """The Checkpoint of a SourceConfig; of the released one what is known without the file, which is downloaded later."""
+    if source.ckpt:
+        return Checkpoint.open(source.ckpt, source.num_heads)
+    size = source.image_size or 256
+    if (source.model or "DiT-XL/2") != "DiT-XL/2" or size not in (256, 512) or source.num_classes not in (None, 1000):
+        known = "--model DiT-XL/2, --image-size 256 or 512, --num-classes 1000"
+        raise UserError(f"without --ckpt only the released models can be drawn from: {known}; name your own with --ckpt")
+    return Checkpoint({}, "the released DiT-XL/2", {"model_config": {"input_size": size // 8}})
+
+
+def open_guide(guidance, checkpoint):
+    """The guiding checkpoint or None, after a check that the model can be guided so."""
+    path, config = checkpoint.path, checkpoint.model_config
+    if guidance.cfg_channels == "3" and config["in_channels"] < 3:
+        raise UserError(f"--cfg-channels 3: the model has {config['in_channels']}; leave the option out")
+    if not guidance.guide_ckpt:
+        conditional = config["num_classes"] or checkpoint.condition_record
+        if guidance.cfg_scale != 1 and conditional and config["class_dropout_prob"] == 0:
+            raise UserError(f"{path}: cannot be guided, it was trained without null labels; pass --cfg-scale 1")
+        return None
+    guide = Checkpoint.open(guidance.guide_ckpt)
+    where = f"--guide-ckpt {guide.path}"
+    for name in SHARED_WITH_GUIDE:
+        if (found := guide.model_config[name]) != config[name]:
+            raise UserError(where, f"{name} {found}, but {path} has {config[name]}", "choose a guide of the same kind")
+    if guide.condition_record != checkpoint.condition_record:
+        raise UserError(where, f"draws by {guide.condition.describe()}, {path} by another condition")
+    return guide
+
+
+def open_space(source, checkpoint, released_vae):
+    """(space, value of --vae, its name in messages)."""
+    # the released "ema" and "mse" share one latent space and differ in the decoder, which is each command's own choice
+    recorded = None if checkpoint.vae in RELEASED else checkpoint.vae
+    vae, channels = source.vae or recorded or released_vae, checkpoint.model_config["in_channels"]
+    name = f"--vae {vae}" if source.vae else f"autoencoder {vae}" + (f", recorded in {checkpoint.path}" if recorded else "")
+    if vae == "none" and channels not in (1, 3):
+        raise UserError(f"{name}: {checkpoint.path} has {channels} channels, it works on latents; name its autoencoder")
+    with about(name):  # --vae only where the user has given it
+        return load_space(vae, channels), vae, name
+
+
+def settle(source, checkpoint, space, vae_name="the autoencoder"):
+    """The model's name, image_size and num_classes, as a dict. Raises UserError where the checkpoint, the latent space and
+    the options of `source`, a SourceConfig, contradict each other."""
+    path, config = checkpoint.path, checkpoint.model_config
+    if not isinstance(config["input_size"], int):
+        raise UserError(path, "its images are no squares, which the commands draw", "draw with sampling.pipeline.Pipeline")
+    size = space.factor * config["input_size"]
+    expected = checkpoint.image_size if checkpoint.vae else size
+    if (space.channels, size) != (config["in_channels"], expected):
+        cells = f"{space.channels} channels, {expected // space.factor} cells a side at {expected} pixels"
+        raise UserError(vae_name, f"{cells}; {path} has {config['in_channels']} and {config['input_size']}")
+    model = checkpoint.describe()
+    model = model if model in DiT_models else checkpoint.options.get("model") or model
+    settings = {"model": model, "image_size": size, "num_classes": config["num_classes"]}
+    for name, value in {**settings, "num_heads": config["num_heads"]}.items():
+        if getattr(source, name) not in (None, value):
+            raise UserError(f"{flag(name)} {getattr(source, name)}: {path} holds {value}; leave the option out to use that")
+    return settings

@@ -1,0 +1,152 @@
+"""What is watched while a model is trained. A watcher is an object with `every`, the steps between two calls (None: never),
+that is called with the Trainer, on all ranks. It returns {name: number or PIL image} for the run's records, a line for the
+log, or None; rank 0's counts. One that has `at_end` is called after the last step too; `line(values)` makes the line of the
+log. Training goes on as if it had not been called: torch's random state is set anew in each step, the weights must stay.
+
+    class WeightNorm:
+        every = 100
+
+        def __call__(self, trainer):
+            return {"weight_norm": float(torch.nn.utils.get_total_norm(trainer.ema.weights))}
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from data.autoencoder import encode_batch
+from data.condition import EXAMPLES
+from data.images import load_dataset
+from data.order import make_loader
+from diffusion.registry import OBJECTIVES
+from runtime import seeds
+from runtime.errors import UserError, about
+from sampling.config import GuidanceConfig, SamplerConfig
+from sampling.grid import draw_grid
+from sampling.pipeline import Pipeline, to_uint8
+
+GRID_SAMPLER = ("dpm-solver++", 20)  # of all but flows: a twelfth of the time of DDPM's 250 steps
+SEED = 0  # of the noise: the same in all runs, so that their grids can be compared
+MIN_SIDE = 64  # pixels; smaller images are enlarged to about this
+MAX_IMAGES = 512  # of a larger folder of held-out images, chosen at random
+NUM_TIMESTEPS, NUM_RANGES = 1000, 4  # each held-out image is seen once in each range of t
+
+
+def choose_sampler(kind, objective, name, steps):
+    """The SamplerConfig of --{kind}-sampler and --{kind}-sampling-steps, whose defaults are the objective's own. Raises
+    UserError for a sampler that cannot draw so."""
+    default = OBJECTIVES[objective].default_sampler
+    default = GRID_SAMPLER if kind == "sample" and not OBJECTIVES[objective].flow else default
+    with about(f"--{kind}-sampler", option="--sampler"):
+        return SamplerConfig(sampler=name or default[0], num_sampling_steps=steps or default[1]).completed(objective)
+
+
+class Samples:
+    """A grid of images that the averaged weights draw, with the same noise and conditions each time, every --sample-every
+    steps and at the end. All ranks draw a part of it. config: MonitorConfig. side: of the images in pixels. Raises
+    UserError for words that the condition does not know, and for a sampler that cannot draw from the model."""
+
+    at_end = True
+
+    def __init__(self, config, trainer, side):
+        self.every, self.context, self.condition = config.sample_every, trainer.context, trainer.condition
+        self.batch_size, self.enlarge = min(trainer.part_size, EXAMPLES), max(1, MIN_SIDE // side)
+        objective, condition, device = trainer.model.objective, trainer.condition, trainer.device
+        self.sampler = choose_sampler("sample", objective, config.sample_sampler, config.sample_sampling_steps)
+        self.labels, self.titles = condition.examples(device)
+        if words := config.sample_labels or config.sample_prompts:
+            with about("--sample-labels" if config.sample_labels else "--sample-prompts", option=condition.option):
+                choices = condition.parse(words)
+            self.labels, self.titles = condition.encode(choices, device), condition.titles(choices)
+        scale = config.sample_cfg_scale
+        default = 4.0 if self.titles and trainer.recipe.label_dropout else 1.0  # guidance needs the null condition
+        self.guidance = GuidanceConfig(cfg_scale=default if scale is None else scale)
+
+    def __call__(self, trainer):
+        with about("--sample-cfg-scale", option="--cfg-scale"):
+            images = self.images(trainer)
+        return {"samples": draw_grid(images, num_columns(len(images)), self.enlarge, self.titles)}
+
+    def images(self, trainer):
+        """The grid's images, uint8 (N, H, W, 3), on all ranks. Image i depends on its label and on i alone."""
+        context, model = self.context, trainer.full(trainer.ema.module)
+        named = {"precision": trainer.compute.precision, "condition": self.condition}
+        pipeline = Pipeline(model, trainer.space, self.sampler, self.guidance, **named)
+        mine, drawn = range(context.rank, len(self.labels), context.world_size), []
+        with context.together():
+            for first in range(0, len(mine), self.batch_size):
+                indices = mine[first : first + self.batch_size]
+                drawn += [*to_uint8(pipeline(self.labels[list(indices)], *pipeline.noise(SEED, indices)))]
+        parts = context.all_gather(drawn)
+        return np.stack([parts[i % context.world_size][i // context.world_size] for i in range(len(self.labels))])
+
+
+def num_columns(number):
+    """Columns of a grid of `number` images: about square, and without gaps in the last row if possible."""
+    square = int(np.ceil(number**0.5))
+    return next((columns for columns in range(square, 2 * square + 1) if number % columns == 0), square)
+
+
+class Validation:
+    """The loss of the trained weights on held-out images, every --val-every steps. It rises while the training loss falls
+    where a model begins to memorise its images, in fine-tuning above all.
+
+    config: MonitorConfig. data: DataConfig of the training images. image_size, vae: of the run. channels: of its images.
+    The held-out images are encoded once; each rank keeps its part on the CPU. Image, timestep and noise do not depend on
+    --global-seed, so that runs can be compared. Raises UserError for images that cannot be used."""
+
+    def __init__(self, config, trainer, data, image_size, vae, channels):
+        self.every, self.context, self.batch_size = config.val_every, trainer.context, trainer.part_size
+        context, condition = trainer.context, trainer.condition
+        data = dataclasses.replace(data, data_path=config.val_data_path, flip=False)
+        with about("--val-data-path", option="--data-path"), context.together():
+            held_out = load_dataset(data, image_size, seed=0, context=context)
+            if held_out.channels != channels:
+                problem = f"has images of {held_out.channels} channels, training has {channels}"
+                raise UserError(f"--data-path {data.data_path}", problem, "give held-out images of the same kind")
+            space = held_out.open_space(vae).to(context.device)
+            self.read(held_out, space, condition.for_data(held_out, data).to(context.device))
+
+    def read(self, dataset, space, condition):
+        """This rank's part: the images' numbers, x_0 (N, C, h, w) and y (N, ...)."""
+        chosen = seeds.generator(0, seeds.VALIDATION).permutation(len(dataset))[:MAX_IMAGES]
+        self.indices = chosen[self.context.rank :: self.context.world_size].tolist()
+        batches = [self.indices[i : i + self.batch_size] for i in range(0, len(self.indices), self.batch_size)]
+        # the encoder's posterior is sampled from torch's stream, which each training step sets anew
+        torch.manual_seed(seeds.torch_seed(0, seeds.VALIDATION, self.context.rank))
+        loader, device = make_loader(dataset, [[(index, 0) for index in batch] for batch in batches]), self.context.device
+        pairs = [(encode_batch(space, batch, device).cpu(), condition.y(batch, device).cpu()) for batch in loader]
+        self.x_0, self.y = (torch.cat(parts) for parts in zip(*pairs, strict=True)) if pairs else (None, None)
+
+    def __call__(self, trainer):
+        parts = self.losses(trainer)
+        return {"val_loss": sum(parts.values()) / len(parts)} | {f"val_loss_t_{name}": v for name, v in parts.items()}
+
+    def line(self, values):
+        values = dict(values)
+        mean = values.pop("val_loss")
+        ranges = (f"{loss:.4f} at t {name.removeprefix('val_loss_t_').replace('_', '-')}" for name, loss in values.items())
+        return f"Validation Loss: {mean:.4f} ({', '.join(ranges)})"
+
+    @torch.no_grad()
+    def losses(self, trainer):
+        """The mean loss over all images for each range of t: {"0_249": loss, ...}, on all ranks."""
+        model, width = trainer.full(trainer.model), NUM_TIMESTEPS // NUM_RANGES
+        sums = torch.zeros(NUM_RANGES, dtype=torch.float64)
+        for part in range(NUM_RANGES):
+            for first in range(0, len(self.indices), self.batch_size):
+                batch = slice(first, first + self.batch_size)
+                x_0 = self.x_0[batch]
+                random = [seeds.generator(0, seeds.VALIDATION, 1 + part, index) for index in self.indices[batch]]
+                t = torch.tensor([part * width + int(generator.integers(width)) for generator in random])
+                noise = [torch.from_numpy(generator.standard_normal(x_0.shape[1:], "float32")) for generator in random]
+                noise = torch.stack(noise)
+                x_0, t, noise, y = (values.to(trainer.device) for values in (x_0, t, noise, self.y[batch]))
+                with trainer.autocast:
+                    found = trainer.objective.training_losses(model, x_0, t, {"y": y}, noise)
+                sums[part] += found["loss"].cpu().double().sum()
+        gathered = self.context.all_gather((sums.tolist(), len(self.indices)))
+        number = sum(count for _, count in gathered)
+        totals = (sum(column) / number for column in zip(*(values for values, _ in gathered), strict=True))
+        return {f"{part * width}_{(part + 1) * width - 1}": total for part, total in enumerate(totals)}
