@@ -73,7 +73,7 @@ def _read(path, mmap):
 
 def _explain(path, error, otherwise):
     """The error to raise where reading has failed: only what the file's bytes say is damage."""
-    found = _of_system(error)
+    found = files.of_system(error)
     if "allocate memory" in str(error) or isinstance(error, MemoryError):
         found = "out of memory"
     elif found is None or found.errno in (None, errno.EINVAL):  # EINVAL: of a damaged offset
@@ -84,13 +84,6 @@ def _explain(path, error, otherwise):
             found = error_of_system
     why = files.reason(found)
     return UnreadableError(path, f"cannot be read ({why})", "nothing was changed; run again when it can be read")
-
-
-def _of_system(error):
-    """The error of the system behind an error, or None."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def check_regular_file(path):
@@ -129,8 +122,8 @@ def save(path, state):
     """Write a checkpoint atomically. Raises CheckpointError where the disk is full or cannot be written to."""
     try:
         files.replace_file(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError of its own
-        why = files.reason(_of_system(error) or error)
+    except (OSError, RuntimeError) as error:
+        why = files.reason(error)
         raise CheckpointError(f"{path}: cannot be written ({why}); earlier checkpoints are untouched") from None
 
 

@@ -33,9 +33,11 @@ def replace_file(path, write):
             with do_without(f"{path.parent}: its file system cannot flush files to the disk"):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the error under way is the one to report
             temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and (found := of_system(error)):
+            raise found from None  # torch's archive writer turns a full disk into a RuntimeError of its own
         raise
     if os.name == "posix":  # the new name has to reach the disk too; the file is complete whether it does or not
         try:
@@ -73,6 +75,13 @@ def remove_leftovers(folder, name="*"):
     for path in Path(folder).glob(f".{name}.*.dit.tmp"):
         with contextlib.suppress(OSError):  # a folder of that name, or already gone
             path.unlink()
+
+
+def of_system(error):
+    """The error of the system behind an error, or None."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def reason(error):

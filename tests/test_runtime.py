@@ -444,3 +444,26 @@ def test_commands_run_without_what_windows_lacks(tmp_path):
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "sample.png").is_file()
     assert list((tmp_path / "samples").glob("*.npz"))
+
+
+class Quota(io.RawIOBase):
+    """A file that takes 64 bytes, and then fails as where a quota is used up."""
+
+    def __init__(self):
+        self.left = 64
+
+    def writable(self):
+        return True
+
+    def write(self, content):
+        self.left -= len(content)
+        if self.left < 0:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return len(content)
+
+
+def test_a_quota_is_named_by_the_system_and_not_by_the_archive_writer(tmp_path):
+    (tmp_path / "features.pt").write_bytes(b"before")
+    with pytest.raises(OSError, match="Disk quota exceeded"):  # as evaluate.py --cache and tools/convert.py catch it
+        files.replace_file(tmp_path / "features.pt", lambda file: torch.save({"w": torch.zeros(100_000)}, Quota()))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
