@@ -56,7 +56,7 @@ class Condition:
     def embedder(self, hidden_size):
         """The module that turns y into an embedding (N, D); or, where it has `attends = True`, into tokens (N, L, D) that
         every block attends to, and their mask (N, 1, 1, L)."""
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass has to say
 
     def model_arguments(self):
         """The arguments of DiT that are about the condition."""
@@ -75,7 +75,7 @@ class Condition:
 
     def y(self, batch, device):
         """What the model takes, (N, ...), for a batch of the data."""
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass has to say
 
     def drop(self, y, dropout):
         """y with no condition in place of each sample's with probability `dropout`: Ho and Salimans 2022, algorithm 1."""
@@ -120,7 +120,7 @@ class Condition:
 
     def parse(self, words):
         """Choices, a list, of words from the command line or of values from Python."""
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass has to say
 
     def default(self):
         """Choices where the user gives none."""
@@ -132,7 +132,7 @@ class Condition:
 
     def encode(self, choices, device):
         """y of choices."""
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass has to say
 
     def check(self, y):
         """y, a tensor, if the model can take it."""

@@ -48,7 +48,7 @@ class FeatureNetwork(nn.Module):
 
     def outputs(self, images):
         """Outputs of images, uint8 (N, H, W, 3). For subclasses."""
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass has to say
 
     @torch.inference_mode()
     def forward(self, images):
