@@ -35,7 +35,7 @@ class TrainConfig(Config):
     evaluation: EvalConfig
     monitor: MonitorConfig
     vae: str = option("ema", 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
-        'AutoencoderKL, or "none" for pixels', basic=True)  # fmt: skip
+        'autoencoder of diffusers, or "none" for pixels', basic=True)  # fmt: skip
     timeout: float | None = option(None, "seconds that a process waits for the others before it gives up; more than it "
         "takes to list the data, to save or to measure FID (default: 1800, and 600 in the exchange of gradients of GPUs)",
         above=0, high=1e6, changeable=True)  # fmt: skip

@@ -14,6 +14,7 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from data.pretrained import attempt
 from runtime.config import Config, option
@@ -74,11 +75,13 @@ class AutoencoderConfig(Config):
 
     in_channels: int = option(low=1, high=1024)
     latent_channels: int = option(low=1, high=1024)
-    block_out_channels: tuple[int, ...] = option(low=1)
-    scaling_factor: float = option(above=0)
+    block_out_channels: tuple[int, ...] = option((1,), low=1)  # each level but the first halves the side
+    patch_size: int = option(1, low=1, high=1024)  # side of patches that become channels, before or after these levels
+    scaling_factor: float = option(1.0, above=0)
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = option(None, above=0)
+    image_size: int | None = option(None, low=1)  # in pixels, where it takes one size alone
 
     def check(self):
         for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
@@ -94,13 +97,21 @@ class AutoencoderConfig(Config):
 
 class Autoencoder(LatentSpace):
     """A frozen autoencoder of diffusers, `vae`, whose posterior is a Gaussian. name: of its folder or on the hub. kind: of
-    the class in diffusers."""
+    the class in diffusers. side: of the images in pixels where it takes one size alone, else None."""
+
+    side = None
 
     def __init__(self, name, kind, config):
         self.name, self.kind, self.vae = name, kind, None
-        super().__init__(config.latent_channels, 2 ** (len(config.block_out_channels) - 1), *config.statistics())
+        factor = 2 ** (len(config.block_out_channels) - 1) * config.patch_size
+        super().__init__(config.latent_channels, factor, *config.statistics())
         if config.in_channels != 3:
             raise UserError(f"--vae {name}", f"takes {config.in_channels} channels, the images have 3", "name another one")
+
+    @staticmethod
+    def renamed(values):
+        """What AutoencoderConfig has under another name than diffusers' config, whose `values` these are."""
+        return {"block_out_channels": values.get("encoder_block_out_channels") or values.get("block_out_channels")}
 
     def to(self, device):
         """Read the weights, at the first call, and move them to the device. Raises UserError."""
@@ -144,9 +155,13 @@ class Autoencoder(LatentSpace):
         """x_0; a sample of the posterior, drawn from torch's random stream."""
         return self.sample(self.moments(images))
 
-    @torch.no_grad()
     def decode(self, x_0):
-        return self.vae.decode(x_0 / self.scaling + self.shift).sample
+        return self.decode_latent(x_0 / self.scaling + self.shift)
+
+    @torch.no_grad()
+    def decode_latent(self, latent):
+        """(N, C, h, w), not normalised -> (N, 3, H, W) in about [-1, 1]."""
+        return self.vae.decode(latent).sample
 
 
 class DeterministicAutoencoder(Autoencoder):
@@ -158,10 +173,78 @@ class DeterministicAutoencoder(Autoencoder):
         return self.vae.encode(images)[0][:, None].contiguous()
 
 
-# By the name of diffusers' class: Stable Diffusion's (Rombach et al. 2022), DC-AE (Chen et al. 2024) and TAESD
+class Flux2Autoencoder(Autoencoder):
+    """One whose 2x2 patches of latents are the cells, normalised by the running statistics of its batch norm, `vae.bn`:
+    they are known once the weights are read."""
+
+    @staticmethod
+    def renamed(values):
+        return {"patch_size": 2, "latent_channels": 4 * values["latent_channels"]}
+
+    def _read_weights(self, diffusers):
+        vae = super()._read_weights(diffusers)
+        self.scaling = (vae.bn.running_var + vae.bn.eps).rsqrt()[:, None, None]
+        self.shift = vae.bn.running_mean[:, None, None]
+        return vae
+
+    def moments(self, images):
+        return F.pixel_unshuffle(super().moments(images), 2)
+
+    def decode_latent(self, latent):
+        return super().decode_latent(F.pixel_shuffle(latent, 2))
+
+
+class VideoAutoencoder(Autoencoder):
+    """One of videos, (N, C, frames, H, W), whose first frame is encoded by itself: an image is a video of one frame."""
+
+    @staticmethod
+    def renamed(values):
+        patch = values.get("patch_size") or 1  # of pixels, which become channels first
+        channels = values.get("input_channels") or values["in_channels"] / patch**2
+        found = {"in_channels": int(channels), "latent_channels": values["z_dim"], "block_out_channels": values["dim_mult"]}
+        return found | {"patch_size": patch}
+
+    def moments(self, images):
+        return super().moments(images[:, :, None]).squeeze(3)
+
+    def decode_latent(self, latent):
+        return super().decode_latent(latent[:, :, None]).squeeze(2)
+
+
+class RepresentationAutoencoder(DeterministicAutoencoder):
+    """The features of a frozen image encoder, and a decoder trained on them: RAE (Zheng et al. 2025). Images are in [0, 1];
+    the latents come normalised. The encoder resizes images to its own size, so that the decoder's fits one size alone."""
+
+    def __init__(self, name, kind, config):
+        super().__init__(name, kind, config)
+        self.side = config.image_size
+
+    @staticmethod
+    def renamed(values):
+        if not values["reshape_to_2d"]:
+            raise ValueError("its latents have no grid: reshape_to_2d is off")
+        found = {"latent_channels": values["encoder_hidden_size"], "in_channels": values["num_channels"]}
+        found["patch_size"] = values["patch_size"]  # of the decoder
+        found["image_size"] = values["encoder_input_size"] // values["encoder_patch_size"] * values["patch_size"]
+        return found | {"scaling_factor": 1.0, "latents_mean": None, "latents_std": None}  # its encoder applies them
+
+    def moments(self, images):
+        return super().moments((images + 1) / 2)
+
+    def decode_latent(self, latent):
+        return 2 * super().decode_latent(latent) - 1
+
+
+# By the name of diffusers' class. docs/latents.md has the table
 AUTOENCODERS = {
-    "AutoencoderKL": Autoencoder, "AutoencoderDC": DeterministicAutoencoder, "AutoencoderTiny": DeterministicAutoencoder,
-}  # fmt: skip
+    "AutoencoderKL": Autoencoder,
+    "AutoencoderDC": DeterministicAutoencoder,
+    "AutoencoderTiny": DeterministicAutoencoder,
+    "AutoencoderKLFlux2": Flux2Autoencoder,
+    "AutoencoderKLQwenImage": VideoAutoencoder,
+    "AutoencoderKLWan": VideoAutoencoder,
+    "AutoencoderRAE": RepresentationAutoencoder,
+}
 
 
 def load_autoencoder(name):
@@ -177,7 +260,7 @@ def load_autoencoder(name):
         # scaling_factor: diffusers then takes the constructor's defaults, and so do we
         parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
         values = {p.name: p.default for p in parameters if p.default is not p.empty} | found
-        values["block_out_channels"] = values.get("encoder_block_out_channels") or values.get("block_out_channels")
+        values |= {"patch_size": 1, "image_size": None} | AUTOENCODERS[kind].renamed(values)
         return kind, AutoencoderConfig.from_flat(values)
 
     kind, config = attempt_vae(name, read)
@@ -211,11 +294,14 @@ def encode_batch(space, batch, device):
     return space.encode(to_model_range(batch["image"].to(device, non_blocking=True)))
 
 
-def check_image_size(image_size, factor, patch_size):
-    """Raises UserError where the autoencoder's downsampling and the patch size do not divide the image."""
+def check_image_size(image_size, factor, patch_size, side=None):
+    """Raises UserError where the autoencoder's downsampling and the patch size do not divide the image, or where the
+    autoencoder takes another `side` alone."""
     unit = factor * patch_size
     if image_size % unit:
         below = image_size // unit * unit
         fits = f"{below} and {below + unit} are the nearest that fit" if below else f"{unit} is the smallest that fits"
         problem = f"not a multiple of {unit} (autoencoder {factor} times patch {patch_size})"
         raise UserError(f"--image-size {image_size}", problem, fits)
+    if side not in (None, image_size):
+        raise UserError(f"--image-size {image_size}", f"the autoencoder takes {side} pixels alone", f"pass {side}")

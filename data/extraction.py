@@ -45,7 +45,7 @@ def prepare(config, context):
     listing = context.on_main(list_with_captions, config.data_path, bool(config.text_encoder))
     space, skip_bad = load_space(config.vae), config.skip_bad_images
     dataset = ImageDataset(config.data_path, config.image_size, flip=False, skip_bad=skip_bad, listing=listing)
-    check_image_size(config.image_size, space.factor, 1)
+    check_image_size(config.image_size, space.factor, 1, space.side)
     images = min(config.batch_size, len(dataset))  # of three channels in uint8, and then in float32
     devices.check_memory(15 * images * config.image_size**2, "lower --batch-size or --image-size")
     devices.set_precision("tf32" if config.tf32 else "fp32", context.device)

@@ -27,8 +27,8 @@ class SourceConfig(Config):
     num_classes: int | None = option(None, "number of classes (default: the checkpoint's)", low=0, high=10_000_000)
     num_heads: int | None = option(None, "number of attention heads, if not recorded", low=1, high=MAX_SIZE)
     vae: str | None = option(None, 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
-        'AutoencoderKL, or "none" for pixels (default: the recorded one; for "ema", "mse" or without a record sample.py '
-        "takes mse and sample_ddp.py ema)")  # fmt: skip
+        'autoencoder of diffusers, or "none" for pixels (default: the recorded one; for "ema", "mse" or without a record '
+        "sample.py takes mse and sample_ddp.py ema)")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def settle(source, checkpoint, space, vae_name="the autoencoder"):
     if not isinstance(config["input_size"], int):
         raise UserError(path, "its images are no squares, which the commands draw", "draw with sampling.pipeline.Pipeline")
     size = space.factor * config["input_size"]
-    expected = checkpoint.image_size if checkpoint.vae else size
+    expected = getattr(space, "side", None) or (checkpoint.image_size if checkpoint.vae else size)
     if (space.channels, size) != (config["in_channels"], expected):
         cells = f"{space.channels} channels, {expected // space.factor} cells a side at {expected} pixels"
         raise UserError(vae_name, f"{cells}; {path} has {config['in_channels']} and {config['input_size']}")

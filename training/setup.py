@@ -106,7 +106,8 @@ def build_model(options, recipe, space, condition=None):
     condition = condition or Classes(1000 if options.num_classes is None else options.num_classes)
     overrides, name = options.overrides(), options.model or DEFAULT
     constructor = DiT_models[name]
-    check_image_size(options.image_size, space.factor, overrides.get("patch_size", constructor.keywords["patch_size"]))
+    patch_size, side = overrides.get("patch_size", constructor.keywords["patch_size"]), getattr(space, "side", None)
+    check_image_size(options.image_size, space.factor, patch_size, side)
     arguments = {"input_size": options.image_size // space.factor, "in_channels": space.channels, **overrides}
     torch.manual_seed(recipe.global_seed)
     try:
