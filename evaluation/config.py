@@ -9,6 +9,14 @@ from runtime.errors import UserError
 from sampling.config import SourceConfig
 
 
+def check_networks(option, names):
+    """Raises UserError for a name of no feature network."""
+    known = KeysOf("evaluation.features:NETWORKS")
+    for name in names:
+        if name.partition(":")[0] not in known:
+            raise UserError(f"{option} {name}", "no such network", f"take one of {', '.join(known)}; see --help")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InceptionConfig(Config):
     """Inception network"""
@@ -33,10 +41,7 @@ class EvaluateConfig(InceptionConfig):
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
-        known = KeysOf("evaluation.features:NETWORKS")
-        for name in self.features:
-            if name.partition(":")[0] not in known:
-                raise UserError(f"--features {name}", "no such network", f"take one of {', '.join(known)}; see --help")
+        check_networks("--features", self.features)
         if self.resamples == 1:
             raise UserError("--resamples 1", "one half has no standard error", "give 2 or more, or 0 for none")
 
@@ -49,6 +54,9 @@ class EvalConfig(InceptionConfig):
         metavar="N", changeable=True)  # fmt: skip
     eval_reference: str | None = option(None, "images that FID compares with: an .npz file, which may hold mu and sigma "
         "instead of images, or a folder", metavar="PATH", changeable=True)  # fmt: skip
+    eval_features: tuple[str, ...] = option(("inception",), "feature networks to measure the distance with, by the names "
+        "that evaluate.py --features takes; FID is that of inception (default: inception)", metavar="NETWORK",
+        changeable=True)  # fmt: skip
     eval_samples: int = option(10_000, "images that are drawn to measure FID; FID falls as their number grows, so compare "
         "only values of equally many images", low=2, changeable=True)  # fmt: skip
     eval_cfg_scale: float = option(1.0, "guidance scale of the images drawn to measure FID; 1 turns guidance off", low=0,
@@ -61,6 +69,7 @@ class EvalConfig(InceptionConfig):
     def check(self):
         if (self.eval_every is None) != (self.eval_reference is None):
             raise UserError("--eval-every and --eval-reference: both are needed, or neither")
+        check_networks("--eval-features", self.eval_features)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""FID of a model during its training: all ranks draw samples, rank 0 compares them with the reference.
+"""FID of a model during its training, or the Frechet distance between the features of other networks: all ranks draw
+samples, rank 0 compares them with the reference.
 
 config = EvalConfig(eval_every=1000, eval_reference="reference.npz")
 fid = FID(config, context, space, 256, Classes(1000), 32, seed=0, sampler=SamplerConfig())
@@ -8,15 +9,20 @@ fid.measure(ema.module)
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.extraction import extract, gather_statistics, gaussians
+from evaluation.extraction import extract_all, gather_statistics, gaussians
+from evaluation.features import load_network
 from evaluation.image_sets import open_images
-from evaluation.inception import POOLED, inception_weights, load_inception
 from evaluation.metrics import Statistics, frechet_distance
 from runtime.errors import UserError, about
 from sampling.config import GuidanceConfig
 from sampling.pipeline import Pipeline, to_uint8
 
 MAX_BATCH = 32  # images that a process draws at once, as sample_ddp.py does: a decoder needs more for each than training
+
+
+def name_of(network):
+    """What the distance between the features of this network is called in metrics.jsonl and by the trackers."""
+    return "fid" if network == "inception" else f"fd_{network}"
 
 
 class FID:
@@ -38,13 +44,17 @@ class FID:
         with context.together():
             reference = self.open_reference(image_size)
         context.on_main(reference.check)
-        weights = context.on_main(inception_weights, config.inception_weights)
-        with context.together():
-            self.network = load_inception(weights, context.device)
-        features = None
-        if "mu" not in reference.statistics:
-            features = extract(self.network, reference, context, self.batch_size, "features of the reference")
-        self.reference = gaussians(reference, features, context.device) if context.is_main else None
+        with about("--eval-features", option="--features"), context.together():
+            weights, known = config.inception_weights, "mu" in reference.statistics
+            self.networks = {name: load_network(name, weights, context.device) for name in config.eval_features}
+            missing = {name: network for name, network in self.networks.items() if not (known and network.published)}
+            if missing and len(reference) < 2:
+                problem = f"its mu and sigma are of the Inception network, {', '.join(missing)} needs images"
+                raise UserError(f"--eval-reference {reference.path}", problem, "give 2 images or more")
+        title = "features of the reference"
+        features = extract_all(missing, reference, context, self.batch_size, title) if missing else {}
+        self.references = {name: gaussians(reference, features.get(name), context.device, network.published)
+                           for name, network in self.networks.items() if context.is_main}  # fmt: skip
         cells = image_size // space.factor
         with torch.no_grad():  # of stored latents nothing was decoded yet: now, rather than after thousands of steps
             space.decode(torch.zeros(self.batch_size, space.channels, cells, cells, device=context.device))
@@ -68,25 +78,30 @@ class FID:
             return self.measure(trainer.full(trainer.ema.module))
 
     def line(self, values):
-        return f"FID: {values['fid']:.4f} of {values['fid_samples']:,} images"
+        titles = {name: "FID" if name == "inception" else f"FD of {name}" for name in self.networks}
+        found = ", ".join(f"{title}: {values[name_of(name)]:.4f}" for name, title in titles.items())
+        return f"{found} of {self.config.eval_samples:,} images"
 
     def measure(self, model):
-        """{"fid": FID of `model`, "fid_samples": their number} on rank 0; a line where a stop was asked for; None on other
-        ranks. Raises UserError, on all ranks, for images that are not finite."""
+        """{"fid": FID of `model`, "fid_samples": number of images} on rank 0, of other networks than Inception by the names
+        of `name_of`; a line where a stop was asked for; None on other ranks. Raises UserError, on all ranks, for images
+        that are not finite."""
         assert not model.training, "labels would be dropped"
-        statistics = self.draw(model)
+        statistics, found = self.draw(model), {}
         if isinstance(statistics, str) or statistics is None:
             return statistics
-        fid = frechet_distance(self.reference["mu"], self.reference["sigma"], statistics.mu, statistics.sigma)
-        return {"fid": fid, "fid_samples": self.config.eval_samples}
+        for network, of_samples in statistics.items():
+            reference, name = self.references[network], name_of(network)
+            found[name] = frechet_distance(reference["mu"], reference["sigma"], of_samples.mu, of_samples.sigma)
+            found[f"{name}_samples"] = self.config.eval_samples
+        return found
 
     def draw(self, model):
-        """Statistics of the samples' features on rank 0, None on other ranks, or a line. Each rank draws one batch in each
-        round, so that all ranks look for a stop equally often."""
+        """{network: Statistics of the samples' features} on rank 0, None on other ranks, or a line. Each rank draws one
+        batch in each round, so that all ranks look for a stop equally often."""
         context, num_samples = self.context, self.config.eval_samples
         pipeline = Pipeline(model, self.space, self.sampler, self.guidance, condition=self.condition)
-        statistics = Statistics(POOLED, context.device)
-        round_size = self.batch_size * context.world_size
+        statistics, round_size = {}, self.batch_size * context.world_size
         with tqdm(total=num_samples, desc="FID", unit="image", leave=False, disable=not context.is_main) as bar:
             for first in range(0, num_samples, round_size):
                 if context.any([self.signals is not None and self.signals.requested])[0]:
@@ -97,7 +112,9 @@ class FID:
                     if indices:
                         y = self.condition.random(self.seed, indices, context.device)
                         images = to_uint8(pipeline(y, *pipeline.noise(self.seed, indices)))  # (N, H, W, 3), on the CPU
-                        pooled, _, _ = self.network(torch.from_numpy(images).to(context.device))
-                        statistics.update(pooled)
+                        images = torch.from_numpy(images).to(context.device)
+                        for name, network in self.networks.items():
+                            pooled = network(images).pooled
+                            statistics.setdefault(name, Statistics(pooled.shape[1], context.device)).update(pooled)
                 bar.update(end - first)
         return gather_statistics(statistics, context)

@@ -1,6 +1,6 @@
 """Features of whole image sets, by one or several networks in one pass, shared by all processes of a Context.
 
-features = extract(network, open_images(path), context, 64, "features of samples")
+features = extract_all({"name": network}, open_images(path), context, 64, "features of samples")["name"]
 """
 
 import functools
@@ -11,11 +11,6 @@ from tqdm.auto import tqdm
 
 from evaluation.metrics import FeatureSet, Statistics
 from runtime.errors import UserError
-
-
-def extract(network, images, context, batch_size, title):
-    """`extract_all` of one network: its FeatureSet on rank 0, None on the others."""
-    return extract_all({"features": network}, images, context, batch_size, title)["features"]
 
 
 def extract_all(networks, images, context, batch_size, title):
@@ -84,6 +79,7 @@ def gather(value, context):
 
 
 def gather_statistics(statistics, context):
-    """The merged Statistics of all ranks on rank 0's CPU, None on the others."""
-    ranks = gather(statistics.cpu(), context)
-    return ranks and functools.reduce(Statistics.merge, ranks)
+    """{name: merged Statistics} of those of all ranks, which may lack some, on rank 0's CPU, None on the others."""
+    ranks = gather({name: found.cpu() for name, found in statistics.items()}, context)
+    return ranks and {name: functools.reduce(Statistics.merge, [rank[name] for rank in ranks if name in rank])
+                      for name in ranks[0]}  # fmt: skip

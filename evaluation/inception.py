@@ -16,8 +16,6 @@ from evaluation.image_sets import checksum
 from runtime.download import DownloadError, fetch
 from runtime.errors import UserError
 
-POOLED = 2048
-
 
 def inception_weights(path=None):
     """Path of the network's weights: `path`, or torch-fidelity's file, downloaded to torch's hub folder if missing.

@@ -11,6 +11,7 @@ import torch
 from conftest import TINY
 from helpers import assert_same_state, call, latest, metrics, without_timings
 from sklearn.datasets import load_digits
+from test_monitor import events
 
 import train
 from checkpoint.opened import Checkpoint
@@ -18,6 +19,7 @@ from data.autoencoder import load_space
 from data.condition import Classes, draw
 from evaluation.config import EvalConfig
 from evaluation.during_training import FID
+from evaluation.features import load_network
 from evaluation.inception import load_inception
 from evaluation.metrics import Statistics, frechet_distance
 from runtime import distributed
@@ -73,6 +75,24 @@ def test_training_is_bit_for_bit_the_same_with_it(tmp_path, statistics_file, inc
     assert [row["step"] for row in metrics(tmp_path / "measured") if "fid" in row] == [2, 4, 5]
 
 
+def test_the_distance_of_another_network_is_called_by_its_name(tmp_path, reference, inception_file, statistics_file):
+    """In metrics.jsonl, TensorBoard and the log. It takes the reference's images, Inception the statistics of the file."""
+    run, both = tmp_path / "run", tmp_path / "both.npz"
+    with np.load(reference) as images, np.load(statistics_file) as statistics:
+        np.savez(both, **images, **statistics)
+    measuring = ["--eval-every", 2, *options(both, inception_file), "--eval-features", "efficientnet-lite0", "inception"]
+    argv = [*TINY, "--max-steps", 2, "--run-dir", run, *measuring, "--report-to", "tensorboard"]
+    assert call(train.main, *argv) == 0
+    (row,) = [row for row in metrics(run) if "fid" in row]
+    assert sorted(row) == ["fd_efficientnet-lite0", "fd_efficientnet-lite0_samples", "fid", "fid_samples", "step"]
+    assert events(run)["fd_efficientnet-lite0", 2] == [pytest.approx(row["fd_efficientnet-lite0"], rel=1e-6)]
+    line = f"FD of efficientnet-lite0: {row['fd_efficientnet-lite0']:.4f}, FID: {row['fid']:.4f} of 2 images"
+    assert f"(step=0000002) {line}" in (run / "log.txt").read_text()
+    assert latest(run)["args"]["eval_features"] == ["efficientnet-lite0", "inception"]
+    moments = definition(run / "checkpoints/0000002.pt", reference, load_network("efficientnet-lite0"), 2)
+    assert row["fd_efficientnet-lite0"] == pytest.approx(frechet_distance(*moments), rel=1e-4)
+
+
 def make_fid(reference, weights, context, batch_size=2, signals=None, **changes):
     options = {"eval_samples": 4, "eval_cfg_scale": 1.5} | changes
     config = EvalConfig(eval_every=1, eval_reference=str(reference), inception_weights=str(weights), **options)
@@ -96,17 +116,21 @@ def measure(argv):
     distributed.close()
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_checkpoint, reference, inception_file):
-    """The same FID from the definition, in one batch."""
-    model = Checkpoint.open(tiny_checkpoint).build_model()
+def definition(ckpt, reference, network, count):
+    """Means and covariances of the reference and of `count` samples, each set in one batch."""
+    model = Checkpoint.open(ckpt).build_model()
     pipeline = Pipeline(model, load_space("none", 1), SamplerConfig(num_sampling_steps=2), GuidanceConfig(cfg_scale=1.5))
-    images = pipeline(draw(0, range(4), 10), *pipeline.noise(0, range(4)))
-    network = load_inception(inception_file)
+    images = pipeline(draw(0, range(count), 10), *pipeline.noise(0, range(count)))
     with np.load(reference) as file:
         sets = torch.from_numpy(file["arr_0"]), torch.from_numpy(to_uint8(images))
-    moments = [m for x in sets for s in [Statistics(2048).update(network(x)[0])] for m in (s.mu, s.sigma)]
-    return frechet_distance(*moments)
+    found = [network(x).pooled for x in sets]
+    return [m for x in found for s in [Statistics(x.shape[1]).update(x)] for m in (s.mu, s.sigma)]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint, reference, inception_file):
+    """The same FID from the definition."""
+    return frechet_distance(*definition(tiny_checkpoint, reference, load_inception(inception_file), 4))
 
 
 def test_the_number_of_two_ranks_is_that_of_the_definition(
@@ -174,7 +198,7 @@ def test_time_of_the_evaluation_is_no_training_time():
     assert time.perf_counter() - meter.start - before < 0.1
 
 
-def test_mistakes_are_refused_before_a_run_folder_is_made(tmp_path, capfd, reference, inception_file):
+def test_mistakes_are_refused_before_a_run_folder_is_made(tmp_path, capfd, reference, inception_file, statistics_file):
     run = tmp_path / "run"
 
     def refused(*extra):
@@ -192,6 +216,10 @@ def test_mistakes_are_refused_before_a_run_folder_is_made(tmp_path, capfd, refer
     assert "none.npz: no such file" in refused(*every, "--eval-reference", tmp_path / "none.npz")
     assert "none.pth: no such file" in refused(*known, "--inception-weights", tmp_path / "none.pth")
     assert "not a checkpoint" in refused(*known, "--inception-weights", reference)
+    assert "--eval-features vgg: no such network; take one of" in refused(*known, "--eval-features", "vgg")
+    assert "--eval-features timm: names no model" in refused(*known, "--eval-features", "timm")
+    alone = *every, *options(statistics_file, inception_file), "--eval-features", "efficientnet-lite0"
+    assert "mu and sigma are of the Inception network, efficientnet-lite0 needs images; give 2" in refused(*alone)
     assert "1 is not a whole number, 2 or more" in refused(*known, "--eval-samples", 1)
     assert "null labels" in refused(*known, "--label-dropout", 0)
     np.savez(tmp_path / "large.npz", np.zeros((4, 16, 16, 3), np.uint8))

@@ -89,6 +89,13 @@ def test_panels_without_numbers_are_left_out(make_run):
     assert list(drawn(runs)) == ["Loss", "FID"]
 
 
+def test_distances_of_other_networks_have_panels_of_their_own(make_run):
+    numbers = {"fd_timm:vit": 3.0, "fd_timm:vit_samples": 100, "fd_timm:vit_tiny": 5.0, "fd_timm:vit_tiny_samples": 100}
+    panels = drawn([make_run("a", [{"step": 10, "fid": 4.0, "fid_samples": 100, **numbers}])])
+    assert list(panels) == ["FID", "FD of timm:vit", "FD of timm:vit_tiny"]
+    assert [len(axes.lines) for axes in panels.values()] == [1 + 1, 1, 1]  # the first also has the legend's line
+
+
 def test_the_command_writes_a_picture(make_run, tmp_path, capsys):
     rows = [{"step": i, "loss": 1 / (1 + i), "x": i} for i in range(120)]  # smoothed over two rows
     runs = [make_run("a", global_batch_size=8), make_run("b", rows, global_batch_size=16), make_run("c", [])]

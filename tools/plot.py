@@ -107,7 +107,11 @@ def draw(runs, config):
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator
 
-    panels = [name for name in PANELS if any(column(rows, name)[0] for rows in runs.values())]
+    names = sorted({name for rows in runs.values() for row in rows for name in row})
+    # of --eval-features other than inception, beside the number of images
+    others = {name: f"FD of {name[3:]}" for name in names if name.startswith("fd_") and f"{name}_samples" in names}
+    titles = PANELS | others
+    panels = [name for name in titles if any(column(rows, name)[0] for rows in runs.values())]
     if not panels:
         raise UserError(", ".join(runs), f"metrics.jsonl has none of the columns {', '.join(PANELS)}")
     across = min(3, len(panels))
@@ -117,7 +121,7 @@ def draw(runs, config):
     for axes, name in zip(grid, panels, strict=False):
         for i, (run, rows) in enumerate(runs.items()):
             ranges = sorted({key for row in rows for key in row if key.startswith(f"{name}_t")})  # of timesteps
-            for n, part in enumerate([name, *ranges]):
+            for n, part in enumerate([name] if name in others else [name, *ranges]):
                 steps, values = column(rows, part)
                 if not steps:
                     continue
@@ -133,7 +137,7 @@ def draw(runs, config):
                     place = {"xycoords": axes.get_yaxis_transform(), "fontsize": 8, "va": "center"}
                     axes.annotate(part.removeprefix(f"{name}_"), (1.01, values[-1]), **place)
         drawn = np.concatenate([line.get_ydata() for line in axes.lines])
-        if name != "fid" and drawn.min() > 0 and drawn.max() > 3 * drawn.min():
+        if name not in {"fid", *others} and drawn.min() > 0 and drawn.max() > 3 * drawn.min():
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -141,7 +145,7 @@ def draw(runs, config):
         if config.x != "hours":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 400k
         axes.tick_params(labelsize=8, labelbottom=True)
-        axes.set_title(PANELS[name], fontsize=10)
+        axes.set_title(titles[name], fontsize=10)
         axes.set_xlabel(X_LABELS[config.x], fontsize=9)
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
