@@ -13,6 +13,7 @@ T = H W / P^2 tokens, D width.
 With another `condition` y is a text or a vector in place of the class: data/condition.py.
 """
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -48,16 +49,17 @@ class PatchEmbed(nn.Module):
 def position_embedding(width, grid):
     """Fixed sine-cosine embedding, computed in float64. grid: tokens along each side, or of a square's side. Returns
     (T, D): a part of D for each side, the last side (the column) first, each as [sin, cos] of
-    position / 10000^(i / (D/4)) for two sides."""
+    position / 10000^(i / (D/4)) for two sides. Of three sides the first, the time, has no part: all frames have the same
+    rows, those of a picture."""
     grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    half = width // (2 * len(grid))  # sines of a side
-    halves = [width // 2 - half * (len(grid) - 1)] + [half] * (len(grid) - 1)  # the last side has what is left over
-    places = np.indices(grid).reshape(len(grid), -1)  # (sides, T)
+    sides = grid[-2:]
+    half = width // (2 * len(sides))  # sines of a side
+    places = np.indices(sides).reshape(len(sides), -1)  # (sides, T)
     parts = []
-    for position, half in zip(places[::-1], halves, strict=True):
+    for position in places[::-1]:
         angles = position[:, None] * 10000.0 ** -(np.arange(half) / half)
         parts += [np.sin(angles), np.cos(angles)]
-    return torch.from_numpy(np.concatenate(parts, axis=1))
+    return torch.from_numpy(np.tile(np.concatenate(parts, axis=1), (math.prod(grid[:-2]), 1)))
 
 
 def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=0):
@@ -168,7 +170,7 @@ class VectorEmbedder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The four block designs: section 3.2 and Figure 3 of the paper, from right to left
+# The four block designs: section 3.2 and Figure 3 of the paper, from right to left; and one for clips
 
 
 class TransformerBlock(nn.Module):
@@ -178,6 +180,7 @@ class TransformerBlock(nn.Module):
     num_modulations = 0  # vectors of (N, D) that the design regresses from the condition
     zero_init = False  # whether the layers that regress them start at zero
     condition_tokens = False  # whether t_emb and y_emb are two of the tokens
+    needs_frames = False  # whether `forward` takes the number of frames: tokens along the first of three sides, else 1
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, rope=False, text=False):
         super().__init__()
@@ -265,6 +268,32 @@ class DiTBlock(TransformerBlock):
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
+class SpaceTimeBlock(DiTBlock):
+    """adaLN-Zero for clips, whose attention is in two parts (Ma et al. 2024, Latte, variant 3): a token attends to those of
+    its frame, then to those of its place, over time; not to all T, so that the cost of long clips grows about linearly. The
+    modulations of `DiTBlock` come first: it can start from the weights of an image model."""
+
+    num_modulations = 9
+    needs_frames = True
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, rope=False, text=False):
+        super().__init__(hidden_size, num_heads, mlp_ratio, rope, text)
+        self.norm_time, self.attn_time = copy.deepcopy(self.norm1), copy.deepcopy(self.attn)
+
+    def forward(self, x, c, frames, text=None, rope=None):
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.adaLN_modulation(c).chunk(9, dim=-1)
+        # rotations are relative: all frames have the same differences of places, all places the same differences of times
+        tokens = x.shape[1] // frames
+        in_frame, in_time = ({}, {}) if rope is None else ({"rope": rope[:tokens]}, {"rope": rope[::tokens]})
+        h = modulate(self.norm1(x), shift1, scale1).unflatten(1, (frames, -1))  # (N, F, T / F, D)
+        h = self.attn(h.flatten(0, 1), **in_frame).unflatten(0, h.shape[:2])
+        x = x + gate1.unsqueeze(1) * h.flatten(1, 2)
+        h = modulate(self.norm_time(x), shift3, scale3).unflatten(1, (frames, -1)).transpose(1, 2)  # (N, T / F, F, D)
+        h = self.attn_time(h.flatten(0, 1), **in_time).unflatten(0, h.shape[:2])
+        x = self.add_text(x + gate3.unsqueeze(1) * h.transpose(1, 2).flatten(1, 2), text)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
 class InContextBlock(TransformerBlock):
     """The standard block; the condition comes as two more tokens."""
 
@@ -276,6 +305,7 @@ BLOCKS = {
     "adaln": AdaLNBlock,
     "cross-attention": CrossAttentionBlock,
     "in-context": InContextBlock,
+    "space-time": SpaceTimeBlock,
 }
 
 
@@ -314,13 +344,14 @@ class DiTConfig:
     """The arguments of `DiT` but its condition: plain numbers and names, which a checkpoint stores.
 
     input_size: side of a square x in latent cells (pixels / 8 for the Stable Diffusion autoencoder), or its one to three
-    sides, (H, W). patch_size: likewise. class_dropout_prob: share of labels replaced by the null class in training.
+    sides: (L,), (H, W), or (F, H, W) of a clip of F frames. patch_size: likewise. class_dropout_prob: share of labels
+    replaced by the null class in training.
     num_classes: 0 for an unconditional model. learn_sigma: also predict the interpolation of log-variances, as C more
     channels. block: one of `BLOCKS`.
 
     Newer ideas, off by default. objective, predict: what the first C channels of the output are, for those who read them
     (`diffusion.registry.OBJECTIVES`): eps or v of a "diffusion", the velocity v of a "flow".
-    rope: rotary position embeddings in two dimensions (Su et al. 2021, Heo et al. 2024), beside the fixed ones.
+    rope: rotary position embeddings for each side (Su et al. 2021, Heo et al. 2024), beside the fixed ones.
     Raises ValueError for what cannot be built."""
 
     input_size: int | tuple = 32
@@ -355,15 +386,16 @@ class DiTConfig:
         width, heads = self.hidden_size, self.num_heads
         if width % heads:
             raise ValueError(f"hidden size {width} is not a multiple of the number of heads {heads}")
-        if width % (2 * count):
-            raise ValueError(f"hidden size {width} is not a multiple of {2 * count}, which the position embedding needs")
+        if width % (parts := 2 * min(count, 2)):
+            raise ValueError(f"hidden size {width} is not a multiple of {parts}, which the position embedding needs")
         if int(width * self.mlp_ratio) < 1:
             raise ValueError(f"MLP ratio {self.mlp_ratio} leaves the MLP no hidden unit at hidden size {width}")
         if self.objective not in OBJECTIVES or self.predict not in OBJECTIVES[self.objective].predicts:
             outputs = ", ".join(f"{name} with {' or '.join(of.predicts)}" for name, of in OBJECTIVES.items())
             raise ValueError(f"objective {self.objective!r} with {self.predict!r} predicted is not one of {outputs}")
-        if self.rope and (BLOCKS[self.block].condition_tokens or width // heads % 4 or count != 2):
-            raise ValueError("rotary positions need two sides, heads whose width is a multiple of 4, no in-context block")
+        if self.rope and (BLOCKS[self.block].condition_tokens or width // heads % (2 * count)):
+            problem = f"rotary positions need heads whose width is a multiple of {2 * count}, and no in-context block"
+            raise ValueError(problem)
         # the sides of x and of a patch, always as tuples, and the tokens along each side
         derived = {"sides": sides, "patch": patch, "grid": tuple(np.floor_divide(sides, patch).tolist())}
         for name, size in (("input_size", sides), ("patch_size", patch)):
@@ -402,6 +434,8 @@ class DiT(nn.Module):
         self.y_embedder = labels if embedder is None or attends else embedder
         self.text_embedder = embedder if attends else None
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(sizes.grid), width), requires_grad=False)
+        # of a clip: a linear layer of the time's sine-cosine embedding, which starts at zero, as in a model of pictures
+        self.time_embed = nn.Linear(width, width, bias=False) if len(sizes.grid) == 3 else None
         new_block = partial(design, width, sizes.num_heads, sizes.mlp_ratio, rope=sizes.rope, text=attends)
         self.blocks = nn.ModuleList(new_block() for _ in range(sizes.depth))
         self.final_layer = FinalLayer(width, sizes.patch, self.out_channels, design.num_modulations > 0)
@@ -428,21 +462,25 @@ class DiT(nn.Module):
         tables = [self.y_embedder.embedding_table] if isinstance(self.y_embedder, LabelEmbedder) else []
         for embedding in (*tables, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        zero = [self.final_layer.linear] + [block.text_attn.proj for block in self.blocks if self.text_embedder]
+        zero = [self.final_layer.linear] + [self.time_embed] * (self.time_embed is not None)
+        zero += [block.text_attn.proj for block in self.blocks if self.text_embedder]
         if BLOCKS[self.block].zero_init:
             zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
         for linear in zero:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            for parameter in linear.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x, t, y):
-        """x: (N, C, H, W) noised latents. t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0, num_classes], the
-        last for "no class", or (N, num_classes + 1) float weights of their embeddings; with another condition what its
-        embedder takes. Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with
-        learn_sigma=False eps alone. Raises ValueError for other shapes, and for labels of another type."""
+        """x: (N, C, H, W) noised latents, or (N, C, *sides). t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0,
+        num_classes], the last for "no class", or (N, num_classes + 1) float weights of their embeddings; with another
+        condition what its embedder takes. Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about
+        [-1, 1]; with learn_sigma=False eps alone. Raises ValueError for other shapes, and for labels of another type."""
         self.check_shapes(x, t, y)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        extra = {}  # what blocks get besides x and c
+        extra, frames = {}, self.sizes.grid[0] if len(self.sizes.grid) == 3 else 1  # extra: what blocks get besides x and c
+        if self.time_embed is not None:
+            times = position_embedding(self.hidden_size, (frames,)).to(x)  # (F, D), computed here: see `TimestepEmbedder`
+            x = x + self.time_embed(times).repeat_interleave(x.shape[1] // frames, dim=0)
         if self.text_embedder is not None:
             extra["text"] = self.text_embedder(y)
             y = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the null class, the only one
@@ -454,6 +492,8 @@ class DiT(nn.Module):
             x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D), the two without a position
         if self.sizes.rope:
             extra["rope"] = self.rotations(x.device)
+        if design.needs_frames:
+            extra["frames"] = frames
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and i % self.gradient_checkpointing == 0 and torch.is_grad_enabled():
                 # a block draws nothing
@@ -477,8 +517,9 @@ class DiT(nn.Module):
     def rotations(self, device):
         """sin and cos of rotary positions for each token and entry of a head's queries, (T, 2d) float32. Computed here: see
         `TimestepEmbedder`."""
-        width = self.sizes.hidden_size // self.num_heads
-        return torch.cat(build_rotary_pos_embed([*self.sizes.grid], dim=width, in_pixels=False, device=device), dim=-1)
+        grid = [*self.sizes.grid]
+        width = 2 * (self.sizes.hidden_size // self.num_heads) // len(grid)  # which the function halves, for two sides
+        return torch.cat(build_rotary_pos_embed(grid, dim=width, in_pixels=False, device=device), dim=-1)
 
     def compile_blocks(self, backend="inductor"):
         """Compile the blocks, where all the time goes, on first use: one is compiled and the others share its code, so that

@@ -36,7 +36,7 @@ from studies.recipes import COMMON, SETTINGS, Column, Run, do_runs, measure, ope
 from studies.scaling import COLORS, DESIGNS, SCALING, correlation
 from training.cost import build, forward_macs
 
-BLOCKS = [*BLOCK_TABLE]
+BLOCKS = [name for name, design in BLOCK_TABLE.items() if not design.needs_frames]
 PATCHES = {4: "o", 2: "s", 1: "^"}  # their markers; the paper's patch sizes are twice as large
 SHAPES = {
     f"{size}/{patch}": {

@@ -26,6 +26,8 @@ def linear_macs(block, tokens, width, depth, mlp_ratio):
     t = tokens + 2 * (block == "in-context")
     macs = t * width * width * (4 + 2 * mlp_ratio) + 2 * t * t * width
     macs += {"adaln-zero": 6, "adaln": 4}.get(block, 0) * width * width
+    if block == "space-time":  # of a picture: a second attention, of each token to itself, and three more modulations
+        macs += 4 * t * width * width + 2 * t * width + 9 * width * width
     if block == "cross-attention":
         macs += (2 * t + 2 * 2) * width * width + 2 * t * 2 * width
     return depth * macs
@@ -36,7 +38,7 @@ def test_every_published_count_is_reproduced(run):
     rows = json.loads(out)
     assert len(rows) == 16
     assert {row["model"] for row in rows} >= {f"DiT-{size}/{p}" for size in ("S", "B", "L", "XL") for p in (2, 4, 8)}
-    assert {row["block"] for row in rows if row["model"] == "DiT-XL/2"} == set(BLOCKS)
+    assert {row["block"] for row in rows if row["model"] == "DiT-XL/2"} == set(BLOCKS) - {"space-time"}
     for row in rows:
         name = f"{row['model']} {row['block']} {row['image_size']} px"
         tolerance = 0.07 if row["image_size"] == 512 else 0.03
@@ -62,7 +64,7 @@ def test_overrides_change_every_design_as_the_formula_says(block):
     macs = linear_macs(block, tokens=16, width=48, depth=3, mlp_ratio=2)
     macs += 16 * 48 * 4 * 16  # patch convolution
     macs += 256 * 48 + 48 * 48  # timestep embedding
-    macs += 16 * 48 * 8 * 16 + (2 * 48 * 48 if block.startswith("adaln") else 0)  # final layer
+    macs += 16 * 48 * 8 * 16 + (2 * 48 * 48 if BLOCKS[block].num_modulations else 0)  # final layer
     assert forward_macs(model) == macs, "attention or a linear layer is not counted as it should be"
 
 
@@ -85,8 +87,9 @@ def test_activations_are_what_autograd_keeps_on_a_real_device(block, precision):
     expected = sum(nbytes for pointer, nbytes in saved.items() if pointer not in own)
     del out
     counted = activation_bytes(build("DiT-S/2", **TINY, block=block), 2, precision)
-    # the GPU's attention kernel pads its sums to 32 queries, the CPU's does not
-    assert expected <= counted <= 1.01 * expected
+    # the GPU's attention kernel pads its sums to 32 queries, the CPU's does not: for each token, where it attends to itself
+    padding = 4 * 31 * 2 * 16 * model.num_heads * model.depth if block == "space-time" else 0
+    assert expected <= counted <= 1.01 * expected + padding
 
 
 def test_memory_grows_with_the_batch_and_shrinks_in_bf16():

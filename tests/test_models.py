@@ -19,6 +19,7 @@ from models import (
     DiTConfig,
     FinalLayer,
     LabelEmbedder,
+    SpaceTimeBlock,
     TimestepEmbedder,
     get_2d_sincos_pos_embed,
     modulate,
@@ -303,15 +304,69 @@ def test_grids_of_one_to_three_sides_put_every_value_back_in_its_place(sizes):
     tokens = convolution(x, weight, stride=model.sizes.patch).flatten(2).transpose(1, 2)
     assert torch.equal(model.unpatchify(tokens), x)
     assert model(x, torch.tensor([3]), torch.tensor([1])).shape == (1, 4, *shape)
-    rows = model.pos_embed[0]
-    assert len(rows.unique(dim=0)) == len(rows) == np.prod(model.sizes.grid), "every token has a position of its own"
+    fill(model)  # after which the times have positions too
+    places = model.pos_embed[0]
+    if len(shape) == 3:
+        times = position_embedding(model.hidden_size, (model.sizes.grid[0],)).float()
+        places = places + model.time_embed(times).repeat_interleave(len(places) // len(times), dim=0)
+    assert len(places.unique(dim=0)) == len(places) == np.prod(model.sizes.grid), "every token has a position of its own"
 
 
-def test_a_grid_of_one_frame_has_the_positions_of_its_picture_in_two_of_three_parts():
-    frame, clip = position_embedding(12, (4, 6)), position_embedding(18, (1, 4, 6))
-    torch.testing.assert_close(clip[:, :12], frame)
-    assert (clip[:, 12:15] == 0).all()
-    assert (clip[:, 15:] == 1).all(), "time 0: sin 0, cos 1"
+@pytest.mark.parametrize("block", ["adaln-zero", "space-time"])
+def test_a_clip_of_one_frame_is_its_picture(block):
+    """Same weights, same numbers: the patch convolution has one side more, and the time layer starts at zero."""
+    picture = fill(DiT(**SMALL))
+    clip = DiT(**{**SMALL, "block": block, "input_size": (1, 8, 8), "patch_size": (1, 2, 2)})
+    weights = picture.state_dict()
+    weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"][:, :, None]
+    rows = clip.state_dict()  # the gates of the attention over time are zero at first
+    for name in [name for name in weights if name.startswith("blocks.") and "adaLN" in name]:
+        rows[name][: len(weights[name])] = weights[name]
+        weights[name] = rows[name]
+    clip.load_state_dict({**rows, **weights})
+    clip.eval()
+    x, t, y = normal("x", 2, 4, 8, 8), torch.tensor([3, 800]), torch.tensor([1, 10])
+    torch.testing.assert_close(clip(x[:, :, None], t, y)[:, :, 0], picture(x, t, y), rtol=1e-6, atol=1e-6)
+
+
+def test_the_space_time_block_is_two_attentions_within_frames_and_over_time():
+    """Against attention over all tokens with a mask: of the same frame, then of the same place."""
+    torch.manual_seed(0)
+    frames, tokens, width = 3, 4, 12
+    block, whole = SpaceTimeBlock(width, 2).double(), DiTBlock(width, 2).double()
+    block.adaLN_modulation[1].weight.data.normal_()
+    x, c = torch.randn(2, frames * tokens, width).double(), torch.randn(2, width).double()
+    shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = block.adaLN_modulation(c).chunk(9, dim=-1)
+    frame, place = torch.arange(frames * tokens) // tokens, torch.arange(frames * tokens) % tokens
+    expected = x
+    parts = [(block.attn, shift1, scale1, gate1, frame), (block.attn_time, shift3, scale3, gate3, place)]
+    for attention, shift, scale, gate, group in parts:
+        h = modulate(whole.norm1(expected), shift, scale)
+        h = attention(h, attn_mask=group[:, None] == group[None, :])
+        expected = expected + gate[:, None] * h
+    expected = expected + gate2[:, None] * block.mlp(modulate(whole.norm2(expected), shift2, scale2))
+    torch.testing.assert_close(block(x, c, frames), expected)
+
+
+def test_a_token_of_a_space_time_block_attends_to_its_frame_and_over_time_alone():
+    sizes = {**SMALL, "patch_size": (1, 2, 2), "block": "space-time"}
+    few, more = (DiT(**{**sizes, "input_size": (frames, 8, 8)}) for frames in (4, 8))
+    x = torch.zeros(1, 4, 4, 8, 8)
+    seen = []
+
+    def attend(q, k, v, **_):
+        seen.append(q.shape[0] * q.shape[-2] * k.shape[-2])
+        return v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attend)
+        few(x, torch.zeros(1), torch.tensor([0]))
+        pairs = sum(seen)
+        seen.clear()
+        more(torch.cat([x, x], dim=2), torch.zeros(1), torch.tensor([0]))
+    within, over_time = 4 * 16 * 16, 16 * 4 * 4
+    assert pairs == SMALL["depth"] * (within + over_time)
+    assert sum(seen) == SMALL["depth"] * (2 * within + 4 * over_time)
 
 
 @pytest.mark.parametrize(
@@ -347,6 +402,10 @@ def test_what_forward_does_not_take_is_said_in_a_sentence(arguments, words):
         ({"hidden_size": 90, "num_heads": 5}, "multiple of 4"),
         ({"mlp_ratio": 0.001}, "MLP ratio 0.001"),
         ({"block": "adaln-one"}, "adaln-zero, adaln, cross-attention, in-context"),
+        (
+            {"rope": True, "num_heads": 12, "input_size": (2, 8, 8), "patch_size": (1, 2, 2)},
+            "whose width is a multiple of 6",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused_with_the_reason(wrong, words):

@@ -208,15 +208,26 @@ def test_a_class_and_a_line_make_an_objective_that_names_its_losses(monkeypatch)
 # The model's switches
 
 
-def test_rotary_positions_make_attention_depend_on_differences_of_positions():
+def attention_products(model):
+    """Of the same query and the same key at each pair of places of the model's grid: (*grid, *grid)."""
     from timm.layers import apply_rot_embed_cat
 
-    model = DiT(**SMALL, rope=True)
-    rotations = model.rotations("cpu")  # (16, 2d)
-    size = rotations.shape[1] // 2
-    q, k = normal("q", 1, 1, 1, size).expand(1, 1, 16, size), normal("k", 1, 1, 1, size).expand(1, 1, 16, size)
+    rotations = model.rotations("cpu")  # (T, 2d)
+    tokens, size = len(rotations), rotations.shape[1] // 2
+    q, k = (normal(name, 1, 1, 1, size).expand(1, 1, tokens, size) for name in "qk")
     products = (apply_rot_embed_cat(q, rotations) @ apply_rot_embed_cat(k, rotations).transpose(-1, -2))[0, 0]
-    grid = products.view(4, 4, 4, 4)  # row and column of q, row and column of k
+    return products.view(model.sizes.grid * 2)
+
+
+def test_rotary_positions_of_a_clip_depend_on_differences_of_time_and_place():
+    grid = attention_products(DiT(**{**SMALL, "num_heads": 4, "input_size": (3, 8, 8), "patch_size": (1, 2, 2)}, rope=True))
+    torch.testing.assert_close(grid[0, 0, 0, 1, 1, 2], grid[1, 2, 1, 2, 3, 3])
+    sides = [grid[0, 0, 0, 1, 0, 0], grid[0, 0, 0, 0, 1, 0], grid[0, 0, 0, 0, 0, 1]]
+    assert len({round(float(value), 3) for value in sides}) == 3, "each side has a part of its own"
+
+
+def test_rotary_positions_make_attention_depend_on_differences_of_positions():
+    grid = attention_products(DiT(**SMALL, rope=True))  # row and column of q, row and column of k
     torch.testing.assert_close(grid[0, 0, 1, 2], grid[2, 1, 3, 3])
     torch.testing.assert_close(grid[1, 0, 0, 0], grid[3, 2, 2, 2])
     assert not torch.isclose(grid[0, 0, 1, 2], grid[0, 0, 2, 1])
