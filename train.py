@@ -36,6 +36,9 @@ class TrainConfig(Config):
     monitor: MonitorConfig
     vae: str = option("ema", 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
         'autoencoder of diffusers, or "none" for pixels', basic=True)  # fmt: skip
+    latent_norm: str | None = option(None, "how latents are normalised: by the autoencoder's factor, or by each channel's "
+        "mean and standard deviation on the data (default: factor, or as the model of --init-from)",
+        choices=("factor", "channel"))  # fmt: skip
     timeout: float | None = option(None, "seconds that a process waits for the others before it gives up; more than it "
         "takes to list the data, to save or to measure FID (default: 1800, and 600 in the exchange of gradients of GPUs)",
         above=0, high=1e6, changeable=True)  # fmt: skip
@@ -52,6 +55,8 @@ class TrainConfig(Config):
             raise UserError("--text-length: needs --text-encoder")
         if self.data.data_path == "digits" and self.vae != "none":
             raise UserError("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
+        if self.latent_norm and self.vae == "none":
+            raise UserError(f"--latent-norm {self.latent_norm}", "pixels are no latents", "leave the option out")
         for name in ("eval_cfg_scale", "sample_cfg_scale"):
             scale = self.flat()[name]
             if scale not in (None, 1) and self.recipe.label_dropout == 0 and self.model.num_classes != 0:
@@ -93,8 +98,9 @@ def train(config, signals=None, dataset=None, watchers=()):
             config = replace(config, model=model_options)
             with context.together():
                 space, condition, model, lines = setup.prepare(config, context, dataset, source)
-                source = None  # frees the memory: its weights have been copied
                 space, condition = space.to(context.device), condition.to(context.device)
+            lines += setup.normalise(config, context, dataset, space, source)
+            source = None  # frees the memory: its weights have been copied
             total_steps, precision = config.recipe.total_steps(len(dataset)), config.compute.precision
             trainer = Trainer(config.recipe, config.compute, context, model, space, precision, total_steps, condition)
             watchers = [*make_watchers(config, trainer, dataset, signals), *watchers]

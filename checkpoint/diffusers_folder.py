@@ -159,6 +159,7 @@ def newer_options(checkpoint):
     """What no weights' names or shapes and no config of diffusers tell of a model, as text."""
     config, names = checkpoint.model_config, ("objective", "predict", "rope")
     found = [f"--{name} {config[name]}" for name in names if config[name] != DEFAULTS[name]]
+    found += ["--latent-norm channel"] if checkpoint.latents else []
     return " ".join(found + [f"--condition {record['kind']}" for record in [checkpoint.condition_record] if record])
 
 

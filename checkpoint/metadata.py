@@ -1,7 +1,8 @@
 """What a .safetensors file of weights says of its model: text in its metadata, of which ours is JSON.
 
 The record of a model is a dict with some of `model_config` (the arguments of models.DiT), `class_names` (list of str),
-`vae` (as --vae names it), `image_size` (pixels) and `condition` (of data/condition.py, where it is not the class).
+`vae` (as --vae names it), `image_size` (pixels), `condition` (of data/condition.py, where it is not the class) and
+`latents` (statistics of each channel, where the latents were normalised by these).
 """
 
 import json
@@ -10,7 +11,7 @@ from safetensors import safe_open
 
 from checkpoint.files import CheckpointError
 
-NAMES = ("model_config", "class_names", "vae", "image_size", "condition")
+NAMES = ("model_config", "class_names", "vae", "image_size", "condition", "latents")
 OLD_NAMES = ("text_encoder", "text_encoder_crc32")  # of models of texts, before they had a `condition`
 
 
@@ -19,7 +20,7 @@ def of(checkpoint, vae=None):
     where no autoencoder is known, because it is a guess then."""
     vae = vae or checkpoint.metadata.get("recorded_vae") or checkpoint.vae
     found = {"model_config": checkpoint.model_config, "class_names": checkpoint.class_names, "vae": vae}
-    found["condition"] = checkpoint.condition_record
+    found |= {"condition": checkpoint.condition_record, "latents": checkpoint.latents}
     return found | {"image_size": checkpoint.image_size if checkpoint.vae else None}
 
 

@@ -50,7 +50,7 @@ class Checkpoint:
     def check_record(self):
         """Raises CheckpointError where something that is recorded is not of its type, whether it is needed or not."""
         self._recorded("image_size", int, self.options, self.metadata)
-        _ = self.vae, self.condition_record, self.class_names, self.step
+        _ = self.vae, self.condition_record, self.class_names, self.step, self.latents
         # SiT's names: its models take 1 - s where ours take 1000 s, and predict the velocity the other way round
         if others := [f"{name}={self.options[name]}" for name in ("prediction", "path_type") if name in self.options]:
             what = f"weights of another program's flow ({', '.join(others)}), whose time runs the other way"
@@ -82,6 +82,19 @@ class Checkpoint:
     def vae(self):
         """The autoencoder that the model was trained with, as --vae names it; None without a record."""
         return self._recorded("vae", str, self.options, self.metadata)
+
+    @property
+    def latents(self):
+        """Each channel's measured statistics, {"mean": numbers, "std": numbers}, by which the latents were normalised; None
+        where by the autoencoder's own."""
+        record = self._recorded("latents", dict, self.state, self.metadata)
+        if record is not None:
+            for name, low in (("mean", -math.inf), ("std", 0)):
+                values, number = record.get(name), self.model_config["in_channels"]
+                fits = isinstance(values, list) and len(values) == number and all(isinstance(v, float) for v in values)
+                if not fits or not all(low < value < math.inf for value in values):
+                    raise self._damaged(f"its latents' {name} is {values!r:.50}, not {number} such numbers")
+        return record
 
     @property
     def condition_record(self):

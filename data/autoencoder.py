@@ -45,7 +45,10 @@ class LatentSpace:
     """What there is to know of a latent space where no image has to be encoded or decoded: that of stored latents.
 
     channels: of a latent. factor: pixels per latent cell. scaling, shift: x_0 = (latent - shift) * scaling has about unit
-    variance; each is a number, or a list of one for each channel."""
+    variance; each is a number, or a list of one for each channel. statistics: where they take the place of the
+    autoencoder's, {"mean", "std"} of `data.statistics`."""
+
+    statistics = None
 
     def __init__(self, channels, factor, scaling, shift):
         self.channels, self.factor, self.scaling, self.shift = channels, factor, per_channel(scaling), per_channel(shift)
@@ -54,6 +57,12 @@ class LatentSpace:
         values = (self.scaling, self.shift)
         self.scaling, self.shift = (value.to(device) if torch.is_tensor(value) else value for value in values)
         return self
+
+    def normalise_by(self, statistics):
+        """Take each channel's measured mean and standard deviation in place of the autoencoder's numbers: x_0 = (latent -
+        mean) / std."""
+        self.statistics = statistics
+        self.scaling, self.shift = per_channel([1 / std for std in statistics["std"]]), per_channel(statistics["mean"])
 
     def sample(self, moments):
         """x_0 (N, C, h, w) of stored moments (N, M, C, h, w): drawn from the posterior with torch's random stream of their
@@ -183,8 +192,9 @@ class Flux2Autoencoder(Autoencoder):
 
     def _read_weights(self, diffusers):
         vae = super()._read_weights(diffusers)
-        self.scaling = (vae.bn.running_var + vae.bn.eps).rsqrt()[:, None, None]
-        self.shift = vae.bn.running_mean[:, None, None]
+        if not self.statistics:
+            self.scaling = (vae.bn.running_var + vae.bn.eps).rsqrt()[:, None, None]
+            self.shift = vae.bn.running_mean[:, None, None]
         return vae
 
     def moments(self, images):

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from data.autoencoder import check_image_size, load_space, to_model_range
+from data.autoencoder import LatentSpace, check_image_size, load_space, to_model_range
 from data.images import ImageDataset, list_with_captions
-from data.latents import DamagedError, Settings, Shard, is_complete, read_settings, shard_path, write_shard
+from data.latents import DamagedError, Settings, Shard, is_complete, read_settings, read_statistics, shard_path, write_shard
 from data.order import make_loader, next_batch
+from data.statistics import channel_sums
 from runtime import devices, files
 from runtime.config import differences, flag
 from runtime.errors import UserError
@@ -151,9 +152,12 @@ class ShardWriter:
         if first == 0:
             self.moments = np.empty(self.settings.shard_shape(number), self.settings.dtype)
             self.errors, self.labels, self.sources = np.zeros(2), [], []
+            self.sums = torch.zeros(2, self.settings.channels, dtype=torch.float64)
         images = to_model_range(batch["image"].to(self.space.vae.device, non_blocking=True))
         views = [images, images.flip(-1)] if self.settings.flip else [images]
-        exact = torch.stack([self.space.moments(view) for view in views], dim=1).cpu().numpy()  # (N, F, M, C, h, w)
+        exact = torch.stack([self.space.moments(view) for view in views], dim=1).cpu()  # (N, F, M, C, h, w)
+        self.sums += channel_sums(exact)
+        exact = exact.numpy()
         where = f"images {indices[0]} to {indices[-1]}"
         stored = self.rounded(exact, where, "latents", "look at them, and at --vae")
         self.moments[first : first + len(indices)] = stored
@@ -181,6 +185,7 @@ class ShardWriter:
         names = "\0".join(self.dataset.names[source] for source in self.sources)
         arrays = {"moments": self.moments, "label": np.array(self.labels), "image": np.array(self.sources)}
         arrays |= {"errors": self.errors, "name": to_bytes(names.encode("utf-8", "surrogateescape"))}
+        arrays["sums"] = self.sums.numpy()
         if self.text:
             texts = [self.dataset.captions.of(source) for source in self.sources]
             tokens, lengths = self.encode_texts([*(text for entry in texts for text in entry), ""])
@@ -211,6 +216,14 @@ def finish(folder, settings, dataset, missing):
     values = sum(math.prod(settings.shard_shape(number)) for number in shards) / settings.moments
     mean, std = np.sqrt(sum(Shard(folder, number).file.get_tensor("errors") for number in shards) / values)
     scaling = sum(settings.scaling) / len(settings.scaling)
+    if statistics := read_statistics(folder, settings):
+        space = LatentSpace(settings.channels, settings.factor, settings.scaling, settings.shift)
+        found = torch.tensor([*statistics.values()])[:, :, None, None]  # (2, C, 1, 1)
+        means, stds = (found[0] - space.shift) * space.scaling, found[1] * space.scaling
+        what += (
+            f"; with the autoencoder's factor the channels' means are from {means.min():.2f} to {means.max():.2f}, their "
+        )
+        what += f"standard deviations from {stds.min():.2f} to {stds.max():.2f}"
     return (
         f"{what}; rounding to {settings.dtype} changed the mean by {mean * scaling:.1e} (RMS, in units of the scaled "
         f"latents, whose variance is about 1), the standard deviation by {std:.1e} of itself (RMS)"

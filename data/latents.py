@@ -6,7 +6,8 @@ moments   (n, F, M, C, h, w), float16 or float32. F = 2: the image and its flip,
 label     (n,) int64, of the image that was encoded
 image     (n,) int64, its number in the image folder. Where an image could not be read, it is that of the next one
 name      uint8, the paths of these images, relative to the image folder, with zero bytes between them
-errors    (2,) float64, the sums over the shard's values that `rounding_errors` needs
+errors    (2,) float64, the sums over the shard's values that the last line of extract_latents.py needs
+sums      (2, C) float64, the sums of z and z^2 of each channel, see data/statistics.py (not in older shards)
 
 With --text-encoder it also holds:
 
@@ -20,6 +21,7 @@ The metadata are the Settings, the same in every shard, and the CRC-32 of the sh
 import contextlib
 import functools
 import json
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from data.captions import Captions, is_text
 from data.config import MAX_BATCH, MAX_SHARD, MAX_SIDE
 from data.listing import Names, printable, readable_names
 from data.order import is_flipped
+from data.statistics import channel_statistics
 from data.text_encoder import StoredTexts, pad
 from runtime import files
 from runtime.config import Config, differences, option
@@ -163,6 +166,8 @@ class Shard:
             names, labels, images = bytes(read("name")).split(b"\0"), read("label"), read("image")
             shapes = {"label": ((count,), "I64"), "image": ((count,), "I64"), "errors": ((2,), "F64")}
             shapes["moments"] = settings.shard_shape(self.number), DTYPES[settings.dtype]
+            if "sums" in self.file.keys():  # noqa: SIM118
+                shapes["sums"] = (2, settings.channels), "F64"
             fits = self.settings == settings and len(names) == count
             fits &= min(labels.min(), images.min()) >= 0 and labels.max() < len(settings.classes)
             if settings.text_encoder:
@@ -195,6 +200,17 @@ def read_settings(folder):
         except DamagedError as error:
             problem = error
     raise problem
+
+
+def read_statistics(folder, settings):
+    """Each channel's mean and standard deviation over all images and flips, as of `data.statistics`; None where the folder
+    has shards without sums. Raises UserError."""
+    files = [Shard(folder, number).file for number in range(settings.num_shards)]
+    if not all("sums" in file.keys() for file in files):  # noqa: SIM118
+        return None
+    values = sum(math.prod(settings.shard_shape(number)) for number in range(len(files)))
+    sums = torch.from_numpy(sum(file.get_tensor("sums") for file in files))
+    return channel_statistics(sums, values / settings.moments / settings.channels)
 
 
 def is_latents_folder(folder):

@@ -7,7 +7,7 @@ from torch import nn
 
 import download
 from checkpoint.opened import Checkpoint
-from data.autoencoder import RELEASED, load_space
+from data.autoencoder import RELEASED, LatentSpace, load_space
 from data.condition import Condition
 from models import DiT_models
 from runtime.config import flag
@@ -102,6 +102,8 @@ def open_guide(guidance, checkpoint):
             raise UserError(where, f"{name} {found}, but {path} has {config[name]}", "choose a guide of the same kind")
     if guide.condition_record != checkpoint.condition_record:
         raise UserError(where, f"draws by {guide.condition.describe()}, {path} by another condition")
+    if guide.latents != checkpoint.latents:
+        raise UserError(where, f"its latents are normalised otherwise than those of {path}", "choose another guide")
     return guide
 
 
@@ -114,7 +116,10 @@ def open_space(source, checkpoint, released_vae):
     if vae == "none" and channels not in (1, 3):
         raise UserError(f"{name}: {checkpoint.path} has {channels} channels, it works on latents; name its autoencoder")
     with about(name):  # --vae only where the user has given it
-        return load_space(vae, channels), vae, name
+        space = load_space(vae, channels)
+    if checkpoint.latents and isinstance(space, LatentSpace):
+        space.normalise_by(checkpoint.latents)
+    return space, vae, name
 
 
 def settle(source, checkpoint, space, vae_name="the autoencoder"):

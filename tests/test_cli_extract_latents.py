@@ -90,7 +90,7 @@ def test_the_folder_is_as_documented(undisturbed, small_vae):
         arrays = load_file(undisturbed / name)  # by the library that others would read it with
         assert {name: (array.shape, str(array.dtype)) for name, array in arrays.items()} == {
             "moments": ((3, 2, 2, 4, 2, 2), "float16"), "label": ((3,), "int64"), "image": ((3,), "int64"),
-            "name": ((29,), "uint8"), "errors": ((2,), "float64"),
+            "name": ((29,), "uint8"), "errors": ((2,), "float64"), "sums": ((2, 4), "float64"),
         }  # fmt: skip
         assert arrays["image"].tolist() == [3 * number, 3 * number + 1, 3 * number + 2]
 

@@ -22,8 +22,18 @@ from data.autoencoder import LatentSpace, load_space, to_model_range
 from data.config import ExtractConfig
 from data.extraction import begin
 from data.images import ImageDataset
-from data.latents import AGAIN, Settings, StoredLatents, is_complete, is_latents_folder, shard_path, write_shard
+from data.latents import (
+    AGAIN,
+    Settings,
+    StoredLatents,
+    is_complete,
+    is_latents_folder,
+    read_statistics,
+    shard_path,
+    write_shard,
+)
 from data.order import GlobalOrder, is_flipped, make_loader, next_batch
+from data.statistics import channel_statistics, channel_sums
 from runtime.errors import UserError
 
 SETTINGS = Settings(
@@ -309,3 +319,34 @@ def test_only_folders_of_latents_are_recognised(tmp_path, image_folder):
     assert is_latents_folder(tmp_path / "latents")
     for other in (image_folder, tmp_path, tmp_path / "nowhere", "digits"):
         assert not is_latents_folder(other)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics of the channels
+
+
+def test_statistics_are_those_of_draws():
+    """The closed form against 200,000 draws of three images' posteriors."""
+    mean, std = torch.randn(3, 4, 5, 2), torch.rand(3, 4, 5, 2)
+    moments = torch.stack([mean, std], dim=1)
+    found = channel_statistics(channel_sums(moments), 3 * 10)
+    draws = mean + std * torch.randn(200_000 // 30, *mean.shape)
+    draws = draws.movedim(2, 0).flatten(1)  # (C, all else)
+    torch.testing.assert_close(torch.tensor(found["mean"]), draws.mean(1), rtol=0, atol=0.02)
+    torch.testing.assert_close(torch.tensor(found["std"]), draws.std(1), rtol=0.02, atol=0)
+    only_mean = channel_statistics(channel_sums(moments[:, :1]), 3 * 10)
+    torch.testing.assert_close(torch.tensor(only_mean["std"]), mean.movedim(1, 0).flatten(1).std(1, correction=0))
+
+
+def test_extraction_records_the_statistics_of_all_images_and_flips(extracted):
+    moments = np.concatenate([load_file(shard_path(extracted, number))["moments"] for number in range(3)])
+    mean, std = moments.astype(np.float64)[:, :, 0], moments.astype(np.float64)[:, :, 1]
+    found = read_statistics(extracted, StoredLatents(extracted).settings)
+    np.testing.assert_allclose(found["mean"], mean.mean((0, 1, 3, 4)), rtol=1e-12)
+    variance = mean.var((0, 1, 3, 4)) + (std**2).mean((0, 1, 3, 4))
+    np.testing.assert_allclose(found["std"], np.sqrt(variance), rtol=1e-12)
+
+
+def test_a_folder_of_before_without_sums_has_no_statistics(tmp_path):
+    make(tmp_path)
+    assert read_statistics(tmp_path, StoredLatents(tmp_path).settings) is None

@@ -197,6 +197,8 @@ class Run:
         state = self.trainer.state_dict()  # on all ranks: those of a sharded model give their parts
         if self.context.is_main:
             state |= {"args": self.options, **record_of(self.trainer.model, self.dataset.classes)}
+            if statistics := getattr(self.trainer.space, "statistics", None):
+                state["latents"] = statistics
             state |= {"data": self.dataset.fingerprint(), "training_seconds": self.meter.training_seconds()}
             state["bad_steps"] = int(self.meter.bad_in_a_row)
             self.saver.save(self.trainer.steps_made, state, is_copy=bool(self.config.compute.shard))

@@ -6,9 +6,11 @@ import math
 import torch
 
 from checkpoint.config import DEFAULT
-from data.autoencoder import check_image_size
+from data.autoencoder import LatentSpace, check_image_size
 from data.condition import Classes, open_condition
 from data.images import load_dataset
+from data.latents import StoredLatents, read_statistics
+from data.statistics import measure
 from diffusion.registry import make_objective
 from models import DiT_models
 from runtime.config import differences
@@ -86,6 +88,31 @@ def prepare(config, context, dataset, source=None):
         if changed := differences(source.options, config.recipe.flat(), ignored):
             lines += [f"The weights were trained with {'; '.join(changed)}"]
     return space, condition, model, lines + finetune.freeze(model, config.finetune.freeze)
+
+
+def normalise(config, context, dataset, space, source=None):
+    """Give the latent space, which is on its device, the statistics that --latent-norm asks for; a run that is resumed
+    keeps those of its checkpoint. Returns lines for the log. All ranks call it. Raises UserError."""
+    with context.together():
+        resumed = resume.peek(config.run)
+        before = (resumed or source) if config.latent_norm is None else resumed
+        statistics, origin = before and before.latents, before and before.path
+        if config.latent_norm == "factor" or not (statistics or config.latent_norm):
+            return []
+        if not isinstance(space, LatentSpace):
+            problem = f"--vae {config.vae} gives no latents of diffusers' autoencoders"
+            raise UserError("--latent-norm channel", problem, "leave the option out")
+        if not statistics and isinstance(dataset, StoredLatents):
+            statistics, origin = read_statistics(dataset.folder, dataset.settings), f"all images of {dataset.folder}"
+    if not statistics:
+        found = measure(dataset, space, config.recipe.global_seed, context, config.data.num_workers)
+        statistics, origin = found[0], f"{found[1]:,} images"
+    if min(statistics["std"]) == 0:
+        problem = f"channel {statistics['std'].index(0)} of the latents is the same everywhere"
+        raise UserError("--latent-norm channel", problem, "look at the autoencoder, or leave the option out")
+    space.normalise_by(statistics)
+    space.to(context.device)
+    return [f"Latents are normalised by each channel's mean and standard deviation, of {origin}"]
 
 
 def class_notes(names, num_classes=0):

@@ -105,8 +105,10 @@ class Validation:
             if held_out.channels != channels:
                 problem = f"has images of {held_out.channels} channels, training has {channels}"
                 raise UserError(f"--data-path {data.data_path}", problem, "give held-out images of the same kind")
-            space = held_out.open_space(vae).to(context.device)
-            self.read(held_out, space, condition.for_data(held_out, data).to(context.device))
+            space = held_out.open_space(vae)
+            if statistics := getattr(trainer.space, "statistics", None):
+                space.normalise_by(statistics)
+            self.read(held_out, space.to(context.device), condition.for_data(held_out, data).to(context.device))
 
     def read(self, dataset, space, condition):
         """This rank's part: the images' numbers, x_0 (N, C, h, w) and y (N, ...)."""
