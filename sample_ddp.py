@@ -16,6 +16,7 @@ from runtime.config import differences
 from runtime.errors import UserError
 from runtime.files import check_output, checksum_of_text, lock_folder, read_json, remove_leftovers, write_errors, write_json
 from runtime.parser import Parser
+from runtime.shapes import sides
 from sampling.config import SampleSetConfig
 
 DECODED_ASIDE = {"cuda"}  # devices that decode a batch while they draw the next; a CPU's cores are busy with one
@@ -48,7 +49,7 @@ def sample(config, context):
     given = context.on_main(choices_of_set, config, opened)
     every, in_turn = given or opened.condition.all(), bool(given or config.balanced_labels)
     labels = SetLabels(opened.condition, every, in_turn, config.global_seed)
-    number, size = config.num_fid_samples, opened.settings["image_size"]
+    number, size = config.num_fid_samples, sides(opened.settings["image_size"])
     folder = Path(config.sample_dir) / (config.folder or default_name(config, opened))
     npz = folder.with_name(f"{folder.name}.npz")
     with ExitStack() as stack:
@@ -59,7 +60,7 @@ def sample(config, context):
             remove_leftovers(folder.parent, npz.name)
             check_output(npz, "--folder" if config.folder else "--sample-dir")
             check_settings(opened, given, folder)
-            return image_set.is_complete(npz, (number, size, size, 3))
+            return image_set.is_complete(npz, (number, *size, 3))
 
         if context.on_main(claim_folder):
             context.print(f"Nothing left to do: {npz} holds {number:,} images")
@@ -81,7 +82,7 @@ def sample(config, context):
         except KeyboardInterrupt:
             context.print(f"Interrupted: the same command draws the images that {folder} still lacks")
             raise
-        context.print(f"{npz}: arr_0 {(number, size, size, 3)} uint8, arr_1 labels")
+        context.print(f"{npz}: arr_0 {(number, *size, 3)} uint8, arr_1 labels")
 
 
 def draw(config, context, pipeline, labels, folder, batches):

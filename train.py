@@ -116,17 +116,17 @@ def make_watchers(config, trainer, dataset, signals):
     """The list of what the options ask to watch: see `training.watchers`."""
     from training.watchers import Samples, Validation, choose_sampler
 
-    monitor, evaluation, side, watchers = config.monitor, config.evaluation, config.model.image_size, []
+    monitor, evaluation, size, watchers = config.monitor, config.evaluation, config.model.image_size, []
     if monitor.val_every:
-        watchers.append(Validation(monitor, trainer, config.data, side, config.vae, dataset.channels))
+        watchers.append(Validation(monitor, trainer, config.data, size, config.vae, dataset.channels))
     if monitor.sample_every:
         with trainer.context.together():
-            watchers.append(Samples(monitor, trainer, side))
+            watchers.append(Samples(monitor, trainer, size))
     if evaluation.eval_every:
         from evaluation.during_training import FID  # SciPy and torch-fidelity take seconds to import
 
         sampler = choose_sampler("eval", trainer.model.objective, evaluation.eval_sampler, evaluation.eval_sampling_steps)
-        drawn = (trainer.context, trainer.space, side, trainer.condition, trainer.part_size, config.recipe.global_seed)
+        drawn = (trainer.context, trainer.space, size, trainer.condition, trainer.part_size, config.recipe.global_seed)
         watchers.append(FID(evaluation, *drawn, sampler, signals))
     return watchers
 

@@ -377,7 +377,7 @@ def text_step(config, step, name):
     size, context, condition = step.timing.batch_size, distributed.setup(config.device), condition_of(config, name)
     model = build_model(step, condition)
     batch = {"label": torch.zeros(size, dtype=torch.int64)}
-    batch["moments"] = torch.rand(size, 2, 4, model.input_size, model.input_size).half()
+    batch["moments"] = torch.rand(size, 2, 4, *model.sizes.sides).half()
     if name == "texts":
         lengths = torch.randint(5, condition.length + 1, (size,))
         batch |= {"text_tokens": torch.randn(int(lengths.sum()), condition.width).half(), "text_lengths": lengths}

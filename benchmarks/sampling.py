@@ -17,7 +17,7 @@ import torch
 from benchmarks import timing
 from benchmarks.train_step import build_model
 from checkpoint.config import ModelOptions
-from data.autoencoder import load_space
+from data.autoencoder import latent_sides, load_space
 from diffusion import create_diffusion
 from runtime import distributed
 from runtime.config import Config, option
@@ -70,8 +70,9 @@ def decoding(config):
     """The decoding of a batch, as sample_ddp.py does it."""
     device = distributed.setup(config.compute.device).device
     set_precision(config.compute.products if config.compute.tf32 else "fp32", device)
-    space, side = load_space(config.vae).to(device), config.model.image_size // 8
-    x_0 = torch.randn(config.timing.batch_size, space.channels, side, side, device=device)
+    space = load_space(config.vae).to(device)
+    cells = latent_sides(config.model.image_size, space.factor)
+    x_0 = torch.randn(config.timing.batch_size, space.channels, *cells, device=device)
     return lambda: to_uint8(space.decode(x_0))
 
 
@@ -83,7 +84,7 @@ def original_recipe(config):
         model = build_model(config).eval()
     diffusion, y = create_diffusion(str(config.sampler.num_sampling_steps)), labels(config, model, device)
     kwargs = {"y": torch.cat([y, torch.full_like(y, model.null_class)]), "cfg_scale": config.cfg_scale}
-    shape = (2 * len(y), model.in_channels, model.input_size, model.input_size)
+    shape = (2 * len(y), model.in_channels, *model.sizes.sides)
     noise = torch.randn(*shape, device=device)
 
     def loop():

@@ -142,7 +142,7 @@ def random_batch(config, model):
     """Latents (N, C, H, W) and labels (N,)."""
     size = config.timing.batch_size
     labels = torch.randint(max(model.num_classes, 1), (size,))
-    return torch.randn(size, model.in_channels, model.input_size, model.input_size), labels
+    return torch.randn(size, model.in_channels, *model.sizes.sides), labels
 
 
 def where_time_goes(profile, device):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from diffusion.registry import OBJECTIVES
 from runtime.config import Config, KeysOf, option
 from runtime.errors import UserError
+from runtime.shapes import ImageSize
 
 DEFAULT = "DiT-XL/2"
 MODELS = tuple(f"DiT-{size}/{patch}" for size in KeysOf("models:SIZES") for patch in (2, 4, 8))
@@ -18,7 +19,8 @@ class ModelOptions(Config):
 
     model: str | None = option(None, "size and patch size (default: DiT-XL/2, or those of --init-from)", choices=MODELS,
         metavar="DiT-{S,B,L,XL}/{2,4,8}", basic=True)  # fmt: skip
-    image_size: int = option(256, "side of the images in pixels", low=1, high=MAX_SIZE, basic=True)
+    image_size: ImageSize = option(256, "side of the images in pixels, or their HEIGHTxWIDTH", low=1, high=MAX_SIZE,
+        basic=True)  # fmt: skip
     num_classes: int | None = option(None, "number of classes; 0 is an unconditional model (default: as many as the data "
         "has)", low=0, high=10_000_000, basic=True)  # fmt: skip
     block: str | None = option(None, "how timestep and class enter the blocks (default: adaln-zero, or that of "

@@ -155,11 +155,17 @@ def read(folder):
     return weights, record, [inner / "config.json", *paths]
 
 
+def is_square(config):
+    """Whether the input and the patches of a model are squares, as weights' shapes say of all that have no record."""
+    return isinstance(config["input_size"], int) and isinstance(config["patch_size"], int)
+
+
 def newer_options(checkpoint):
     """What no weights' names or shapes and no config of diffusers tell of a model, as text."""
     config, names = checkpoint.model_config, ("objective", "predict", "rope")
     found = [f"--{name} {config[name]}" for name in names if config[name] != DEFAULTS[name]]
     found += ["--latent-norm channel"] if checkpoint.latents else []
+    found += [] if is_square(config) else [f"--image-size {checkpoint.image_size}"]
     return " ".join(found + [f"--condition {record['kind']}" for record in [checkpoint.condition_record] if record])
 
 
@@ -169,7 +175,7 @@ def transformer_config(checkpoint):
     config = checkpoint.model_config
     width, pos_embed = config["hidden_size"], checkpoint.weights["pos_embed"].float()
     for problem, applies in {
-        "its input is not a square": not isinstance(config["input_size"], int) or not isinstance(config["patch_size"], int),
+        "its input is not a square": not is_square(config),
         f"its block design is {config['block']}, not adaln-zero": config["block"] != "adaln-zero",
         f"its MLP ratio is {config['mlp_ratio']}, not 4": int(width * config["mlp_ratio"]) != 4 * width,
         f"it has {newer_options(checkpoint)}": newer_options(checkpoint),

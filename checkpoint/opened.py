@@ -18,6 +18,7 @@ from data.condition import read_condition
 from models import BLOCKS, SIZES, DiT, DiTConfig
 from runtime.errors import UserError
 from runtime.files import checksum, checksum_of_text
+from runtime.shapes import ImageSize, plain_size
 
 WRAPPERS = ("module.", "_orig_mod.")  # before the names of a model that DDP or torch.compile has wrapped
 FACTOR = 8  # pixels per latent cell of the autoencoder that models without a record were trained on
@@ -49,8 +50,7 @@ class Checkpoint:
 
     def check_record(self):
         """Raises CheckpointError where something that is recorded is not of its type, whether it is needed or not."""
-        self._recorded("image_size", int, self.options, self.metadata)
-        _ = self.vae, self.condition_record, self.class_names, self.step, self.latents
+        _ = self._recorded_size, self.vae, self.condition_record, self.class_names, self.step, self.latents
         # SiT's names: its models take 1 - s where ours take 1000 s, and predict the velocity the other way round
         if others := [f"{name}={self.options[name]}" for name in ("prediction", "path_type") if name in self.options]:
             what = f"weights of another program's flow ({', '.join(others)}), whose time runs the other way"
@@ -119,9 +119,16 @@ class Checkpoint:
 
     @property
     def image_size(self):
-        """Side of the images in pixels, the longest one."""
-        recorded = self._recorded("image_size", int, self.options, self.metadata)
-        return recorded or FACTOR * max(DiTConfig(**self.model_config).sides)
+        """Size of the images in pixels: see `runtime.shapes`."""
+        return self._recorded_size or plain_size([FACTOR * side for side in DiTConfig(**self.model_config).sides])
+
+    @property
+    def _recorded_size(self):
+        recorded = self._recorded("image_size", int | str, self.options, self.metadata)
+        try:
+            return recorded and ImageSize(recorded)
+        except ValueError as error:
+            raise self._damaged(f"its image_size: {error}") from None
 
     @property
     def class_names(self):

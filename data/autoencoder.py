@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from data.pretrained import attempt
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.shapes import plain_size, sides
 
 RELEASED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -304,14 +305,16 @@ def encode_batch(space, batch, device):
     return space.encode(to_model_range(batch["image"].to(device, non_blocking=True)))
 
 
-def check_image_size(image_size, factor, patch_size, side=None):
-    """Raises UserError where the autoencoder's downsampling and the patch size do not divide the image, or where the
-    autoencoder takes another `side` alone."""
-    unit = factor * patch_size
-    if image_size % unit:
-        below = image_size // unit * unit
-        fits = f"{below} and {below + unit} are the nearest that fit" if below else f"{unit} is the smallest that fits"
+def latent_sides(image_size, factor, patch_size=1, side=None):
+    """The sides (h, w) in latent cells of images of a size in pixels. Raises UserError where the autoencoder's downsampling
+    and the patch size do not divide them, or where the autoencoder takes squares of another `side` alone."""
+    pixels, unit = sides(image_size), factor * patch_size
+    if any(n % unit for n in pixels):
         problem = f"not a multiple of {unit} (autoencoder {factor} times patch {patch_size})"
+        below = image_size // unit * unit if isinstance(image_size, int) else 0
+        near = below or plain_size([max(1, round(n / unit)) * unit for n in pixels])
+        fits = f"{below} and {below + unit} are the nearest that fit" if below else f"{near} is the nearest that fits"
         raise UserError(f"--image-size {image_size}", problem, fits)
     if side not in (None, image_size):
         raise UserError(f"--image-size {image_size}", f"the autoencoder takes {side} pixels alone", f"pass {side}")
+    return tuple(n // factor for n in pixels)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.shapes import ImageSize
 
 MAX_BATCH = 65536
 MAX_SIDE = 65536  # pixels
@@ -49,7 +50,7 @@ class ExtractConfig(DataConfig):
     out: str = option(help="the folder of latents to make; an interrupted extraction into it is completed")
     vae: str = option("ema", 'the autoencoder: "ema" or "mse" for stabilityai/sd-vae-ft-ema or -mse, or a folder or a '
         "Hugging Face hub name of another autoencoder of diffusers")  # fmt: skip
-    image_size: int = option(256, "side of the training crop in pixels", low=1, high=MAX_SIDE)
+    image_size: ImageSize = option(256, "side of the training crop in pixels, or its HEIGHTxWIDTH", low=1, high=MAX_SIDE)
     flip: bool = option(True, "also store the latents of the flipped images, which train.py --flip needs")
     dtype: str = option("float16", "number format of the stored latents", choices=("float16", "float32"))
     batch_size: int = option(32, "number of images that a process encodes at once", low=1, high=MAX_BATCH)

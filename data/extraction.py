@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from data.autoencoder import LatentSpace, check_image_size, load_space, to_model_range
+from data.autoencoder import LatentSpace, latent_sides, load_space, to_model_range
 from data.images import ImageDataset, list_with_captions
 from data.latents import DamagedError, Settings, Shard, is_complete, read_settings, read_statistics, shard_path, write_shard
 from data.order import make_loader, next_batch
@@ -19,6 +19,7 @@ from data.statistics import channel_sums
 from runtime import devices, files
 from runtime.config import differences, flag
 from runtime.errors import UserError
+from runtime.shapes import sides
 
 
 def extract(config, context):
@@ -46,9 +47,9 @@ def prepare(config, context):
     listing = context.on_main(list_with_captions, config.data_path, bool(config.text_encoder))
     space, skip_bad = load_space(config.vae), config.skip_bad_images
     dataset = ImageDataset(config.data_path, config.image_size, flip=False, skip_bad=skip_bad, listing=listing)
-    check_image_size(config.image_size, space.factor, 1, space.side)
+    latent_sides(config.image_size, space.factor, side=space.side)  # raises
     images = min(config.batch_size, len(dataset))  # of three channels in uint8, and then in float32
-    devices.check_memory(15 * images * config.image_size**2, "lower --batch-size or --image-size")
+    devices.check_memory(15 * images * math.prod(sides(config.image_size)), "lower --batch-size or --image-size")
     devices.set_precision("tf32" if config.tf32 else "fp32", context.device)
     return dataset, space.to("cpu")
 

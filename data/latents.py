@@ -42,6 +42,7 @@ from data.text_encoder import StoredTexts, pad
 from runtime import files
 from runtime.config import Config, differences, option
 from runtime.errors import UserError
+from runtime.shapes import ImageSize, sides
 
 VERSION = 2
 AGAIN = "run the same extract_latents.py command again"
@@ -59,7 +60,7 @@ class Settings(Config):
     channels: int = option(low=1, high=1024)
     factor: int = option(low=1, high=1024)
     moments: int = option(low=1, high=2)
-    image_size: int = option(low=1, high=MAX_SIDE)
+    image_size: ImageSize = option(low=1, high=MAX_SIDE)
     dtype: str = option(choices=("float16", "float32"))
     flip: bool = option()
     batch_size: int = option(low=1, high=MAX_BATCH)
@@ -80,8 +81,8 @@ class Settings(Config):
 
     def shard_shape(self, number):
         """(n, F, M, C, h, w) of a shard's moments."""
-        count, cells = min(self.shard_size, self.images - number * self.shard_size), self.image_size // self.factor
-        return (count, 1 + self.flip, self.moments, self.channels, cells, cells)
+        count, cells = min(self.shard_size, self.images - number * self.shard_size), sides(self.image_size)
+        return (count, 1 + self.flip, self.moments, self.channels, *(side // self.factor for side in cells))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

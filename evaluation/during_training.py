@@ -9,11 +9,13 @@ fid.measure(ema.module)
 import torch
 from tqdm.auto import tqdm
 
+from data.autoencoder import latent_sides
 from evaluation.extraction import extract_all, gather_statistics, gaussians
 from evaluation.features import load_network
 from evaluation.image_sets import open_images
 from evaluation.metrics import Statistics, frechet_distance
 from runtime.errors import UserError, about
+from runtime.shapes import sides
 from sampling.config import GuidanceConfig
 from sampling.pipeline import Pipeline, to_uint8
 
@@ -28,7 +30,7 @@ def name_of(network):
 class FID:
     """Measures FID of the averaged weights as an EvalConfig says; a watcher of `training.watchers`.
 
-    space: of the model's x_0. image_size: side of the images in pixels. condition: what the model draws by. batch_size:
+    space: of the model's x_0. image_size: of the images in pixels. condition: what the model draws by. batch_size:
     images that a process draws at once, at most MAX_BATCH. sampler: SamplerConfig. signals: StopSignals, which end a
     measurement. Image i depends on (seed, i) alone, so that the number of ranks changes the result by rounding at most.
     torch's random state and its precision settings stay as they are. All ranks make one, which measures the reference, and
@@ -55,19 +57,20 @@ class FID:
         features = extract_all(missing, reference, context, self.batch_size, title) if missing else {}
         self.references = {name: gaussians(reference, features.get(name), context.device, network.published)
                            for name, network in self.networks.items() if context.is_main}  # fmt: skip
-        cells = image_size // space.factor
+        cells = latent_sides(image_size, space.factor)
         with torch.no_grad():  # of stored latents nothing was decoded yet: now, rather than after thousands of steps
-            space.decode(torch.zeros(self.batch_size, space.channels, cells, cells, device=context.device))
+            space.decode(torch.zeros(self.batch_size, space.channels, *cells, device=context.device))
 
-    def open_reference(self, side):
-        """The reference's images. Raises UserError where samples of `side` pixels cannot be compared with them."""
+    def open_reference(self, image_size):
+        """The reference's images. Raises UserError where samples of this size cannot be compared with them."""
         try:
             images = open_images(self.config.eval_reference)
         except UserError as error:
             raise UserError(f"--eval-reference {error}") from None
         where = f"--eval-reference {images.path}"
-        if images.size and tuple(images.size) != (side, side):
-            problem = f"{images.size[1]}x{images.size[0]} pixels, --image-size is {side}: sharpness would be part of FID"
+        if images.size and tuple(images.size) != sides(image_size):
+            found = "{}x{} pixels".format(*images.size)
+            problem = f"{found}, --image-size is {image_size}: sharpness would be part of FID"
             raise UserError(where, problem, "give a reference of that size")
         if "mu" not in images.statistics and len(images) < 2:
             raise UserError(where, "holds neither mu and sigma nor 2 images", "give 2 images or more")

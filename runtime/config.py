@@ -21,6 +21,7 @@ import typing
 
 from runtime import files
 from runtime.errors import UserError
+from runtime.shapes import ImageSize, sides
 
 MAX_INT = 2**63 - 1  # of every whole number without a bound of its own: arrays and random generators take no larger ones
 
@@ -63,8 +64,8 @@ class KeysOf:
 
 @functools.cache
 def field_types(config_class):
-    """{field name: (kind, number of values, optional)}: kind is int, float, str, bool or a config class; the number of
-    values is None for one value, an int for a tuple of that many, or "+" for a tuple of one or more."""
+    """{field name: (kind, number of values, optional)}: kind is int, float, str, bool, ImageSize or a config class; the
+    number of values is None for one value, an int for a tuple of that many, or "+" for a tuple of one or more."""
     found = {}
     for name, hint in typing.get_type_hints(config_class).items():
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -90,6 +91,8 @@ def _label(field):
 def check_value(value, kind, metadata):
     """The value, converted to `kind` (a list or an int where a float is wanted are fine). Raises ValueError, whose text
     continues a sentence that names the option: "-1 is not a number, more than 0"."""
+    if kind is ImageSize:
+        return ImageSize([check_value(side, int, metadata) for side in sides(value)])
     low, high, above, choices = (metadata.get(key) for key in ("low", "high", "above", "choices"))
     if kind is int and high is None and isinstance(value, int) and abs(value) > MAX_INT:
         high = MAX_INT

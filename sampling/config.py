@@ -9,6 +9,7 @@ from diffusion import check_sampler
 from diffusion.registry import GUIDANCE_SCHEDULES, OBJECTIVES, SAMPLERS, SPACINGS
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
+from runtime.shapes import ImageSize
 
 MAX_SEED = 2**63 - 1  # of torch.manual_seed
 DEFAULTS = {name: objective.default_sampler for name, objective in OBJECTIVES.items()}
@@ -23,7 +24,8 @@ class SourceConfig(Config):
         "for --image-size 256 or 512, downloaded when missing)")  # fmt: skip
     model: str | None = option(None, "size and patch size (default: the checkpoint's)", choices=MODELS,
         metavar="DiT-{S,B,L,XL}/{2,4,8}")  # fmt: skip
-    image_size: int | None = option(None, "side of the images in pixels (default: the checkpoint's)", low=1, high=MAX_SIZE)
+    image_size: ImageSize | None = option(None, "side of the images in pixels, or their HEIGHTxWIDTH (default: the "
+        "checkpoint's)", low=1, high=MAX_SIZE)  # fmt: skip
     num_classes: int | None = option(None, "number of classes (default: the checkpoint's)", low=0, high=10_000_000)
     num_heads: int | None = option(None, "number of attention heads, if not recorded", low=1, high=MAX_SIZE)
     vae: str | None = option(None, 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '

@@ -63,7 +63,7 @@ def start_from(pipeline, start, editing, image, mask=None):
 
 
 def read_image(path, size, option):
-    """An image file, cropped like training images, as (1, 3, size, size) in [-1, 1]. Raises UserError naming the option."""
+    """An image file, cropped like training images, as (1, 3, H, W) in [-1, 1]. Raises UserError naming the option."""
     try:
         image = center_crop_arr(open_image(path), size)
     except UserError as error:  # its way out, to remove the file, is that of a folder of images

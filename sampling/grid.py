@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from runtime.errors import RunError, UserError
 from runtime.files import replace_file, write_errors
+from runtime.shapes import sides
 
 GAP, TITLE_HEIGHT = 2, 20  # pixels
 MAX_PIXELS = 2**30  # 4 GiB of memory
@@ -15,25 +16,26 @@ FRAMES, STEPS = 50, 10  # at most this many steps are shown in an animation, in 
 DURATION, LAST_DURATION = 100, 1500  # of an animation's frames, in milliseconds
 
 
-def grid_size(number, side, columns, titles):
-    """(width, height) in pixels of a grid of `number` images of `side` pixels. titles: whether it has some."""
-    columns = min(columns, number)
-    return columns * (side + GAP) + GAP, -(-number // columns) * (side + GAP + TITLE_HEIGHT * bool(titles)) + GAP
+def grid_size(number, size, columns, titles):
+    """(width, height) in pixels of a grid of `number` images of size (height, width). titles: whether it has some."""
+    columns, (height, width) = min(columns, number), size
+    return columns * (width + GAP) + GAP, -(-number // columns) * (height + GAP + TITLE_HEIGHT * bool(titles)) + GAP
 
 
 def draw_grid(images, columns, enlarge=1, titles=None):
-    """A PIL image of images (N, H, H, 3) uint8, each pixel repeated `enlarge` times, with a title under each if given."""
-    side, font, columns = images.shape[1] * enlarge, ImageFont.load_default(size=14), min(columns, len(images))
-    grid = Image.new("RGB", grid_size(len(images), side, columns, titles), "white" if titles else "black")
-    pen, height = ImageDraw.Draw(grid), side + GAP + TITLE_HEIGHT * bool(titles)
+    """A PIL image of images (N, H, W, 3) uint8, each pixel repeated `enlarge` times, with a title under each if given."""
+    height, width = (side * enlarge for side in images.shape[1:3])
+    font, columns = ImageFont.load_default(size=14), min(columns, len(images))
+    grid = Image.new("RGB", grid_size(len(images), (height, width), columns, titles), "white" if titles else "black")
+    pen, row = ImageDraw.Draw(grid), height + GAP + TITLE_HEIGHT * bool(titles)
     for i, pixels in enumerate(images):
-        left, top = GAP + i % columns * (side + GAP), GAP + i // columns * height
-        grid.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        left, top = GAP + i % columns * (width + GAP), GAP + i // columns * row
+        grid.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
         if titles:
             text = titles[i]
-            while len(text) > 1 and pen.textlength(text, font) > side:
+            while len(text) > 1 and pen.textlength(text, font) > width:
                 text = text[:-2] + "…"
-            pen.text((left + side / 2, top + side + TITLE_HEIGHT / 2), text, "black", font, anchor="mm")
+            pen.text((left + width / 2, top + height + TITLE_HEIGHT / 2), text, "black", font, anchor="mm")
     return grid
 
 
@@ -43,12 +45,12 @@ def image_format(path):
 
 
 def check_files(config, number, size):
-    """Raises UserError, before any work, where the files of a SampleConfig could not hold `number` images of `size`."""
-    side, columns = size * config.enlarge, config.columns
-    check_image("--output", config.output, *grid_size(number, side, columns, config.captions))
+    """Raises UserError, before any work, where the files of a SampleConfig could not hold `number` images of a size."""
+    size, columns = [side * config.enlarge for side in sides(size)], config.columns
+    check_image("--output", config.output, *grid_size(number, size, columns, config.captions))
     if path := config.save_trajectory:
         number, columns = (number, columns) if image_format(path) == "GIF" else (number * STEPS, STEPS)
-        check_image("--save-trajectory", path, *grid_size(number, side, columns, titles=False))
+        check_image("--save-trajectory", path, *grid_size(number, size, columns, titles=False))
 
 
 def check_image(option, path, width, height):

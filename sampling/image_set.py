@@ -33,8 +33,8 @@ def write_png(path, pixels):
 
 
 def read_png(path, size):
-    """(size, size, 3) uint8, or None where the file is missing, damaged, or of another size. Raises RunError where the
-    system cannot read it now: it may be undamaged."""
+    """Pixels (H, W, 3) uint8, or None where the file is missing, damaged, or of another size than (H, W). Raises RunError
+    where the system cannot read it now: it may be undamaged."""
     try:
         check_regular(path)
         with Image.open(path) as image:
@@ -45,7 +45,7 @@ def read_png(path, size):
         if isinstance(error, OSError) and error.errno not in NO_IMAGE:
             raise RunError(path, f"cannot be read ({reason(error)})", "it is kept; run again when it can be read") from None
         return None
-    return pixels if pixels.shape == (size, size, 3) else None
+    return pixels if pixels.shape == (*size, 3) else None
 
 
 def incomplete_batches(folder, number, batch_size):
@@ -65,7 +65,7 @@ def is_complete(npz, shape):
 
 
 def write_npz(npz, folder, number, size, label_of):
-    """Write the images 0 to number - 1 of `size` pixels as `arr_0` (N, H, W, 3) uint8 and their labels, label_of(index), as
+    """Write the images 0 to number - 1 of size (H, W) as `arr_0` (N, H, W, 3) uint8 and their labels, label_of(index), as
     `arr_1` (N,) int64, the same bytes as of numpy.savez, with one image in memory at a time. Returns whether that is done:
     where images are damaged or missing, they are deleted instead, so that they are drawn again."""
     bad = []
@@ -77,12 +77,12 @@ def write_npz(npz, folder, number, size, label_of):
                 bad.append(index)
                 with write_errors(png(folder, index)):
                     png(folder, index).unlink(missing_ok=True)
-                pixels = np.zeros((size, size, 3), np.uint8)
+                pixels = np.zeros((*size, 3), np.uint8)
             yield pixels
 
     def write(file):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            write_array(archive, "arr_0", (number, size, size, 3), np.uint8, images())
+            write_array(archive, "arr_0", (number, *size, 3), np.uint8, images())
             write_array(archive, "arr_1", (number,), np.int64, (np.int64(label_of(index)) for index in range(number)))
         if bad:
             raise _DamagedError

@@ -1,5 +1,6 @@
 """What is drawn from: checkpoint, autoencoder and guiding checkpoint, opened once and checked before slow work."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +10,11 @@ import download
 from checkpoint.opened import Checkpoint
 from data.autoencoder import RELEASED, LatentSpace, load_space
 from data.condition import Condition
-from models import DiT_models
+from models import DiT_models, DiTConfig
 from runtime.config import flag
 from runtime.devices import check_compile, check_memory, pick_device, set_precision
 from runtime.errors import UserError, about
+from runtime.shapes import plain_size, sides
 from sampling.config import DrawConfig
 
 # What must be the same of a model and of the weaker one that it is guided away from
@@ -59,8 +61,8 @@ class Opened:
         activations of each token in a block, with guidance, and the images. advice: how to need less."""
         if self.device.type == "cpu":
             model = self.checkpoint.model_config
-            tokens = 2 * (model["input_size"] // model["patch_size"]) ** 2
-            check_memory(4 * number * (6 * tokens * model["hidden_size"] + 9 * self.settings["image_size"] ** 2), advice)
+            tokens, pixels = 2 * math.prod(DiTConfig(**model).grid), math.prod(sides(self.settings["image_size"]))
+            check_memory(4 * number * (6 * tokens * model["hidden_size"] + 9 * pixels), advice)
 
 
 def place(model, compute, device):
@@ -126,13 +128,16 @@ def settle(source, checkpoint, space, vae_name="the autoencoder"):
     """The model's name, image_size and num_classes, as a dict. Raises UserError where the checkpoint, the latent space and
     the options of `source`, a SourceConfig, contradict each other."""
     path, config = checkpoint.path, checkpoint.model_config
-    if not isinstance(config["input_size"], int):
-        raise UserError(path, "its images are no squares, which the commands draw", "draw with sampling.pipeline.Pipeline")
-    size = space.factor * config["input_size"]
+    cells = DiTConfig(**config).sides
+    if len(cells) != 2:
+        problem = "its x has not two sides, as the images that the commands draw"
+        raise UserError(path, problem, "draw with sampling.pipeline.Pipeline")
+    size = plain_size([space.factor * side for side in cells])
     expected = getattr(space, "side", None) or (checkpoint.image_size if checkpoint.vae else size)
     if (space.channels, size) != (config["in_channels"], expected):
-        cells = f"{space.channels} channels, {expected // space.factor} cells a side at {expected} pixels"
-        raise UserError(vae_name, f"{cells}; {path} has {config['in_channels']} and {config['input_size']}")
+        wanted = plain_size([side // space.factor for side in sides(expected)])
+        wanted = f"{space.channels} channels, {wanted} cells a side at {expected} pixels"
+        raise UserError(vae_name, f"{wanted}; {path} has {config['in_channels']} and {plain_size(cells)}")
     model = checkpoint.describe()
     model = model if model in DiT_models else checkpoint.options.get("model") or model
     settings = {"model": model, "image_size": size, "num_classes": config["num_classes"]}

@@ -20,6 +20,7 @@ from diffusion.registry import OBJECTIVES
 from runtime.config import flag
 from runtime.devices import explain_out_of_memory
 from runtime.errors import UserError
+from runtime.shapes import sides
 from sampling import grid
 from sampling.config import ComputeConfig, SampleConfig
 from sampling.editing import draw_noise
@@ -121,7 +122,7 @@ class Artist:
             choices = choose(config, opened)
             number = (len(choices) - 1) * config.columns if config.editing.interpolate else len(choices)
             opened.check_memory(number, advice)
-            config = replace(opened.config, enlarge=max(1, 96 // opened.settings["image_size"]))
+            config = replace(opened.config, enlarge=max(1, 96 // max(sides(opened.settings["image_size"]))))
             pipeline, generator = self.prepare(opened, config.seed)
             start, titles = draw_noise(pipeline, choices, config.editing, config.columns, generator)
             due = 0.0

@@ -18,12 +18,13 @@ from matplotlib.patheffects import withStroke
 from tqdm import tqdm
 
 from checkpoint.config import ModelOptions
+from data.autoencoder import latent_sides
 from runtime.config import Config, option
 from runtime.errors import UserError
 from runtime.files import reason
 from runtime.parser import Parser
 from studies.plots import finish, save
-from tools.complexity import PUBLISHED, build, forward_macs, input_side
+from tools.complexity import PUBLISHED, build, forward_macs
 
 SCALING = [row for row in PUBLISHED if row.block == "adaln-zero" and row.image_size == 256]  # the twelve models
 DESIGNS = [row for row in PUBLISHED if row.model == "DiT-XL/2" and row.image_size == 256]
@@ -69,7 +70,7 @@ def result_point(entry):
         entry = {"model": f"DiT-{match[1]}/{match[2]}", "image_size": int(match[3])} | entry
     options = ModelOptions.from_flat(entry)
     overrides = {name: value for name, value in options.overrides().items() if name in entry}
-    model = build(options.model, input_size=input_side(options.image_size), **overrides)
+    model = build(options.model, input_size=latent_sides(options.image_size, 8), **overrides)
     differences = [f"{name.replace('_', ' ')} {value}".removeprefix("block ") for name, value in overrides.items()]
     differences += [f"{options.image_size} px"] if options.image_size != 256 else []
     label = str(entry.get("label", ", ".join([options.model, *differences])))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import extract_latents
 import train
-from data.autoencoder import check_image_size, load_space, to_model_range
+from data.autoencoder import latent_sides, load_space, to_model_range
 from data.images import ImageDataset
 from data.latents import StoredLatents
 from runtime.errors import UserError
@@ -210,11 +210,13 @@ def test_without_a_network_it_is_said_at_once(monkeypatch):
 
 
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest():
-    check_image_size(256, 8, 2)
+    assert [latent_sides(size, 8, 2) for size in (256, "256x384")] == [(32, 32), (32, 48)]
     with pytest.raises(UserError, match="--image-size 250: not a multiple of 16 .*; 240 and 256 are the nearest"):
-        check_image_size(250, 8, 2)
-    with pytest.raises(UserError, match="64 is the smallest"):
-        check_image_size(20, 8, 8)
+        latent_sides(250, 8, 2)
+    with pytest.raises(UserError, match="64 is the nearest that fits"):
+        latent_sides(20, 8, 8)
+    with pytest.raises(UserError, match="--image-size 250x384: not a multiple of 16 .*; 256x384 is the nearest"):
+        latent_sides("250x384", 8, 2)
 
 
 # What config.json of stabilityai/sd-vae-ft-mse holds, which diffusers 0.4.2 has written

@@ -232,10 +232,10 @@ def test_weights_of_other_models_are_told_apart_in_a_sentence(changes, words):
         _ = Checkpoint(state).model_config
 
 
-def test_a_rectangle_has_the_longest_side_as_its_size():
+def test_a_rectangle_without_a_record_has_the_size_of_its_latents():
     model = DiT(**{**SMALL, "input_size": (4, 8)})
     opened = Checkpoint({"model": model.state_dict(), "model_config": model.config})
-    assert (opened.image_size, opened.build_model().config) == (64, model.config)
+    assert (opened.image_size, opened.build_model().config) == ("32x64", model.config)
     with pytest.raises(CheckpointError, match="its input is not a square; write a .safetensors file"):
         diffusers_folder.transformer_config(opened)
 

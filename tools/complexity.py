@@ -19,7 +19,7 @@ from runtime.config import Config, flag, option
 from runtime.errors import UserError
 from runtime.files import reason
 from runtime.parser import Parser
-from training.cost import build, count, forward_macs, input_side, rows, trainable
+from training.cost import build, count, forward_macs, rows, trainable
 
 DESIGN = [name for name in ModelOptions.defaults() if name not in ("model", "image_size", "num_classes", "block")]
 
@@ -82,23 +82,23 @@ TOLERANCE = {256: 0.03, 512: 0.07}  # GMACs by image size: the paper's own count
 
 def cost(config):
     """The cost of one model, as a dict. Raises UserError for one that cannot be built or counted."""
+    from data.autoencoder import latent_sides, load_space  # here and below: PyTorch takes seconds to import
+
     name, size, num_classes = config.model.model or DEFAULT, config.model.image_size, config.model.num_classes
     factor, channels = 8, 4  # of the released autoencoders, which need not be here
     if config.vae not in ("ema", "mse"):
-        from data.autoencoder import load_space
-
         space = load_space(config.vae)
         factor, channels = space.factor, space.channels
     condition, texts = {"num_classes": 1000 if num_classes is None else num_classes}, {}
     if config.text_width:
-        from data.condition import Texts  # PyTorch takes seconds to import
+        from data.condition import Texts
 
         condition = Texts(config.text_width, config.text_length).model_arguments()
         texts = {"text_width": config.text_width, "text_length": config.text_length}
     design = {"block": "adaln-zero", **config.model.overrides()}
-    side = input_side(size, factor, config.model.patch_size or int(name.partition("/")[2]))
+    cells = latent_sides(size, factor, config.model.patch_size or int(name.partition("/")[2]))
     try:
-        model = build(name, input_size=side, in_channels=config.channels or channels, **condition, **design)
+        model = build(name, input_size=cells, in_channels=config.channels or channels, **condition, **design)
         counted = count(model, config.batch_size, config.precision, config.shard)
     except ValueError as error:
         raise UserError(f"--model {name} with these sizes", error) from None
@@ -138,7 +138,7 @@ def compare_with_paper():
 
     compared = []
     for paper in tqdm(PUBLISHED, desc="counting", unit="model", leave=False):
-        model = build(paper.model, block=paper.block, input_size=input_side(paper.image_size))
+        model = build(paper.model, block=paper.block, input_size=paper.image_size // 8)
         gmacs, parameters = forward_macs(model) / 1e9, trainable(model)
         agrees = abs(gmacs - paper.gmacs) <= TOLERANCE[paper.image_size] and round(parameters / 1e6) == paper.parameters
         ours = {"counted_gmacs": gmacs, "counted_parameters": parameters, "within_tolerance": agrees}

@@ -22,14 +22,6 @@ def build(name, **arguments):
         return DiT_models[name](**arguments)
 
 
-def input_side(image_size, factor=8, patch_size=1):
-    """Pixels -> latent cells. factor: pixels per cell. Raises UserError where cells or patches do not fill the image."""
-    from data.autoencoder import check_image_size
-
-    check_image_size(image_size, factor, patch_size)
-    return image_size // factor
-
-
 def inputs(model, batch_size):
     """x, t, y of a batch."""
     x = model.pos_embed.new_empty(batch_size, model.in_channels, *model.sizes.sides)

@@ -17,6 +17,7 @@ from data.images import Digits, ImageDataset
 from data.order import GlobalOrder, make_loader, next_batch
 from runtime.devices import precision_warning, set_precision
 from runtime.errors import UserError
+from runtime.shapes import sides
 from training import finetune, resume
 from training.cost import count, gib, rows
 from training.meter import peak_memory
@@ -92,6 +93,7 @@ def show(config, context, dataset=None):
 def data_warnings(options, dataset, num_sampled=200):
     """Lines about classes with few images, and, of a sample, images that are smaller than the crop or cannot be read."""
     lines, size = [*dataset.notes, *class_notes(dataset.classes, options.num_classes)], options.image_size
+    height, width = sides(size)
     counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
     few = [f"{dataset.classes[i]} ({counts[i]})" for i in counts.argsort(kind="stable") if counts[i] < FEW_IMAGES]
     if few:
@@ -104,7 +106,7 @@ def data_warnings(options, dataset, num_sampled=200):
     for index in sampled:
         try:
             with Image.open(dataset.path(int(index))) as image:
-                small += min(image.size) < size
+                small += image.height < height or image.width < width
         except Exception:  # PIL raises a dozen kinds
             unreadable += 1
     looked_at = f"of {len(sampled)} images looked at"

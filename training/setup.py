@@ -6,7 +6,7 @@ import math
 import torch
 
 from checkpoint.config import DEFAULT
-from data.autoencoder import LatentSpace, check_image_size
+from data.autoencoder import LatentSpace, latent_sides
 from data.condition import Classes, open_condition
 from data.images import load_dataset
 from data.latents import StoredLatents, read_statistics
@@ -16,6 +16,7 @@ from models import DiT_models
 from runtime.config import differences
 from runtime.devices import check_compile, check_memory, has_bf16
 from runtime.errors import UserError
+from runtime.shapes import sides
 from training import finetune, resume
 from training.config import RecipeConfig
 from training.trackers import check_installed
@@ -134,8 +135,8 @@ def build_model(options, recipe, space, condition=None):
     overrides, name = options.overrides(), options.model or DEFAULT
     constructor = DiT_models[name]
     patch_size, side = overrides.get("patch_size", constructor.keywords["patch_size"]), getattr(space, "side", None)
-    check_image_size(options.image_size, space.factor, patch_size, side)
-    arguments = {"input_size": options.image_size // space.factor, "in_channels": space.channels, **overrides}
+    cells = latent_sides(options.image_size, space.factor, patch_size, side)
+    arguments = {"input_size": cells, "in_channels": space.channels, **overrides}
     torch.manual_seed(recipe.global_seed)
     try:
         return constructor(**arguments, **condition.model_arguments(), class_dropout_prob=recipe.label_dropout)
@@ -149,7 +150,7 @@ def check_size(options, recipe, compute, context, space, condition):
         model = build_model(options, recipe, space, condition)
     batch_size, on_host = recipe.global_batch_size // context.world_size, context.device.type == "cpu"
     weights = 4 * sum(p.numel() for p in model.parameters())
-    images = batch_size * options.image_size**2  # bytes of a channel, of which there are one or three
+    images = batch_size * math.prod(sides(options.image_size))  # bytes of a channel, of which there are one or three
     if on_host:  # gradients, EMA and two moments beside the weights; ten activations of each token in a block
         blocks = len(model.blocks) if not compute.grad_checkpoint else 1
         part = math.ceil(batch_size / compute.grad_accum)

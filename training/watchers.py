@@ -22,6 +22,7 @@ from data.order import make_loader
 from diffusion.registry import OBJECTIVES
 from runtime import seeds
 from runtime.errors import UserError, about
+from runtime.shapes import sides
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.grid import draw_grid
 from sampling.pipeline import Pipeline, to_uint8
@@ -44,14 +45,14 @@ def choose_sampler(kind, objective, name, steps):
 
 class Samples:
     """A grid of images that the averaged weights draw, with the same noise and conditions each time, every --sample-every
-    steps and at the end. All ranks draw a part of it. config: MonitorConfig. side: of the images in pixels. Raises
+    steps and at the end. All ranks draw a part of it. config: MonitorConfig. image_size: in pixels. Raises
     UserError for words that the condition does not know, and for a sampler that cannot draw from the model."""
 
     at_end = True
 
-    def __init__(self, config, trainer, side):
+    def __init__(self, config, trainer, image_size):
         self.every, self.context, self.condition = config.sample_every, trainer.context, trainer.condition
-        self.batch_size, self.enlarge = min(trainer.part_size, EXAMPLES), max(1, MIN_SIDE // side)
+        self.batch_size, self.enlarge = min(trainer.part_size, EXAMPLES), max(1, MIN_SIDE // max(sides(image_size)))
         objective, condition, device = trainer.model.objective, trainer.condition, trainer.device
         self.sampler = choose_sampler("sample", objective, config.sample_sampler, config.sample_sampling_steps)
         self.labels, self.titles = condition.examples(device)
