@@ -131,12 +131,14 @@ def draw(config, context, pipeline, labels, folder, batches):
 
 
 def default_name(config, opened):
-    """The name of the set's folder, as published; of another sampler than the published one it says which."""
+    """The name of the set's folder, as published; it says the sampler where that is not the published one, and
+    --average where it is given."""
     settings, sampler = opened.settings, opened.config.sampler
     checkpoint = Path(opened.checkpoint.path).stem if config.source.ckpt else "pretrained"
     model, vae = settings["model"].replace("/", "-"), settings["vae"].strip("/").replace("/", "-")
     name = f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{config.guidance.cfg_scale}"
     name += "" if sampler.sampler == "ddpm" else f"-{sampler.sampler}-{sampler.num_sampling_steps}"
+    name += f"-average-{config.source.average}" if config.source.average else ""
     return f"{name}-seed-{config.global_seed}"
 
 

@@ -57,6 +57,9 @@ class TrainConfig(Config):
             raise UserError("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
         if self.latent_norm and self.vae == "none":
             raise UserError(f"--latent-norm {self.latent_norm}", "pixels are no latents", "leave the option out")
+        if self.monitor.watch_average not in (None, *self.recipe.ema_decays):
+            problem = f"the averages of this run are {', '.join(self.recipe.ema_decays)}"
+            raise UserError(f"--watch-average {self.monitor.watch_average}", problem, "name one, or --more-ema-decays")
         for name in ("eval_cfg_scale", "sample_cfg_scale"):
             scale = self.flat()[name]
             if scale not in (None, 1) and self.recipe.label_dropout == 0 and self.model.num_classes != 0:
@@ -127,7 +130,7 @@ def make_watchers(config, trainer, dataset, signals):
 
         sampler = choose_sampler("eval", trainer.model.objective, evaluation.eval_sampler, evaluation.eval_sampling_steps)
         drawn = (trainer.context, trainer.space, size, trainer.condition, trainer.part_size, config.recipe.global_seed)
-        watchers.append(FID(evaluation, *drawn, sampler, signals))
+        watchers.append(FID(evaluation, *drawn, sampler, signals, monitor.watch_average))
     return watchers
 
 

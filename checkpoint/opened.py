@@ -28,28 +28,33 @@ class Checkpoint:
     """What a file of train.py, of the original release, or of weights alone (.pt, .safetensors, diffusers) holds.
 
     state: the file's dict. path: for messages. metadata: the record of weights alone (see checkpoint.metadata). num_heads:
-    for weights without a record, whose shapes do not tell it. files: what was read, for the checksum. Properties that read
-    the record raise CheckpointError where it is damaged."""
+    for weights without a record, whose shapes do not tell it. files: what was read, for the checksum. average: as `open`
+    takes it. Properties that read the record raise CheckpointError where it is damaged."""
 
-    def __init__(self, state, path="the checkpoint", metadata=None, num_heads=None, files=None):
+    def __init__(self, state, path="the checkpoint", metadata=None, num_heads=None, files=None, average=None):
         self.state, self.path, self.metadata, self._num_heads = state, path, metadata or {}, num_heads
-        self.files = files or [path]
+        self.files, self.average = files or [path], average
 
     @classmethod
-    def open(cls, where, num_heads=None, verify=True):
+    def open(cls, where, num_heads=None, verify=True, average=None):
         """Read a .pt or .safetensors file; the newest checkpoint of a run's folder; or a model in diffusers' format: a
-        folder, or its name on the hub. Tensors are mapped if possible. verify: as `files.load`. Raises CheckpointError."""
+        folder, or its name on the hub. Tensors are mapped if possible. verify: as `files.load`. average: the weights to
+        take, a name in `averages` (default: the first). Raises CheckpointError."""
         where = newest_of_run(where)
         if os.path.isdir(where) or diffusers_folder.is_hub_name(where):
             weights, record, paths = diffusers_folder.read(diffusers_folder.fetch(where))
-            checkpoint = cls(weights, where, record, num_heads, paths)
+            checkpoint = cls(weights, where, record, num_heads, paths, average)
         else:
-            checkpoint = cls(files.load(where, verify=verify), where, metadata.read(where), num_heads)
+            state = files.load(where, verify=verify)
+            checkpoint = cls(state, where, metadata.read(where), num_heads, average=average)
         checkpoint.check_record()
         return checkpoint
 
     def check_record(self):
         """Raises CheckpointError where something that is recorded is not of its type, whether it is needed or not."""
+        if self.average not in (None, *self.averages):
+            known = f"it holds {', '.join(self.averages)}" if self.averages else "it holds one set of weights"
+            raise CheckpointError(f"{self.path}: has no weights called {self.average}; {known}")
         _ = self._recorded_size, self.vae, self.condition_record, self.class_names, self.step, self.latents
         # SiT's names: its models take 1 - s where ours take 1000 s, and predict the velocity the other way round
         if others := [f"{name}={self.options[name]}" for name in ("prediction", "path_type") if name in self.options]:
@@ -156,13 +161,25 @@ class Checkpoint:
     # The model
 
     @functools.cached_property
+    def averages(self):
+        """The weights of a training run by their names, {name: state dict}: the averages by their decays, that of
+        --ema-decay first, and the trained weights as "model". Empty for weights alone."""
+        decay = self._recorded("ema_decay", int | float, self.options)
+        found = {"ema" if decay is None else str(decay): self.state.get("ema")}
+        found |= {**(self._recorded("emas", dict, self.state) or {}), "model": self.state.get("model")}
+        return {name: weights for name, weights in found.items() if weights is not None}
+
+    @functools.cached_property
     def weights(self):
-        """The state dict to sample with: the EMA's where there is one, else the model's, else the file's own dict."""
+        """The state dict to sample with: that of `average`; by default the EMA's where there is one, else the model's, else
+        the file's own dict."""
         return self._tensors(self._found)
 
     @property
     def _found(self):
         """What should be the state dict: the EMA's, the model's, that of another trainer's file, or the file itself."""
+        if self.average:
+            return self.averages[self.average]
         names = (name for name in ("ema", "model", "state_dict", "module") if name in self.state)
         found = self.state.get(next(names, None), self.state)
         return found if isinstance(found, dict) else {}
@@ -240,7 +257,7 @@ class Checkpoint:
 
     def check_finite(self):
         """Raises CheckpointError where a weight is NaN or infinite: the model would draw black images without a word."""
-        for part in (self.weights, self._tensors(self.state.get("model", self.weights))):
+        for part in map(self._tensors, self.averages.values() or [self.weights]):
             for name, tensor in part.items():
                 if not tensor.is_floating_point() or tensor.layout != torch.strided:
                     raise self._damaged(f"{name} is no plain tensor of floating-point numbers")

@@ -32,16 +32,19 @@ class FID:
 
     space: of the model's x_0. image_size: of the images in pixels. condition: what the model draws by. batch_size:
     images that a process draws at once, at most MAX_BATCH. sampler: SamplerConfig. signals: StopSignals, which end a
-    measurement. Image i depends on (seed, i) alone, so that the number of ranks changes the result by rounding at most.
-    torch's random state and its precision settings stay as they are. All ranks make one, which measures the reference, and
-    call it. Raises UserError for a reference or weights that cannot be used."""
+    measurement. average: the trainer's to measure, by its name. Image i depends on (seed, i) alone, so that the number of
+    ranks changes the result by rounding at most. torch's random state and its precision settings stay as they are. All
+    ranks make one, which measures the reference, and call it. Raises UserError for a reference or weights that cannot be
+    used."""
 
     slow = True
 
-    def __init__(self, config, context, space, image_size, condition, batch_size, seed, sampler, signals=None):
+    def __init__(
+        self, config, context, space, image_size, condition, batch_size, seed, sampler, signals=None, average=None
+    ):
         self.every, self.config, self.context, self.space = config.eval_every, config, context, space
         self.condition, self.batch_size, self.seed = condition, min(batch_size, MAX_BATCH), seed
-        self.sampler, self.signals = sampler, signals
+        self.sampler, self.signals, self.average = sampler, signals, average
         self.guidance = GuidanceConfig(cfg_scale=config.eval_cfg_scale)
         with context.together():
             reference = self.open_reference(image_size)
@@ -78,7 +81,7 @@ class FID:
 
     def __call__(self, trainer):
         with about("--eval-cfg-scale", option="--cfg-scale"):
-            return self.measure(trainer.full(trainer.ema.module))
+            return self.measure(trainer.averaged(self.average))
 
     def line(self, values):
         titles = {name: "FID" if name == "inception" else f"FD of {name}" for name in self.networks}

@@ -29,7 +29,7 @@ def measure_likelihood(config, context):
     with context.together():
         for path in (config.report, config.report.with_suffix(".png")):
             files.check_output(path, "--output")
-        checkpoint = Checkpoint.open(config.ckpt, config.num_heads)
+        checkpoint = Checkpoint.open(config.ckpt, config.num_heads, average=config.average)
         where, channels = f"--data-path {config.data_path}", checkpoint.model_config["in_channels"]
         if is_latents_folder(config.data_path):
             raise UserError(where, "holds latents of extract_latents.py", "name the folder of images")
@@ -138,7 +138,7 @@ def make_report(rows, timesteps, config, checkpoint, context):
     def moments(values):
         return {"mean": values.mean(0).tolist(), "standard_error": (values.std(0) / math.sqrt(len(rows))).tolist()}
 
-    settings = {name: getattr(config, name) for name in ("ckpt", "data_path", "num_timesteps", "batch_size", "seed")}
+    names = ("ckpt", "average", "data_path", "num_timesteps", "batch_size", "seed")
     return {
         "unit": "bits per dimension",
         "images": len(rows),
@@ -146,7 +146,7 @@ def make_report(rows, timesteps, config, checkpoint, context):
         "prior": moments(rows[:, -1]),
         "terms": {"timestep": timesteps, **moments(rows[:, :-1])},
         "settings": {
-            **settings,
+            **{name: getattr(config, name) for name in names},
             "checkpoint_crc32": checkpoint.checksum,
             "checkpoint_step": checkpoint.step,
             "objective": checkpoint.model_config["objective"],

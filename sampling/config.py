@@ -22,6 +22,8 @@ class SourceConfig(Config):
     ckpt: str | None = option(None, "a checkpoint of train.py or of the original release; a run's folder, for the newest "
         "checkpoint; weights as .safetensors; or a folder or hub name in diffusers' format (default: the released DiT-XL/2 "
         "for --image-size 256 or 512, downloaded when missing)")  # fmt: skip
+    average: str | None = option(None, "weights to draw from: an average by its decay, such as 0.999, or model for the "
+        "trained weights (default: the average of --ema-decay)")  # fmt: skip
     model: str | None = option(None, "size and patch size (default: the checkpoint's)", choices=MODELS,
         metavar="DiT-{S,B,L,XL}/{2,4,8}")  # fmt: skip
     image_size: ImageSize | None = option(None, "side of the images in pixels, or their HEIGHTxWIDTH (default: the "

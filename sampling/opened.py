@@ -79,8 +79,10 @@ def place(model, compute, device):
 def open_checkpoint(source):
     """The Checkpoint of a SourceConfig; of the released one what is known without the file, which is downloaded later."""
     if source.ckpt:
-        return Checkpoint.open(source.ckpt, source.num_heads)
+        return Checkpoint.open(source.ckpt, source.num_heads, average=source.average)
     size = source.image_size or 256
+    if source.average:
+        raise UserError("--average: needs --ckpt, whose weights are meant; the released models have one average each")
     if (source.model or "DiT-XL/2") != "DiT-XL/2" or size not in (256, 512) or source.num_classes not in (None, 1000):
         known = "--model DiT-XL/2, --image-size 256 or 512, --num-classes 1000"
         raise UserError(f"without --ckpt only the released models can be drawn from: {known}; name your own with --ckpt")

@@ -57,8 +57,8 @@ def flat(tree, path=()):
 
 
 def assert_same_state(a, b):
-    for part in ("model", "ema", "opt"):
-        left, right = flat(a[part]), flat(b[part])
+    for part in ("model", "ema", "emas", "opt"):
+        left, right = flat(a.get(part, {})), flat(b.get(part, {}))
         assert left.keys() == right.keys()
         for key, value in left.items():
             same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]

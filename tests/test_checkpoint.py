@@ -197,6 +197,26 @@ def test_files_of_the_original_release_load(tmp_path):
     assert opened.weights.keys() == weights.keys()
 
 
+def test_each_average_has_a_name(tmp_path):
+    first, second, raw = (DiT(**SMALL).state_dict() for _ in range(3))
+    state = {"ema": first, "emas": {"0.5": second}, "model": raw, "args": {"ema_decay": 0.9999, "num_heads": 4}}
+    torch.save(state, tmp_path / "a.pt")
+    for name, expected in {None: first, "0.9999": first, "0.5": second, "model": raw}.items():
+        opened = Checkpoint.open(tmp_path / "a.pt", average=name)
+        assert all(torch.equal(value, expected[key]) for key, value in opened.build_model().state_dict().items()), name
+    assert [*opened.averages] == ["0.9999", "0.5", "model"]
+    with pytest.raises(CheckpointError, match=r"a.pt: has no weights called 0.9; it holds 0.9999, 0.5, model$"):
+        Checkpoint.open(tmp_path / "a.pt", average="0.9")
+    assert [*Checkpoint({"ema": first}).averages] == ["ema"], "of the original release, which records no decay"
+    assert not Checkpoint(first).averages
+    torch.save(first, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match="b.pt: has no weights called model; it holds one set of weights"):
+        Checkpoint.open(tmp_path / "b.pt", average="model")
+    second["final_layer.linear.bias"][0] = torch.nan
+    with pytest.raises(CheckpointError, match="weights are not finite"):
+        Checkpoint(state).check_finite()  # a run that resumes would go on averaging it
+
+
 def test_safetensors_hold_weights(tmp_path):
     model = DiT_models["DiT-S/8"](input_size=16, num_classes=10)
     save_file(model.state_dict(), tmp_path / "w.safetensors")

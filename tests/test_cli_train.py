@@ -69,7 +69,7 @@ def test_numbered_folders_count_up(tmp_path):
 
 
 FOLDER = "--vae none --image-size 8 --num-classes 3 --hidden-size 16 --depth 1 --num-heads 2 --global-batch-size 4 "
-FOLDER = (FOLDER + "--lr 1e-3 --device cpu --log-every 4 --label-dropout 0.3 --ema-warmup").split()
+FOLDER = (FOLDER + "--lr 1e-3 --device cpu --log-every 4 --label-dropout 0.3 --ema-warmup --more-ema-decays 0.2 0").split()
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 1)])
@@ -80,9 +80,34 @@ def test_two_runs_are_bit_for_bit_one(tmp_path, image_folder, ranks, world_size,
         run = ranks(train.main, [*command, "--max-steps", steps, "--run-dir", tmp_path / folder], world_size)
         assert run.wait() == [0] * world_size, run.text()
     assert_same_state(latest(tmp_path / "parts"), latest(tmp_path / "whole"))
+    assert latest(tmp_path / "parts")["emas"].keys() == {"0.2", "0.0"}
     parts, whole = without_timings(tmp_path / "parts"), without_timings(tmp_path / "whole")
     assert [row["step"] for row in parts] == [row["step"] for row in whole] == [4, 8]
     assert parts[1] == whole[1], "a row whose interval began after the stop"
+
+
+def test_each_average_is_that_of_a_run_with_its_decay_alone(tmp_path, tiny_checkpoint):
+    command = [*TINY, "--max-steps", 4, "--run-dir"]
+    assert call(train.main, *command, tmp_path / "both", "--more-ema-decays", 0.5, 0) == 0
+    assert call(train.main, *command, tmp_path / "alone", "--ema-decay", 0.5) == 0
+    both, alone, usual = latest(tmp_path / "both"), latest(tmp_path / "alone"), torch.load(tiny_checkpoint)
+    assert_same_state({**both, "emas": {}}, usual)  # more averages change nothing else
+    assert "emas" not in usual, "a checkpoint of one average is as it was"
+    assert_same_state({**both, "ema": both["emas"]["0.5"], "emas": {}}, alone)
+    assert_same_state({**both, "ema": both["emas"]["0.0"], "emas": {}}, {**both, "ema": both["model"], "emas": {}})
+
+
+def test_an_average_that_is_added_starts_at_the_weights_and_one_that_is_dropped_goes(tmp_path, capsys):
+    command = [*TINY, "--run-dir", tmp_path / "run", "--more-ema-decays"]
+    assert call(train.main, *command, 0.5, "--max-steps", 2) == 0
+    capsys.readouterr()
+    assert call(train.main, *command, 1, "--max-steps", 4) == 2
+    assert "made with --more-ema-decays [0.5], now [1.0]; use the same, or pass --allow-changes" in capsys.readouterr().err
+    before = latest(tmp_path / "run")["model"]
+    assert call(train.main, *command, 1, "--max-steps", 4, "--allow-changes") == 0
+    emas = latest(tmp_path / "run")["emas"]
+    assert emas.keys() == {"1.0"}
+    assert all(torch.equal(emas["1.0"][name], value) for name, value in before.items()), "a decay of 1 keeps the start"
 
 
 def test_another_number_of_processes_goes_on_with_the_unseen_images(tmp_path, image_folder, ranks):

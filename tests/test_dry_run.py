@@ -82,10 +82,11 @@ def test_memory_is_within_15_per_cent_of_real_steps(name, depth):
     assert planned == pytest.approx(int(done.stdout), rel=0.15)
 
 
-@pytest.mark.parametrize("options", ["", "--keep-last 1", "--keep-last 2 --keep-every 4", "--keep-last 1 --keep-every 3"])
+@pytest.mark.parametrize("options", ["", "--keep-last 1", "--keep-last 2 --keep-every 4", "--more-ema-decays 0.9 0.99"])
 def test_number_and_size_of_checkpoints_are_those_of_the_run(options, dry_run, tmp_path, monkeypatch, capsys):
     options = [*TINY, "--hidden-size", 64, "--max-steps", 7, "--ckpt-every", 2, "--run-dir", "run", *options.split()]
-    monkeypatch.setattr(plan, "gib", str)
+    for module in (plan, cost):
+        monkeypatch.setattr(module, "gib", str)
     rows, _ = dry_run(*options, "--dry-run")
     written, kept, size = map(int, re.match(r"(\d+) to write, (\d+) to keep, (\d+) each", rows["checkpoints"]).groups())
     assert call(train.main, *options) == 0
@@ -93,6 +94,7 @@ def test_number_and_size_of_checkpoints_are_those_of_the_run(options, dry_run, t
     found = list((tmp_path / "run/checkpoints").glob("*.pt"))
     assert written == 4, "of the steps 2, 4, 6 and 7"
     assert len(found) <= kept <= len(found) + 1, "of periodic ones, the latest may be counted twice"
+    assert int(rows["memory: ema"]) == (3 if "0.9" in options else 1) * int(rows["memory: weights"]), "one for each average"
     assert found[0].stat().st_size == pytest.approx(size, rel=0.1)
 
     rows, _ = dry_run(*options, "--max-steps", 8, "--dry-run")

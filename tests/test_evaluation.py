@@ -67,6 +67,10 @@ def test_training_is_bit_for_bit_the_same_with_it(tmp_path, statistics_file, inc
     assert rows[0]["fid"] != rows[1]["fid"]
     assert f"(step=0000004) FID: {rows[1]['fid']:.4f} of 2 images" in (tmp_path / "measured/log.txt").read_text()
 
+    averages = ["--ema-decay", 0.5, "--more-ema-decays", 0, "--watch-average", "0.0"]
+    assert call(train.main, *command, tmp_path / "averages", *measuring, *averages) == 0
+    assert without_timings(tmp_path / "averages") == without_timings(tmp_path / "measured"), "a FID of the average named"
+
     # without it, then resumed with it: free to change, and no step stands twice
     assert call(train.main, *tiny, "--max-steps", 5, "--run-dir", tmp_path / "measured") == 0
     (tmp_path / "measured/checkpoints/0000005.pt").unlink()

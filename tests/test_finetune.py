@@ -247,6 +247,12 @@ def test_a_run_that_is_resumed_by_name_takes_the_sizes_from_there(tmp_path, tiny
     assert latest(tmp_path)["step"] == 5
 
 
+def test_a_run_may_start_from_another_average(source, image_folder):
+    _, model, _ = prepare([*RUN, image_folder, "--init-from", source, "--init-average", "model"])
+    expected = torch.load(source)["model"]["final_layer.linear.weight"]
+    assert torch.equal(model.state_dict()["final_layer.linear.weight"], expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Frozen parameters
 

@@ -72,6 +72,19 @@ def test_training_is_bit_for_bit_the_same_with_and_without(watched, tmp_path):
     assert training_rows == without_timings(tmp_path / "bare")
 
 
+def test_the_average_that_is_watched_can_be_chosen(watched, tmp_path):
+    """A decay of 0 keeps the trained weights: the validation's own, and those of a run that averages so alone."""
+    short = [*LEARNS, "--max-steps", 3, *WATCHED]
+    assert call(train.main, *short, "--more-ema-decays", 0, "--watch-average", "0.0", "--run-dir", tmp_path / "0") == 0
+    assert call(train.main, *short, "--ema-decay", 0, "--run-dir", tmp_path / "alone") == 0
+    assert without_timings(tmp_path / "0") == without_timings(tmp_path / "alone")
+    grids = [(folder / "samples/0000003.png").read_bytes() for folder in (tmp_path / "0", tmp_path / "alone", watched)]
+    assert grids[0] == grids[1] != grids[2]
+    assert call(train.main, *short, "--watch-average", "0.9999", "--run-dir", tmp_path / "averaged") == 0
+    averaged, trained = (metrics(tmp_path / name)[1]["val_loss"] for name in ("averaged", "0"))
+    assert averaged != trained
+
+
 def test_grids_and_animation(watched, tmp_path):
     grids = [Image.open(watched / f"samples/000000{step}.png") for step in (3, 6)]
     assert sorted(path.name for path in (watched / "samples").iterdir()) == ["0000003.png", "0000006.png"]

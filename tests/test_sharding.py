@@ -11,7 +11,7 @@ import pytest
 import sklearn.datasets  # noqa: F401
 import torch
 from conftest import TINY
-from helpers import Ranks, assert_same_state, call, latest, metrics, without_timings
+from helpers import Ranks, assert_same_state, call, flat, latest, metrics, without_timings
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
@@ -41,7 +41,7 @@ def make_trainer(context, shard=None, clip=None, frozen=0, **compute):
             torch.nn.init.normal_(parameter, std=0.1)
     for parameter in list(model.parameters())[-frozen:] if frozen else ():
         parameter.requires_grad = False
-    recipe = RecipeConfig(global_batch_size=8, clip_grad_norm=clip, ema_decay=0.9)
+    recipe = RecipeConfig(global_batch_size=8, clip_grad_norm=clip, ema_decay=0.9, more_ema_decays=(0.5,))
     return Trainer(recipe, ComputeConfig(shard=shard, **compute), context, model, Pixels(1))
 
 
@@ -68,11 +68,14 @@ def assert_close(found, expected):
     """Both are (rows, state) after ten steps."""
     (rows, state), (expected_rows, expected_state) = found, expected
     torch.testing.assert_close(torch.tensor(rows), torch.tensor(expected_rows[-len(rows) :]), rtol=1e-6, atol=1e-6)
-    for part in ("model", "ema"):
-        assert state[part].keys() == expected_state[part].keys()
-        for name, value in expected_state[part].items():
-            difference = (state[part][name] - value).abs()
-            if name.endswith("qkv.bias"):  # a key's bias changes no softmax: its gradient is rounding, which Adam enlarges
+    for part in ("model", "ema", "emas"):
+        found, expected_part = flat(state[part]), flat(expected_state[part])
+        assert found.keys() == expected_part.keys()
+        for name, value in expected_part.items():
+            difference = (found[name] - value).abs()
+            if name[-1].endswith(
+                "qkv.bias"
+            ):  # a key's bias changes no softmax: its gradient is rounding, which Adam enlarges
                 difference[D : 2 * D] = 0
             assert difference.max() <= 1e-6, f"{part} {name}: {difference.max()}"
 
@@ -108,7 +111,12 @@ def check_more(trainer):
     make_steps(trainer, trainer.steps_made + 1, broken=True)
     after = trainer.state_dict()
     if context.is_main:
-        averages = before.pop("ema"), after.pop("ema")  # moves on towards the weights, as without --shard
+        averages = (
+            before.pop("ema"),
+            after.pop("ema"),
+            before.pop("emas"),
+            after.pop("emas"),
+        )  # move on towards the weights, as without --shard
         assert all(torch.isfinite(value).all() for value in averages[1].values())
         assert_same_state({**before, "ema": {}, "step": 0}, {**after, "ema": {}, "step": 0})
     else:

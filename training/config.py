@@ -12,10 +12,12 @@ from runtime.errors import UserError
 class FinetuneConfig(Config):
     """fine-tuning"""
 
-    # a run that is resumed has its weights: these two have no effect then, and the file may be gone
+    # a run that is resumed has its weights: these three have no effect then, and the file may be gone
     init_from: str | None = option(None, "start from the weights of this checkpoint, .safetensors file, or folder or hub "
         "name in diffusers' format; the model's sizes and design come from it (default: random weights)",
         metavar="WHERE", changeable=True, basic=True)  # fmt: skip
+    init_average: str | None = option(None, "which weights of --init-from: an average by its decay, or model for the "
+        "trained ones (default: the first average)", metavar="AVERAGE", changeable=True)  # fmt: skip
     keep_classes: tuple[str, ...] | None = option(None, "the class of --init-from that each class of this run starts from, "
         "in the order of the class folders: numbers or names, - for none; or a text file with one in each line (default: "
         "of the same name; without names of the same number)", metavar="CLASS", changeable=True)  # fmt: skip
@@ -25,6 +27,8 @@ class FinetuneConfig(Config):
     def check(self):
         if self.keep_classes and not self.init_from:
             raise UserError("--keep-classes: needs --init-from, the model whose classes are meant")
+        if self.init_average and not self.init_from:
+            raise UserError("--init-average: needs --init-from, whose weights are meant")
 
 
 # Names for sets of options: what --recipe changes where the command line does not say otherwise. docs/recipes.md has the
@@ -50,6 +54,8 @@ class RecipeConfig(Config):
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0)
     clip_grad_norm: float | None = option(None, "scale gradients down to this norm (default: off)", above=0)
     ema_decay: float = option(0.9999, "decay of the exponential moving average of the weights", low=0, high=1)
+    more_ema_decays: tuple[float, ...] | None = option(None, "decays of further averages, of which sample.py --average "
+        "takes one; each is a copy of the weights (default: none)", low=0, high=1, metavar="DECAY")  # fmt: skip
     ema_warmup: bool = option(False, "start the moving average with a low decay, for short runs")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
     loss_weight: str = option("uniform", "weight of the timesteps in the loss: all alike, or min-snr, which limits the "
@@ -57,6 +63,15 @@ class RecipeConfig(Config):
     timestep_sampling: str = option("uniform", "how often each timestep is trained: all alike, or logit-normal, which "
         "prefers the middle (Esser et al. 2024)", choices=("uniform", "logit-normal"))  # fmt: skip
     max_bad_steps: int = option(10, "stop at a line of the log after so many non-finite updates", low=1, changeable=True)
+
+    def check(self):
+        if len(self.ema_decays) <= len(self.more_ema_decays or ()):
+            raise UserError("--more-ema-decays", "names a decay twice, or that of --ema-decay", "name each once")
+
+    @property
+    def ema_decays(self):
+        """{name: decay} of all averages, the first of which is used where none is named."""
+        return {str(decay): decay for decay in (self.ema_decay, *(self.more_ema_decays or ()))}
 
     def total_steps(self, num_images):
         """Updates of the whole run on a dataset of `num_images` images."""
@@ -141,6 +156,9 @@ class MonitorConfig(Config):
     sample_sampling_steps: int | None = option(None, "the sampler's steps (default: 20)", low=1, high=1000, changeable=True)
     sample_cfg_scale: float | None = option(None, "guidance scale of the grid's images; 1 turns guidance off (default: 4, "
         "or 1 for a model without null labels)", low=0, changeable=True)  # fmt: skip
+    watch_average: str | None = option(None, "the average that grids, FID and the loss of held-out images are of, by its "
+        "decay (default: that of --ema-decay; for held-out images the trained weights)", metavar="DECAY",
+        changeable=True)  # fmt: skip
     val_data_path: str | None = option(None, "held-out images whose loss is measured: a folder as --data-path takes it, "
         "with the same names of the classes (default: none)", metavar="FOLDER", changeable=True)  # fmt: skip
     val_every: int | None = option(None, "measure the loss of the images of --val-data-path every N steps (default: "

@@ -83,15 +83,15 @@ def activation_bytes(model, batch_size, precision, sharded=False):
     return sum(nbytes for storage, nbytes in saved.items() if storage not in ignored)
 
 
-def training_memory(model, batch_size, precision, num_shards=1):
+def training_memory(model, batch_size, precision, num_shards=1, num_averages=1):
     """Bytes by what holds them on each device. batch_size: of a device. num_shards: processes among which --shard divides.
 
-    Weights, gradients, both moments of AdamW and the EMA are float32 at every precision. With shards, two blocks are
+    Weights, gradients, both moments of AdamW and the EMAs are float32 at every precision. With shards, two blocks are
     gathered, the weights outside of blocks, which stay float32, and the gradients of one block. The backward pass holds the
     gradients of a block's activations, and with gradient checkpointing these activations. Not counted: what kernels need
     while they run, the allocator's fragments, CUDA's context."""
     everything, learned = (4 * n for n in (sum(p.numel() for p in model.parameters()), trainable(model)))
-    parts = {"weights": everything, "ema": everything, "gradients": learned, "optimizer": 2 * learned}
+    parts = {"weights": everything, "ema": num_averages * everything, "gradients": learned, "optimizer": 2 * learned}
     parts = {name: math.ceil(nbytes / num_shards) for name, nbytes in parts.items()}
     parts["activations"] = activations = activation_bytes(model, batch_size, precision, num_shards > 1)
     if num_shards > 1:
@@ -106,10 +106,10 @@ def training_memory(model, batch_size, precision, num_shards=1):
     return parts | {"total": sum(parts.values())}
 
 
-def count(model, batch_size, precision, num_shards=1):
+def count(model, batch_size, precision, num_shards=1, num_averages=1):
     """The cost of training a model on the meta device, a dict of numbers; see `training_memory`. FLOPs of a training step:
     two for a multiply-accumulate, and a backward pass of twice the forward pass."""
-    macs, memory = forward_macs(model), training_memory(model, batch_size, precision, num_shards)
+    macs, memory = forward_macs(model), training_memory(model, batch_size, precision, num_shards, num_averages)
     found = {"tokens": model.pos_embed.shape[1], "parameters": trainable(model), "forward_macs_per_image": macs}
     return found | {"training_flops_per_image": 6 * macs, "training_memory_bytes": memory}
 

@@ -20,11 +20,12 @@ from runtime.files import reason
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
 
 
-def resolve(options, init_from, peek):
-    """(ModelOptions, source): the options with the model's name, sizes and design filled in, with --init-from from there,
-    and the Checkpoint of the first weights; None where they are random, or those of a run that is resumed. Such a run takes
-    the design, and the number of its classes, from its own checkpoint, since the file of --init-from may be gone. peek():
-    that Checkpoint, or None. Raises UserError."""
+def resolve(options, config, peek):
+    """(ModelOptions, source) of ModelOptions and a FinetuneConfig: the options with the model's name, sizes and design
+    filled in, with --init-from from there, and the Checkpoint of the first weights; None where they are random, or those of
+    a run that is resumed. Such a run takes the design, and the number of its classes, from its own checkpoint, since the
+    file of --init-from may be gone. peek(): that Checkpoint, or None. Raises UserError."""
+    init_from = config.init_from
     resumed, source = peek() if init_from or options.num_classes is None else None, None
     if resumed is not None and options.num_classes is None:
         options = dataclasses.replace(options, num_classes=resumed.model_config["num_classes"])
@@ -32,7 +33,7 @@ def resolve(options, init_from, peek):
         design = {"block": options.block or "adaln-zero", "objective": options.objective or "diffusion"}
         return dataclasses.replace(options, model=options.model or DEFAULT, **design), None
     if resumed is None:
-        source = Checkpoint.open(init_from, options.num_heads)
+        source = Checkpoint.open(init_from, options.num_heads, average=config.init_average)
         if not source.model_config["learn_sigma"] and source.model_config["objective"] == "diffusion":
             raise UserError(f"--init-from {init_from}: a model without learned variance, which train.py cannot train")
     checkpoint = resumed or source

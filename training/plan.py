@@ -50,10 +50,11 @@ def show(config, context, dataset=None):
 
         num_shards = make_mesh(context, compute.shard)["shard"].size()
     batch_size = math.ceil(images / context.world_size / compute.grad_accum)
-    cost, free = count(model, batch_size, compute.precision, num_shards), free_memory(context)
+    cost = count(model, batch_size, compute.precision, num_shards, len(recipe.ema_decays))
+    free = free_memory(context)
     flops, needed = images * cost["training_flops_per_image"], cost["training_memory_bytes"]["total"]
     steps = f"{total_steps:,} steps, {images * total_steps / len(dataset):,.1f} epochs, {flops * total_steps:.3g} FLOP"
-    disk, disk_warning = checkpoints(config.run, model, done, total_steps)
+    disk, disk_warning = checkpoints(config.run, model, len(recipe.ema_decays), done, total_steps)
     plan = [
         ("data", f"{len(dataset):,} images of {len(dataset.classes):,} classes from {config.data.data_path}"),
         ("model", f"{options.name} ({model.block}), {cost['tokens']:,} tokens"),
@@ -127,7 +128,7 @@ def recipe_warnings(recipe, total_steps, finetuned):
     left = recipe.ema_decay**total_steps
     if left > 0.1 and not recipe.ema_warmup and not finetuned:
         lines.append(f"--ema-decay {recipe.ema_decay}: after {total_steps:,} steps the average still has {left:.0%} of the "
-            "initial weights; pass --ema-warmup")  # fmt: skip
+            "initial weights; pass --ema-warmup, or --more-ema-decays for others")  # fmt: skip
     return lines
 
 
@@ -145,9 +146,9 @@ def free_memory(context):
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size))
 
 
-def checkpoints(run, model, done, total_steps):
-    """(text, warning or None) about the checkpoints: float32 weights, EMA, and the optimizer's two moments."""
-    size = 4 * sum(2 * p.numel() * (1 + p.requires_grad) for p in model.parameters())
+def checkpoints(run, model, num_averages, done, total_steps):
+    """(text, warning or None) about the checkpoints: float32 weights, averages, and the optimizer's two moments."""
+    size = 4 * sum(p.numel() * (1 + num_averages + 2 * p.requires_grad) for p in model.parameters())
     kept = made = math.ceil(total_steps / run.ckpt_every) - done // run.ckpt_every if total_steps > done else 0
     if run.keep_last:
         also = (total_steps - done) // math.lcm(run.ckpt_every, run.keep_every) if run.keep_every else 0

@@ -29,7 +29,7 @@ def resolve(config, context):
         check_installed(config.monitor.report_to)
         check_batch(config.recipe, config.compute, context.world_size)
         compute = resolve_precision(config.compute, context.device)
-        model, source = finetune.resolve(config.model, config.finetune.init_from, lambda: resume.peek(config.run))
+        model, source = finetune.resolve(config.model, config.finetune, lambda: resume.peek(config.run))
         if config.data.kind != "classes":  # which takes the place of the classes
             model = dataclasses.replace(model, num_classes=0)
         return dataclasses.replace(config, model=model, compute=compute), source
@@ -151,10 +151,11 @@ def check_size(options, recipe, compute, context, space, condition):
     batch_size, on_host = recipe.global_batch_size // context.world_size, context.device.type == "cpu"
     weights = 4 * sum(p.numel() for p in model.parameters())
     images = batch_size * math.prod(sides(options.image_size))  # bytes of a channel, of which there are one or three
-    if on_host:  # gradients, EMA and two moments beside the weights; ten activations of each token in a block
+    if on_host:  # gradients, averages and two moments beside the weights; ten activations of each token in a block
         blocks = len(model.blocks) if not compute.grad_checkpoint else 1
         part = math.ceil(batch_size / compute.grad_accum)
-        copies = max(1, 5 / context.world_size) if compute.shard else 5  # each process makes the first weights
+        copies = 4 + len(recipe.ema_decays)
+        copies = max(1, copies / context.world_size) if compute.shard else copies  # each process makes the first weights
         weights, images = copies * weights, 5 * images + 40 * part * model.pos_embed.numel() * blocks
     advice = ("--global-batch-size or --image-size", "--hidden-size, --depth, --mlp-ratio or --num-classes")
     check_memory(weights + images, f"lower {advice[weights > images]}")

@@ -112,16 +112,18 @@ def gather(state, keep):
 
 
 def scatter(state, model):
-    """This process's parts of the full tensors in a state with `model`, `ema` and `opt`: the inverse of `gather`, without
-    communication. Raises ValueError where shapes differ from those of the sharded model."""
+    """This process's parts of the full tensors in a state with `model`, `ema`, `emas` and `opt`: the inverse of `gather`,
+    without communication. Raises ValueError where shapes differ from those of the sharded model."""
     parameters = dict(model.named_parameters())
     by_number = dict(enumerate(parameters.values()))  # as the optimizer's state counts them
     saved = state["opt"]["state"].items()
     moments = {number: {**values, "step": copy.deepcopy(values["step"])} for number, values in saved}
     for number, values in moments.items():
         values |= {key: _part(value, by_number[number]) for key, value in values.items() if key != "step"}
-    model, ema = ({name: _part(value, parameters[name]) for name, value in state[of].items()} for of in ("model", "ema"))
-    return {**state, "model": model, "ema": ema, "opt": {**state["opt"], "state": moments}}
+    sets = {"model": state["model"], "ema": state["ema"], **state.get("emas", {})}
+    sets = {of: {name: _part(value, parameters[name]) for name, value in full.items()} for of, full in sets.items()}
+    model, ema = sets.pop("model"), sets.pop("ema")
+    return {**state, "model": model, "ema": ema, "emas": sets, "opt": {**state["opt"], "state": moments}}
 
 
 def _part(full, parameter):

@@ -44,15 +44,18 @@ class Trainer:
         self.model = model.train()
         model.y_embedder.eval()  # `step` drops conditions itself, for the whole batch
         model.gradient_checkpointing = compute.grad_checkpoint
-        average = None
+        copied = None
         if compute.shard:
             from training import sharding  # which takes most of a second to import
 
             self.sharding, self.mesh = sharding, sharding.make_mesh(context, compute.shard)
             sharding.probe(context, self.mesh)
             sharding.shard(model, self.mesh, precision)
-            average = sharding.copy_of(model)
-        self.ema = EMA(model.to(device), recipe.ema_decay, recipe.ema_warmup, average)
+            copied = sharding.copy_of
+        model.to(device)
+        averages = recipe.ema_decays.items()
+        self.emas = {name: EMA(model, decay, recipe.ema_warmup, copied and copied(model)) for name, decay in averages}
+        self.ema = next(iter(self.emas.values()))
         self.objective = make_objective(model.objective, model.predict, model.learn_sigma, recipe.loss_weight)
         # all parameters, frozen ones too: their places are part of the layout of the optimizer state in checkpoints
         self.optimizer = torch.optim.AdamW(
@@ -62,7 +65,7 @@ class Trainer:
         if compute.compile:
             # it would split blocks where DDP's gradient buckets end; a block's gradients are ready together anyway
             torch._dynamo.config.optimize_ddp = False
-            for network in (model, self.ema.module):
+            for network in (model, *(ema.module for ema in self.emas.values())):
                 network.compile_blocks(compute.compile)
         self.parallel_model = model
         if context.world_size > 1 and not compute.shard:
@@ -111,9 +114,9 @@ class Trainer:
         return {name: torch.cat([losses[name] for losses in found]) for name in found[0]}
 
     def optimizer_step(self):
-        """Update weights and EMA. Where the gradient is not finite, the fused optimizer leaves weights and state alone: on
-        the device, without the host waiting, and on all ranks alike, since they share the averaged gradient. The average
-        moves all the same, towards the weights as they are: to leave it would need the host, or a second pass over it.
+        """Update weights and averages. Where the gradient is not finite, the fused optimizer leaves weights and state
+        alone: on the device, without the host waiting, and on all ranks alike, since they share the averaged gradient. The
+        averages move all the same, towards the weights as they are: to leave them would need the host, or a second pass.
         Returns the gradient's norm and whether it was finite."""
         weights = self.ema.weights
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
@@ -125,11 +128,16 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate(self.steps_made, self.total_steps)
         self.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
-        self.ema.update(self.steps_made)
+        for ema in self.emas.values():
+            ema.update(self.steps_made)
         return grad_norm, finite
 
+    def averaged(self, name=None):
+        """`full` of the average of this name in `emas`, the first one by default."""
+        return self.full((self.emas[name] if name else self.ema).module)
+
     def full(self, module):
-        """`module`, the model or ema.module, with its full (unsharded) weights, for an evaluation: with --shard a copy,
+        """`module`, the model or an average's, with its full (unsharded) weights, for an evaluation: with --shard a copy,
         which every rank has to make, else the module itself."""
         if not self.compute.shard:
             return module
@@ -143,6 +151,8 @@ class Trainer:
         tensors, as copies in the host's memory."""
         state = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict(), "opt": self.optimizer.state_dict()}
         state |= {"step": self.steps_made, "images_seen": self.images_seen}
+        if others := {name: ema.module.state_dict() for name, ema in self.emas.items() if ema is not self.ema}:
+            state["emas"] = others
         return self.sharding.gather(state, self.context.is_main) if self.compute.shard else state
 
     def load_state_dict(self, state):
@@ -153,7 +163,9 @@ class Trainer:
             if self.compute.shard:
                 state = self.sharding.scatter(state, self.model)
             self.model.load_state_dict(state["model"])
-            self.ema.module.load_state_dict(state["ema"])
+            found = {next(iter(self.emas)): state["ema"], **state.get("emas", {})}
+            for name, ema in self.emas.items():  # an average that is new, with --allow-changes, starts at the weights
+                ema.module.load_state_dict(found.get(name, state["model"]))
             pairs = zip(state["opt"]["param_groups"], hyperparameters, strict=True)
             groups = [{**theirs, **ours} for theirs, ours in pairs]
             self.optimizer.load_state_dict({**state["opt"], "param_groups": groups})

@@ -52,6 +52,7 @@ class Samples:
 
     def __init__(self, config, trainer, image_size):
         self.every, self.context, self.condition = config.sample_every, trainer.context, trainer.condition
+        self.average = config.watch_average
         self.batch_size, self.enlarge = min(trainer.part_size, EXAMPLES), max(1, MIN_SIDE // max(sides(image_size)))
         objective, condition, device = trainer.model.objective, trainer.condition, trainer.device
         self.sampler = choose_sampler("sample", objective, config.sample_sampler, config.sample_sampling_steps)
@@ -71,7 +72,7 @@ class Samples:
 
     def images(self, trainer):
         """The grid's images, uint8 (N, H, W, 3), on all ranks. Image i depends on its label and on i alone."""
-        context, model = self.context, trainer.full(trainer.ema.module)
+        context, model = self.context, trainer.averaged(self.average)
         named = {"precision": trainer.compute.precision, "condition": self.condition}
         pipeline = Pipeline(model, trainer.space, self.sampler, self.guidance, **named)
         mine, drawn = range(context.rank, len(self.labels), context.world_size), []
@@ -90,8 +91,8 @@ def num_columns(number):
 
 
 class Validation:
-    """The loss of the trained weights on held-out images, every --val-every steps. It rises while the training loss falls
-    where a model begins to memorise its images, in fine-tuning above all.
+    """The loss of the trained weights, or of --watch-average, on held-out images, every --val-every steps. It rises while
+    the training loss falls where a model begins to memorise its images, in fine-tuning above all.
 
     config: MonitorConfig. data: DataConfig of the training images. image_size, vae: of the run. channels: of its images.
     The held-out images are encoded once; each rank keeps its part on the CPU. Image, timestep and noise do not depend on
@@ -99,7 +100,7 @@ class Validation:
 
     def __init__(self, config, trainer, data, image_size, vae, channels):
         self.every, self.context, self.batch_size = config.val_every, trainer.context, trainer.part_size
-        context, condition = trainer.context, trainer.condition
+        self.average, context, condition = config.watch_average, trainer.context, trainer.condition
         data = dataclasses.replace(data, data_path=config.val_data_path, flip=False)
         with about("--val-data-path", option="--data-path"), context.together():
             held_out = load_dataset(data, image_size, seed=0, context=context)
@@ -135,7 +136,8 @@ class Validation:
     @torch.no_grad()
     def losses(self, trainer):
         """The mean loss over all images for each range of t: {"0_249": loss, ...}, on all ranks."""
-        model, width = trainer.full(trainer.model), NUM_TIMESTEPS // NUM_RANGES
+        model = trainer.averaged(self.average) if self.average else trainer.full(trainer.model)
+        width = NUM_TIMESTEPS // NUM_RANGES
         sums = torch.zeros(NUM_RANGES, dtype=torch.float64)
         for part in range(NUM_RANGES):
             for first in range(0, len(self.indices), self.batch_size):
