@@ -335,7 +335,7 @@ LIMITS = {
     "input_size": (int, 1, MAX_SIZE), "patch_size": (int, 1, MAX_SIZE), "in_channels": (int, 1, MAX_SIZE),
     "hidden_size": (int, 1, MAX_SIZE), "depth": (int, 1, 512), "num_heads": (int, 1, MAX_SIZE),
     "mlp_ratio": (float, 0, 1024), "class_dropout_prob": (float, 0, 1), "num_classes": (int, 0, MAX_CLASSES),
-    "learn_sigma": (bool, False, True), "rope": (bool, False, True),
+    "learn_sigma": (bool, False, True), "rope": (bool, False, True), "time_shift": (float, 1e-3, 1e3),
 }  # fmt: skip
 
 
@@ -352,6 +352,7 @@ class DiTConfig:
     Newer ideas, off by default. objective, predict: what the first C channels of the output are, for those who read them
     (`diffusion.registry.OBJECTIVES`): eps or v of a "diffusion", the velocity v of a "flow".
     rope: rotary position embeddings for each side (Su et al. 2021, Heo et al. 2024), beside the fixed ones.
+    time_shift: of a flow's timesteps in training and sampling, `diffusion.flow.shift_time`.
     Raises ValueError for what cannot be built."""
 
     input_size: int | tuple = 32
@@ -368,6 +369,7 @@ class DiTConfig:
     objective: str = "diffusion"
     predict: str = "eps"
     rope: bool = False
+    time_shift: float = 1.0
 
     def __post_init__(self):
         sizes = self.input_size, self.patch_size
@@ -393,6 +395,8 @@ class DiTConfig:
         if self.objective not in OBJECTIVES or self.predict not in OBJECTIVES[self.objective].predicts:
             outputs = ", ".join(f"{name} with {' or '.join(of.predicts)}" for name, of in OBJECTIVES.items())
             raise ValueError(f"objective {self.objective!r} with {self.predict!r} predicted is not one of {outputs}")
+        if self.time_shift != 1 and not OBJECTIVES[self.objective].flow:
+            raise ValueError(f"time shift {self.time_shift} is for flows, the objective is {self.objective!r}")
         if self.rope and (BLOCKS[self.block].condition_tokens or width // heads % (2 * count)):
             problem = f"rotary positions need heads whose width is a multiple of {2 * count}, and no in-context block"
             raise ValueError(problem)

@@ -37,12 +37,17 @@ class ModelOptions(Config):
         choices="diffusion.registry:OBJECTIVES")  # fmt: skip
     predict: str | None = option(None, "the model's output: the noise eps, or v, which mixes it with the clean image "
         "(default: eps, v for a flow, or that of --init-from)", choices=PREDICTIONS)  # fmt: skip
+    time_shift: float | None = option(None, "shift of a flow's time towards noise, t' = s t / (1 + (s - 1) t), in training "
+        "and sampling (Esser et al. 2024) (default: s = sqrt(d / 4096) for latents of d numbers, at least 1; or that of "
+        "--init-from)", low=1e-3, high=1e3)  # fmt: skip
 
     def check(self):
         allowed = OBJECTIVES[self.objective].predicts if self.objective else PREDICTIONS
         if self.predict and self.predict not in allowed:
             raise UserError(f"--predict {self.predict}", f"a {self.objective} predicts {' or '.join(allowed)}",
                             "leave the option out")  # fmt: skip
+        if self.time_shift not in (None, 1) and self.objective and not OBJECTIVES[self.objective].flow:
+            raise UserError(f"--time-shift {self.time_shift}", f"a {self.objective} has none", "pass --objective flow")
 
     @property
     def name(self):

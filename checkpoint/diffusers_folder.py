@@ -162,7 +162,7 @@ def is_square(config):
 
 def newer_options(checkpoint):
     """What no weights' names or shapes and no config of diffusers tell of a model, as text."""
-    config, names = checkpoint.model_config, ("objective", "predict", "rope")
+    config, names = checkpoint.model_config, ("objective", "predict", "rope", "time_shift")
     found = [f"--{name} {config[name]}" for name in names if config[name] != DEFAULTS[name]]
     found += ["--latent-norm channel"] if checkpoint.latents else []
     found += [] if is_square(config) else [f"--image-size {checkpoint.image_size}"]

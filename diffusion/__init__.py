@@ -39,7 +39,7 @@ def create_diffusion(timestep_respacing, noise_schedule="linear", use_kl=False, 
 
 
 def sample(sampler, denoiser, x_T, num_steps, *, eta=0.0, spacing=None, step_noise=None, init=None, strength=1.0,
-           progress=False, create=create_diffusion):  # fmt: skip
+           progress=False, create=create_diffusion, time_shift=1.0):  # fmt: skip
     """Turn noise into x_0, step by step: returns an iterator that yields dicts of `sample` (x_t, at the end x_0),
     `pred_xstart` and `step`, which counts down to 0; `samplers.last` of it is x_0. Nothing is clipped. The next step of
     "ddpm" and "ddim" starts from the dict's `sample`, which the caller may replace.
@@ -57,6 +57,7 @@ def sample(sampler, denoiser, x_T, num_steps, *, eta=0.0, spacing=None, step_noi
     init, strength: start from this image (N, C, ...), noised with x_T, and make the last round(strength * num_steps)
         steps, at least one; strength in (0, 1].
     create: `create_diffusion`, or a partial of it with the options that the model was trained with.
+    time_shift: of the steps of a sampler of flows, see `flow.shift_time`.
     Raises ValueError for an option that the sampler lacks, or an impossible number of steps."""
     from . import samplers
     from .gaussian_diffusion import check_shape
@@ -64,7 +65,7 @@ def sample(sampler, denoiser, x_T, num_steps, *, eta=0.0, spacing=None, step_noi
     chosen = check_options(sampler, eta, spacing)
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength} is not in (0, 1]")
-    process, x = sampling_process(chosen, num_steps, spacing, create), x_T
+    process, x = sampling_process(chosen, num_steps, spacing, create, time_shift), x_T
     if init is not None:
         check_shape("init", init, x_T.shape)
         num_steps = max(1, round(strength * num_steps))
@@ -79,7 +80,7 @@ def check_sampler(name, num_steps, eta=0.0, spacing=None):
     sampling_process(check_options(name, eta, spacing), num_steps, spacing)
 
 
-def sampling_process(sampler, num_steps, spacing=None, create=create_diffusion):
+def sampling_process(sampler, num_steps, spacing=None, create=create_diffusion, time_shift=1.0):
     """What a Sampler gets as its process: num_steps steps of `create`'s process, or of a flow. Raises ValueError where they
     are impossible."""
     if sampler.flow:
@@ -87,7 +88,7 @@ def sampling_process(sampler, num_steps, spacing=None, create=create_diffusion):
 
         if not 1 <= num_steps <= 1000:
             raise ValueError(f"{sampler.name} cannot make {num_steps} steps: ask for 1 to 1000")
-        return Flow(num_timesteps=num_steps)
+        return Flow(num_timesteps=num_steps, time_shift=time_shift)
     if sampler.scheduler:
         from .samplers import SolverSteps
 

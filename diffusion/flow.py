@@ -15,15 +15,22 @@ from .gaussian_diffusion import check_shape, mean_flat, per_sample
 from .registry import OBJECTIVES
 
 
-class Flow:
-    """The flow in num_timesteps equal steps, and its training objective: the mean squared error of v. Step i goes from
-    s = (i + 1) / num_timesteps to i / num_timesteps. Timesteps t = 1000 s, which the model is told, are real numbers."""
+def shift_time(t, shift):
+    """t in [0, 1], moved towards noise where shift is above 1: Esser et al. 2024, eq. 23. It is the change of time that
+    keeps the signal-to-noise ratio of a mean over `shift`^2 times as many numbers."""
+    return shift * t / (1 + (shift - 1) * t)
 
-    def __init__(self, predict="v", learn_sigma=False, loss_weight="uniform", num_timesteps=1000):
+
+class Flow:
+    """The flow in num_timesteps steps, equal before `shift_time`, and its training objective: the mean squared error of v.
+    Step i goes from s = (i + 1) / num_timesteps to i / num_timesteps. Timesteps t = 1000 s, which the model is told, are
+    real numbers."""
+
+    def __init__(self, predict="v", learn_sigma=False, loss_weight="uniform", num_timesteps=1000, time_shift=1.0):
         if (predict, learn_sigma, loss_weight) != ("v", False, "uniform"):
             raise ValueError("a flow predicts v alone, without a variance, and its loss has no weight")
         self.num_timesteps = num_timesteps
-        self.levels = np.linspace(1, 0, num_timesteps + 1).tolist()[-2::-1]  # s of each step
+        self.levels = shift_time(np.linspace(1, 0, num_timesteps + 1), time_shift).tolist()[-2::-1]  # s of each step
         self.timestep_map = [1000 * s for s in self.levels]
 
     def alpha_sigma(self, i):

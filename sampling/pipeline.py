@@ -139,7 +139,8 @@ class Pipeline:
         sampler = self.sampler
         return sample(
             sampler.sampler, denoiser or self.denoiser(choices), x_T, sampler.num_sampling_steps, eta=sampler.eta,
-            spacing=sampler.spacing, step_noise=step_noise, progress=progress, create=self.create_diffusion, **options,
+            spacing=sampler.spacing, step_noise=step_noise, progress=progress, create=self.create_diffusion,
+            time_shift=self.model.time_shift, **options,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -1,31 +1,43 @@
 """The newer ideas that train.py and the samplers offer as switches: each against its equation, exact resume, bad values.
 Data for the closed forms is N(MU, S^2) in every element (studies/gaussian.py)."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 from helpers import assert_same_state, call, latest, without_timings
 from reference import SMALL, normal, stub
+from scipy import stats
 
 import sample as sample_command
 import train
+from checkpoint.config import ModelOptions
 from checkpoint.opened import Checkpoint
+from data.autoencoder import LatentSpace, Pixels
+from data.images import Digits
+from data.order import GlobalOrder, make_loader
 from diffusion import check_sampler, create_diffusion, make_objective, sample, samplers
 from diffusion.flow import Flow, eps_denoiser, flow_log_likelihood
 from diffusion.registry import OBJECTIVES, SAMPLERS, Objective
 from models import DiT
+from runtime.distributed import setup
+from sampling.config import GuidanceConfig, SamplerConfig
+from sampling.pipeline import Pipeline
 from studies.gaussian import ALPHA_BAR, MU, S, alpha_bar_at, denoiser, velocity
 from tools import convert
-from training.config import PRESETS
+from training.config import PRESETS, ComputeConfig, RecipeConfig
+from training.setup import build_model
+from training.trainer import Trainer
 
 X_T = normal("flow", 400, 1, 4, 4)
 ONE_IMAGE = ("--labels", 3, "--num-sampling-steps", 4, "--device", "cpu")
 
 
-def flow_error(method, num_steps):
+def flow_error(method, num_steps, time_shift=1.0):
     """RMS error of x_0: the exact flow keeps (x_s - mean) / std."""
-    x_0 = samplers.last(sample(f"flow-{method}", velocity, X_T, num_steps))
+    x_0 = samplers.last(sample(f"flow-{method}", velocity, X_T, num_steps, time_shift=time_shift))
     return (x_0 - (MU + S * X_T)).square().mean().sqrt().item()
 
 
@@ -33,9 +45,10 @@ def flow_error(method, num_steps):
 # Flow
 
 
+@pytest.mark.parametrize("time_shift", [1.0, 2.0])
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
-def test_solvers_of_flows_have_their_order_on_gaussian_data(method, order):
-    errors = [flow_error(method, num_steps) for num_steps in (20, 40, 80)]
+def test_solvers_of_flows_have_their_order_on_gaussian_data(method, order, time_shift):
+    errors = [flow_error(method, num_steps, time_shift) for num_steps in (20, 40, 80)]
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     assert errors[-1] < 0.02
     # Heun's last step is of order 1, but of length 1/N in time and nearly straight: it must not dominate
@@ -57,13 +70,39 @@ def test_the_likelihood_of_a_flow_of_gaussian_data_is_exact():
     assert (orders > 1.75).all(), (errors, orders)
 
 
-def test_flow_sde_draws_the_datas_mean_and_spread():
+@pytest.mark.parametrize("time_shift", [1.0, 3.0])
+def test_flow_sde_draws_the_datas_mean_and_spread(time_shift):
     torch.manual_seed(0)
     x_T = torch.randn(20_000, 1, 1, 1)
-    x_0 = samplers.last(sample("flow-sde", velocity, x_T, 200))
+    x_0 = samplers.last(sample("flow-sde", velocity, x_T, 200, time_shift=time_shift))
     assert x_0.mean() == pytest.approx(MU, abs=0.015)
     assert x_0.std() == pytest.approx(S, abs=0.015)
     assert abs(torch.corrcoef(torch.stack([x_0.flatten(), x_T.flatten()]))[0, 1]) < 0.9  # the noise of the steps counts
+
+
+def test_a_time_shift_moves_the_levels_as_published_and_one_changes_no_bit():
+    assert Flow(num_timesteps=50, time_shift=1.0).levels == Flow(num_timesteps=50).levels
+    levels = Flow(num_timesteps=4, time_shift=3.0).levels
+    assert levels == pytest.approx([0.75 / 1.5, 1.5 / 2, 2.25 / 2.5, 1.0])
+    ratios = [s / (1 - s) for s in levels[:3]]  # noise to signal: three times as much at each level
+    assert ratios == pytest.approx([3 * s / (1 - s) for s in (0.25, 0.5, 0.75)])
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_timesteps_of_training_follow_the_shifted_distribution(sampling):
+    """Kolmogorov-Smirnov: logit t of a shifted time is logit t of the time itself plus log s."""
+    dataset, recipe = Digits(image_size=8), RecipeConfig(global_batch_size=100, timestep_sampling=sampling)
+    sizes = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 10}
+    model, found = DiT(**sizes, objective="flow", predict="v", learn_sigma=False, time_shift=2.5), []
+    trainer = Trainer(recipe, ComputeConfig(), setup("cpu"), model, Pixels(channels=1))
+    losses = trainer.objective.training_losses
+    trainer.objective.training_losses = lambda model, x, t, *rest: found.append(t) or losses(model, x, t, *rest)
+    for batch in make_loader(dataset, GlobalOrder(len(dataset), 100, seed=0, stop=2000)):
+        trainer.step(batch)
+    s = torch.cat(found).double().numpy() / 1000
+    logits = np.log(s / (1 - s)) - np.log(2.5)
+    assert stats.kstest(logits, {"uniform": "logistic", "logit-normal": "norm"}[sampling]).pvalue > 0.01
+    assert stats.kstest(logits + np.log(2.5), {"uniform": "logistic", "logit-normal": "norm"}[sampling]).pvalue < 1e-9
 
 
 def test_flow_losses_are_those_of_the_velocity_and_the_model_is_told_1000_s():
@@ -252,7 +291,7 @@ def test_models_that_cannot_be_are_refused(options, message):
 SWITCHES = {
     "min-snr": ["--predict", "v", "--loss-weight", "min-snr"],
     "rope": ["--predict", "v", "--rope"],
-    "flow": ["--objective", "flow", "--timestep-sampling", "logit-normal"],
+    "flow": ["--objective", "flow", "--timestep-sampling", "logit-normal", "--time-shift", 2.0],
 }
 
 
@@ -270,6 +309,54 @@ def test_a_resumed_run_with_switches_is_the_uninterrupted_one_and_can_be_drawn_f
         argv = ("--ckpt", checkpoint, *ONE_IMAGE, "--sampler", sampler, "--output", output)
         assert call(sample_command.main, *argv) == 0
         assert output.exists()
+
+
+def test_large_latents_of_flows_are_shifted_as_published():
+    model, flow = functools.partial(ModelOptions, hidden_size=16, depth=1, num_heads=2), {"objective": "flow"}
+
+    def shift(space, side, **options):
+        with torch.device("meta"):
+            return build_model(model(image_size=side, **options), RecipeConfig(), space).time_shift
+
+    assert shift(LatentSpace(4, 8, 0.18215, 0.0), 256, **flow) == 1, "Stable Diffusion's 4,096 numbers stay as they were"
+    assert shift(LatentSpace(4, 8, 0.18215, 0.0), 64, **flow) == 1, "and fewer"
+    assert shift(LatentSpace(16, 8, 1.0, 0.0), 512, **flow) == 4
+    assert shift(LatentSpace(768, 16, 1.0, 0.0), 256, **flow) == pytest.approx(48**0.5)
+    assert shift(LatentSpace(16, 8, 1.0, 0.0), 512, **flow, time_shift=1.5) == 1.5
+    assert shift(LatentSpace(16, 8, 1.0, 0.0), 512) == shift(Pixels(3), 128, **flow) == 1
+
+
+def test_a_resumed_or_finetuned_run_keeps_the_time_shift_of_its_checkpoint(tmp_path, capsys):
+    base = [*TINY, "--objective", "flow"]
+    assert call(train.main, *base, "--time-shift", 2.0, "--max-steps", 2, "--run-dir", tmp_path / "run") == 0
+    assert "The time of the flow is shifted by 2 (--time-shift)" in (tmp_path / "run/log.txt").read_text()
+    assert call(train.main, *base, "--max-steps", 3, "--run-dir", tmp_path / "run") == 0
+    assert latest(tmp_path / "run")["model_config"]["time_shift"] == 2
+    assert call(train.main, *base, "--time-shift", 3.0, "--max-steps", 4, "--run-dir", tmp_path / "run") == 2
+    assert "model time_shift 2.0, now 3.0" in capsys.readouterr().err
+    for given, expected in (([], 2), (["--time-shift", 1.0], 1)):
+        argv = [
+            *TINY,
+            "--init-from",
+            tmp_path / "run",
+            *given,
+            "--max-steps",
+            1,
+            "--run-dir",
+            tmp_path / f"tuned-{expected}",
+        ]
+        assert call(train.main, *argv) == 0
+        assert latest(tmp_path / f"tuned-{expected}")["model_config"]["time_shift"] == expected
+    assert call(train.main, *TINY, "--time-shift", 2.0, "--run-dir", tmp_path / "diffusion") == 2
+    assert "--time-shift 2.0: a diffusion has none; pass --objective flow" in capsys.readouterr().err
+
+
+def test_a_sampler_takes_the_models_time_shift():
+    model = DiT(**{**SMALL, "objective": "flow", "predict": "v", "learn_sigma": False, "time_shift": 3.0}).eval()
+    pipeline, seen = Pipeline(model, Pixels(model.in_channels), SamplerConfig("flow-euler", 4), GuidanceConfig(1.0)), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(float(args[1][0])))
+    pipeline([1], torch.zeros(1, *pipeline.shape))
+    assert seen == pytest.approx([1000.0, 900.0, 750.0, 500.0])
 
 
 def test_a_recipe_is_recorded_in_full_and_what_is_given_wins(tmp_path):

@@ -23,12 +23,13 @@ TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
 def resolve(options, config, peek):
     """(ModelOptions, source) of ModelOptions and a FinetuneConfig: the options with the model's name, sizes and design
     filled in, with --init-from from there, and the Checkpoint of the first weights; None where they are random, or those of
-    a run that is resumed. Such a run takes the design, and the number of its classes, from its own checkpoint, since the
-    file of --init-from may be gone. peek(): that Checkpoint, or None. Raises UserError."""
+    a run that is resumed. Such a run takes the design, the number of its classes and the time shift from its own
+    checkpoint, since the file of --init-from may be gone. peek(): that Checkpoint, or None. Raises UserError."""
     init_from = config.init_from
-    resumed, source = peek() if init_from or options.num_classes is None else None, None
-    if resumed is not None and options.num_classes is None:
-        options = dataclasses.replace(options, num_classes=resumed.model_config["num_classes"])
+    resumed, source = peek(), None
+    if resumed is not None:
+        missing = [name for name in ("num_classes", "time_shift") if getattr(options, name) is None]
+        options = dataclasses.replace(options, **{name: resumed.model_config[name] for name in missing})
     if not init_from:
         design = {"block": options.block or "adaln-zero", "objective": options.objective or "diffusion"}
         return dataclasses.replace(options, model=options.model or DEFAULT, **design), None
@@ -50,9 +51,10 @@ def sizes_of(checkpoint, options):
         same = value == found[name]
         if name == "mlp_ratio":  # only the width that results counts: it is all that weights without a record tell
             same = int(value * found["hidden_size"]) == int(found[name] * found["hidden_size"])
-        if not same:
+        if not same and name != "time_shift":  # which is no part of the weights
             option = f"{flag(name)} {value}" if name in given else f"--model {options.model}, {flag(name)} {value}"
             raise UserError(f"{option}: {checkpoint.path} has {found[name]}; leave the option out to use that")
+    found = {**found, "time_shift": options.time_shift or found["time_shift"]}
     return {name: found[name] for name in options.flat() if name in found and name != "num_classes"}
 
 

@@ -11,7 +11,7 @@ from data.condition import Classes, open_condition
 from data.images import load_dataset
 from data.latents import StoredLatents, read_statistics
 from data.statistics import measure
-from diffusion.registry import make_objective
+from diffusion.registry import OBJECTIVES, make_objective
 from models import DiT_models
 from runtime.config import differences
 from runtime.devices import check_compile, check_memory, has_bf16
@@ -81,6 +81,8 @@ def prepare(config, context, dataset, source=None):
         raise UserError(f"--loss-weight {config.recipe.loss_weight}", problem, "leave it out") from None
     lines = [*dataset.notes, *class_notes(dataset.classes, config.model.num_classes)]
     lines += [f"Conditioned on {condition.describe()}"]
+    if model.time_shift != 1:
+        lines += [f"The time of the flow is shifted by {model.time_shift:.4g} (--time-shift), recorded for sampling"]
     if source:
         words, dropout = config.finetune.keep_classes, config.recipe.label_dropout
         rows = finetune.label_rows(source, words, config.model.num_classes, dropout, dataset.classes)
@@ -137,11 +139,19 @@ def build_model(options, recipe, space, condition=None):
     patch_size, side = overrides.get("patch_size", constructor.keywords["patch_size"]), getattr(space, "side", None)
     cells = latent_sides(options.image_size, space.factor, patch_size, side)
     arguments = {"input_size": cells, "in_channels": space.channels, **overrides}
+    if OBJECTIVES[options.objective or "diffusion"].flow and space.factor > 1:
+        arguments = {"time_shift": default_time_shift(space.channels * math.prod(cells)), **arguments}
     torch.manual_seed(recipe.global_seed)
     try:
         return constructor(**arguments, **condition.model_arguments(), class_dropout_prob=recipe.label_dropout)
     except ValueError as error:
         raise UserError(f"--model {name} with these overrides: {error}") from None
+
+
+def default_time_shift(numbers):
+    """--time-shift of latents of so many numbers: sqrt(numbers / 4096), as published for latents of many dimensions (RAE,
+    Zheng et al. 2025), but not below 1: what was trained before, on 4096 numbers or fewer, stays as it is."""
+    return max(1.0, (numbers / 4096) ** 0.5)
 
 
 def check_size(options, recipe, compute, context, space, condition):

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.autoencoder import encode_batch
 from data.condition import Classes
+from diffusion.flow import shift_time
 from diffusion.registry import make_objective
 from runtime import seeds
 from runtime.devices import set_precision, use_deterministic_kernels
@@ -89,6 +90,8 @@ class Trainer:
         y = self.condition.y(batch, self.device)
         x_0 = encode_batch(self.space, batch, self.device)  # (N, C, h, w)
         t = self.objective.draw_timesteps(len(x_0), self.device, self.recipe.timestep_sampling)
+        if self.model.time_shift != 1:
+            t = 1000 * shift_time(t / 1000, self.model.time_shift)
         noise = torch.randn_like(x_0)
         losses = self.backward(x_0, t, noise, self.condition.drop(y, self.model.config["class_dropout_prob"]))
         grad_norm, finite = self.optimizer_step()
