@@ -27,7 +27,7 @@ from checkpoint.config import MAX_SIZE, ModelOptions
 from checkpoint.saver import BackgroundSaver
 from data.condition import Texts
 from data.config import DataConfig
-from data.images import ImageDataset, load_dataset
+from data.images import load_dataset
 from data.latents import Settings, StoredLatents, read_settings, write_shard
 from data.order import GlobalOrder, make_loader
 from data.text_encoder import StoredTexts
@@ -117,7 +117,7 @@ def images(config):
     """Images per second that are read, decoded, cropped and mirrored through make_loader as train.py uses it."""
     config = replace(config, images=config.images or 200, batch_size=config.batch_size or 16)
     with filled(config, make_images) as folder:
-        return reading(config, ImageDataset(folder, config.model.image_size))
+        return reading(config, load_dataset(DataConfig(str(folder)), config.model.image_size))
 
 
 def latents(config):

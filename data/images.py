@@ -1,8 +1,9 @@
-"""Images for training: folders of them, any map-style dataset in memory, or handwritten digits that come with Python
-packages. load_dataset() also takes folders of stored latents."""
+"""Images for training: folders or tables of them, any map-style dataset in memory, or handwritten digits that come with
+Python packages. load_dataset() also takes folders of stored latents."""
 
 import contextlib
 import errno
+import io
 import itertools
 import os
 import warnings
@@ -19,6 +20,7 @@ from data.crop import center_crop_arr
 from data.latents import StoredLatents, is_latents_folder
 from data.listing import list_images, printable, readable_names, to_path
 from data.order import is_flipped
+from data.table import is_table, list_table
 from data.text_encoder import load_text_encoder
 from runtime import files
 from runtime.errors import UserError
@@ -33,13 +35,15 @@ class ImageError(UserError):
     """A file that is not a readable image."""
 
 
-def open_image(path):
+def open_image(file, name=None):
     """The file as an upright 8-bit RGB image: grey, 16-bit, palette, CMYK, transparent (on white) and EXIF-rotated files
-    alike. Raises ImageError where the file is no whole image, and UserError where the system cannot read it."""
+    alike. file: a path, or io.BytesIO. name: in errors. Raises ImageError where the file is no whole image, and UserError
+    where the system cannot read it."""
+    name, in_memory = name or printable(file), isinstance(file, io.BytesIO)
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
+        if not in_memory and os.path.exists(file) and not os.path.isfile(file):
             raise OSError("not a regular file")  # a named pipe would wait for ever
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             # of more than 8 bits, PIL would cut values off at 255: 16 bits are scaled, the range of others is not known
             deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             if image.mode in ("I", "F") and not deep:
@@ -54,18 +58,18 @@ def open_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except FileNotFoundError:
-        raise ImageError(printable(path), "the file is gone") from None
+        raise ImageError(name, "the file is gone") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files, struct.error and SyntaxError among them
-        reason = printable(files.reason(error).replace(str(path), "it"))
+        reason = printable(files.reason(error).replace(str(file), "it"))
         if getattr(error, "errno", None) not in OF_THE_FILE or isinstance(error, MemoryError):
-            raise UserError(printable(path), f"cannot be read ({reason})") from None
-        raise ImageError(printable(path), f"not a readable image ({reason})", "remove it") from None
+            raise UserError(name, f"cannot be read ({reason})") from None
+        raise ImageError(name, f"not a readable image ({reason})", "remove it") from None
 
 
 class ImageDataset(Dataset):
-    """An image folder. Item (index, epoch) is a dict of `image` (C, H, W) uint8, `label`, `index`, `source` and `replaced`;
-    whether it is flipped depends on (seed, epoch, index). With skip_bad a file that is no readable image is replaced by the
-    next one, image `source`, and `replaced` says why; otherwise it raises UserError.
+    """An image folder, or a table. Item (index, epoch) is a dict of `image` (C, H, W) uint8, `label`, `index`, `source` and
+    `replaced`; whether it is flipped depends on (seed, epoch, index). With skip_bad a file that is no readable image is
+    replaced by the next one, image `source`, and `replaced` says why; otherwise it raises UserError.
 
     listing: the folder's, where it is known. captions: the listing's, of which an item has one as `text`, by (seed, epoch,
     index). channels: of the images. classes: a name for each label. folders: the names of their folders. notes:
@@ -76,11 +80,12 @@ class ImageDataset(Dataset):
 
     def __init__(self, root, image_size, seed=0, flip=True, skip_bad=False, listing=None):
         listing = listing or list_images(root)
-        self.captions = listing.captions
+        self.captions, self.table = listing.captions, listing.table
         self.root, self.image_size, self.seed, self.flip, self.skip_bad = root, image_size, seed, flip, skip_bad
         self.names, self.labels, self.folders, self.notes = listing.names, listing.labels, listing.folders, listing.notes
         self.classes, self.checksum = readable_names([printable(f) for f in listing.folders]), listing.checksum
-        if not os.path.lexists(self.path(len(self) - 1)):
+        same = len(self.table) == len(self) if self.table else os.path.lexists(self.path(len(self) - 1))
+        if not same:
             raise UserError(f"--data-path {root}", "the processes do not see the same images", "share the folder")
 
     def __len__(self):
@@ -91,6 +96,10 @@ class ImageDataset(Dataset):
 
     def name(self, index):
         return printable(os.path.join(self.root, self.names[index]))
+
+    def file(self, index):
+        """What PIL opens: the path of an image, or its bytes."""
+        return self.table.file(index) if self.table else self.path(index)
 
     def fingerprint(self):
         """[number of images, CRC-32 of their names, labels and texts]: by it a resumed run knows its data."""
@@ -124,7 +133,7 @@ class ImageDataset(Dataset):
         index, replaced = key[0], ""
         for source in itertools.chain(range(index, len(self)), range(index)):
             try:
-                image = open_image(self.path(source))
+                image = open_image(self.file(source), self.name(source))
                 break
             except ImageError as error:
                 if not self.skip_bad:
@@ -227,16 +236,21 @@ DIGITS = {kind.source: kind for kind in (Digits, Mnist)}
 
 
 def load_dataset(config, image_size, seed=0, context=None):
-    """The dataset that a DataConfig names: an image folder, a folder of latents, or digits. With a context all ranks call
-    this, and rank 0 lists the images for all. Raises UserError."""
+    """The dataset that a DataConfig names: an image folder, a table, a folder of latents, or digits. With a context all
+    ranks call this, and rank 0 lists the images for all. Raises UserError."""
     path, with_text = config.data_path, bool(config.text_encoder)
-    if path in DIGITS:
-        return DIGITS[path](image_size, seed, with_text)
 
     def look():
-        return None if is_latents_folder(path) else list_with_captions(path, with_text)
+        for option, column in config.columns().items():
+            if column and not is_table(path):
+                raise UserError(f"{option} {column}", f"{path} is not Parquet or Arrow data", "leave it out")
+        if path in DIGITS or is_latents_folder(path):
+            return None
+        return list_table(config) if is_table(path) else list_with_captions(path, with_text)
 
     listing = context.on_main(look) if context else look()
+    if path in DIGITS:
+        return DIGITS[path](image_size, seed, with_text)
     if listing is None:
         dataset = StoredLatents(path, seed, config.flip)
         dataset.check(image_size, config.skip_bad_images)

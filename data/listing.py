@@ -38,7 +38,8 @@ class Names:
 class Listing:
     """The images of a folder. names: their paths relative to it, for `to_path`. labels: (N,) int64, positions in `folders`,
     the names of the class folders. checksum: CRC-32 of names and labels, as eight hexadecimal digits. notes: lines about
-    what was left out. captions: the images' texts, where they are read."""
+    what was left out. captions: the images' texts, where they are read. table: the `data.table.Table` whose rows the images
+    are."""
 
     names: Names
     labels: np.ndarray
@@ -46,6 +47,13 @@ class Listing:
     checksum: str
     notes: list
     captions: object = None
+    table: object = None
+
+
+def make_listing(names, labels, folders, notes, extra=()):
+    """The Listing of images. extra: lines that count for the checksum too."""
+    lines = [f"{'/'.join(name.split('/')[-2:])} {label}" for name, label in zip(names, labels, strict=True)]
+    return Listing(Names(names), np.array(labels, np.int64), folders, files.checksum_of_text([*lines, *extra]), notes)
 
 
 def printable(name):
@@ -90,8 +98,7 @@ def list_images(root, loose=False):
     if not names:
         problem = f"no images in any of its {len(empty)} folders" if empty else "holds no folders"
         raise UserError(f"--data-path {root}", problem, "; ".join(["put each class's images into one of its own", *notes]))
-    lines = [f"{'/'.join(name.split('/')[-2:])} {label}" for name, label in zip(names, labels, strict=True)]
-    return Listing(Names(names), np.array(labels, np.int64), classes, files.checksum_of_text(lines), notes)
+    return make_listing(names, labels, classes, notes)
 
 
 def walk(root, option=""):

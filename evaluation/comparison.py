@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from evaluation.extraction import extract_all, gaussians
 from evaluation.features import load_network
-from evaluation.image_sets import checksum, open_images
+from evaluation.image_sets import open_images
 from evaluation.metrics import METRICS, FeatureSet, Statistics, standard_errors
 from runtime import files
 from runtime.devices import explain_out_of_memory
@@ -33,12 +33,12 @@ def compare(config, context):
 
     config: an EvaluateConfig. Raises UserError."""
     with context.together():
-        inputs = {name: open_images(getattr(config, name)) for name in ("reference", "samples")}
+        inputs = {name: open_images(getattr(config, name), config.image_column) for name in ("reference", "samples")}
     output = context.on_main(check_outputs, config)
     warnings = context.on_main(lambda: [*check(**inputs)])
     with context.together():
         networks = {name: load_network(name, config.inception_weights, context.device) for name in config.features}
-    sums = context.on_main(lambda: {name: checksum(images.path, images.files) for name, images in inputs.items()})
+    sums = context.on_main(lambda: {name: images.checksum() for name, images in inputs.items()})
     weights = context.on_main(lambda: {name: network.weights for name, network in networks.items()})
     features = {}
     for name, images in inputs.items():
@@ -98,9 +98,8 @@ def check(reference, samples):
     if in_order(samples.labels):
         yield f"{samples.path}: ordered by label; the Inception Score, of splits of {SPLIT_SIZE}, is too low: shuffle them"
     # of the files in a folder; the images of an .npz file may come from anywhere
-    jpeg = [np.mean([file.suffix.lower() in (".jpg", ".jpeg") for file in images.files])
-            for images in (reference, samples) if images.path.is_dir()]  # fmt: skip
-    if len(jpeg) == 2 and abs(jpeg[0] - jpeg[1]) > 0.1:
+    jpeg = [images.jpeg for images in (reference, samples)]
+    if None not in jpeg and abs(jpeg[0] - jpeg[1]) > 0.1:
         yield (
             f"{jpeg[0]:.0%} of the reference are JPEG files, {jpeg[1]:.0%} of the samples: the traces of that compression "
             "are part of every number; save both sets in one format"

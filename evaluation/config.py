@@ -29,8 +29,14 @@ class InceptionConfig(Config):
 class EvaluateConfig(InceptionConfig):
     """evaluate.py's options."""
 
-    reference: str = option(help=".npz file or folder of images to compare with", positional=True, metavar="REFERENCE")
-    samples: str = option(help=".npz file or folder of the images to measure", positional=True, metavar="SAMPLES")
+    reference: str = option(
+        help=".npz file, folder of images, or Parquet or Arrow data to compare with", positional=True, metavar="REFERENCE"
+    )
+    samples: str = option(
+        help=".npz file, folder, or Parquet or Arrow data of the images to measure", positional=True, metavar="SAMPLES"
+    )
+    image_column: str | None = option(None, "column of Parquet or Arrow data with the images (default: the only one there "
+        "is)")  # fmt: skip
     features: tuple[str, ...] = option(("inception",), "feature networks to measure with, several in one pass over the "
         "images: inception, as published; efficientnet-lite0; clip, for CMMD; timm:NAME for any model of timm, such as "
         "timm:vit_large_patch14_dinov2.lvd142m for FD-DINOv2 (default: inception)", metavar="NETWORK")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sets of finished images to be measured: an .npz file in ADM's layout or a folder of image files, read as a stream.
+"""Sets of finished images to be measured, read as a stream: an .npz file in ADM's layout, a folder of images, or a table.
 
 images = open_images("samples.npz")
 for batch in images.batches(0, len(images), batch_size=64):     # uint8 (N, H, W, 3)
@@ -6,6 +6,7 @@ for batch in images.batches(0, len(images), batch_size=64):     # uint8 (N, H, W
 
 import contextlib
 import hashlib
+import io
 import math
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,12 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from data.config import DataConfig
 from data.images import open_image
 from data.listing import ENDINGS, notes_of, to_path, walk
+from data.table import NO_LABELS, is_table, list_table
 from evaluation.metrics import check_covariance
-from runtime.errors import UserError
+from runtime.errors import UserError, about
 from runtime.files import reason
 from runtime.npy import read_npy_header
 
@@ -27,9 +30,13 @@ LARGEST = 1e30  # of a statistic; larger ones are errors, and their squares woul
 MAX_RATIO = 1032  # of zip's compression (deflate)
 
 
-def open_images(path):
-    """NpzImages or FolderImages of `path`; raises UserError naming the file and what is wrong with it."""
+def open_images(path, column=None):
+    """NpzImages, FolderImages or TableImages of `path`; raises UserError naming the file and what is wrong with it. column:
+    of a table, that holds the images (default: the only one)."""
     path = Path(path)
+    if is_table(path) and path.suffix not in (".npz", ".json"):
+        with about("images", option="--data-path"):
+            return TableImages(path, column)
     if path.is_dir():
         return FolderImages(path)
     check_file(path)
@@ -51,7 +58,7 @@ class NpzImages:
     checksum is compared whenever a member is read to its end. `size` is (H, W), or None without images."""
 
     def __init__(self, path):
-        self.path, self.files, self.size, self.labels, self.length = path, [path], None, None, 0
+        self.path, self.size, self.labels, self.length, self.jpeg = path, None, None, 0, None
         if path.suffix == ".json":
             raise UserError(path, "a report, not a set of images", "name the .npz file or the folder that it is about")
         if not zipfile.is_zipfile(path):
@@ -127,6 +134,10 @@ class NpzImages:
     def __len__(self):
         return self.length
 
+    def checksum(self):
+        """SHA-256 in hex of the file."""
+        return checksum(self.path)
+
     def check(self):
         """Nothing more to check before reading."""
 
@@ -146,46 +157,65 @@ class NpzImages:
 
 
 class FolderImages:
-    """All image files below a folder, in the order of their relative paths; subfolders, if any, are labels."""
+    """All image files below a folder, in the order of their relative paths, `names`; subfolders, if any, are labels. jpeg:
+    the share of JPEG files, known after `check`."""
 
-    def __init__(self, path, workers=4):
-        self.path, self.workers, self.statistics = path, workers, {}
+    workers, jpeg = 4, None
+
+    def __init__(self, path):
+        self.path, self.statistics = path, {}
         found, left_out = walk(path)
         self.files = sorted((path / to_path(folder) / to_path(name) for folder, names in found for name in names),
                             key=lambda file: file.relative_to(path).as_posix())  # fmt: skip
         self.notes = notes_of(path, left_out)
         if not self.files:
             raise UserError(path, f"no image in this folder ({' '.join(sorted(ENDINGS))})")
+        self.names = [file.relative_to(path).as_posix() for file in self.files]
         self.size = open_image(self.files[0]).size[::-1]
         parents = [file.parent.relative_to(path).as_posix() for file in self.files]
         self.labels = np.array(parents) if set(parents) != {"."} else None
 
     def __len__(self):
-        return len(self.files)
+        return len(self.names)
+
+    def file(self, index):
+        """What PIL opens."""
+        return self.files[index]
+
+    def checksum(self):
+        """SHA-256 in hex of what `sha256sum` prints for the images by their names."""
+        indices = tqdm(range(len(self)), desc=f"checksum {self.path.name}", unit="image", leave=False)
+        lines = [f"{_sha256(self.file(index))}  {self.names[index]}\n" for index in indices]
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()  # names may hold any bytes
 
     def check(self):
         """Read the header of every file. Raises UserError for one that is no 8-bit image or that has another size."""
         for note in self.notes:
             tqdm.write(note)
-        for file in tqdm(self.files, desc=f"checking {self.path.name}", unit="image"):
-            self._check_header(file)
+        indices = tqdm(range(len(self)), desc=f"checking {self.path.name}", unit="image")
+        self.jpeg = np.mean([self._check_header(index) == "JPEG" for index in indices])
 
-    def _check_header(self, file):
-        check_file(file)
+    def _check_header(self, index):
+        """The format of an image."""
+        file, name = self.file(index), self.path / self.names[index]
+        if not isinstance(file, io.BytesIO):
+            check_file(Path(file))
         try:
             with Image.open(file) as image:
                 mode, size = image.mode, image.size[::-1]
         except Exception as error:  # PIL raises many kinds
-            raise UserError(file, f"not a readable image ({reason(error)})", "remove it or write it again") from error
+            raise UserError(name, f"not a readable image ({reason(error)})", "remove it or write it again") from error
         if mode.startswith(("I", "F")):
-            raise UserError(file, f"mode {mode}, more than 8 bits a channel", "save it as 8-bit RGB")
+            raise UserError(name, f"mode {mode}, more than 8 bits a channel", "save it as 8-bit RGB")
         if sorted(size) != sorted(self.size):  # the rotation that EXIF data may ask for is not known here
-            self._check_size(file, size)
+            self._check_size(name, size)
+        return image.format
 
-    def _check_size(self, file, size):
+    def _check_size(self, name, size):
         if size != self.size:
+            first = self.path / self.names[0]
             raise UserError(
-                f"{file}: {size[1]}x{size[0]} pixels, but {self.files[0]} has {self.size[1]}x{self.size[0]}; the network "
+                f"{name}: {size[1]}x{size[0]} pixels, but {first} has {self.size[1]}x{self.size[0]}; the network "
                 "squeezes each image to one square, so a number over mixed sizes means little: crop to one size"
             )
 
@@ -193,29 +223,42 @@ class FolderImages:
         """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises UserError for a damaged file."""
         with ThreadPoolExecutor(self.workers) as pool:
             for first in range(start, stop, batch_size):
-                yield np.stack(list(pool.map(self._read, self.files[first : min(first + batch_size, stop)])))
+                yield np.stack(list(pool.map(self._read, range(first, min(first + batch_size, stop)))))
 
-    def _read(self, file):
-        image = np.array(open_image(file))
-        self._check_header(file)
-        self._check_size(file, image.shape[:2])
+    def _read(self, index):
+        name = str(self.path / self.names[index])
+        image = np.array(open_image(self.file(index), name))
+        self._check_header(index)
+        self._check_size(name, image.shape[:2])
         return image
 
 
-def checksum(path, files=None):
-    """SHA-256 in hex of a file; for a folder, of what `sha256sum` prints for its `files`, by their relative paths."""
-    total = sum(file.stat().st_size for file in files or [path])
-    with tqdm(total=total, desc=f"checksum {path.name}", unit="B", unit_scale=True, leave=False) as bar:
-        if not path.is_dir():
-            return _sha256(path, bar)
-        lines = [f"{_sha256(file, bar)}  {file.relative_to(path).as_posix()}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()  # file names may hold any bytes
+class TableImages(FolderImages):
+    """The images of a table, see `data.table`, in the order of its rows; the labels are those that training would find."""
+
+    def __init__(self, path, column=None):
+        config = DataConfig(str(path), image_column=column)
+        try:
+            listing = list_table(config)
+        except UserError:  # without labels, if it is for these: they are not needed
+            listing = list_table(DataConfig(str(path), image_column=column, label_column=NO_LABELS))
+        self.path, self.statistics, self.notes, self.file = path, {}, listing.notes, listing.table.file
+        self.names, self.labels = listing.names, np.array(listing.folders)[listing.labels]
+        self.labels = None if set(listing.folders) == {"."} else self.labels
+        self.size = open_image(self.file(0), f"{path}/{self.names[0]}").size[::-1]
 
 
-def _sha256(path, bar):
+def checksum(file):
+    """SHA-256 in hex of a file."""
+    size, name = Path(file).stat().st_size, Path(file).name
+    with tqdm(total=size, desc=f"checksum {name}", unit="B", unit_scale=True, leave=False) as bar:
+        return _sha256(file, bar.update)
+
+
+def _sha256(file, progress=lambda count: None):
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
+    with file if isinstance(file, io.BytesIO) else open(file, "rb") as stream:
+        while chunk := stream.read(2**20):
             digest.update(chunk)
-            bar.update(len(chunk))
+            progress(len(chunk))
     return digest.hexdigest()

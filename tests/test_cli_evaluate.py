@@ -154,7 +154,7 @@ def test_report_traces_the_numbers(folder, measured):
 
 def test_checksum_of_a_folder_is_that_of_its_sha256sum_listing(folder):
     listing = subprocess.run("sha256sum *.png", shell=True, cwd=folder / "samples", capture_output=True).stdout
-    assert checksum(folder / "samples", open_images(folder / "samples").files) == hashlib.sha256(listing).hexdigest()
+    assert open_images(folder / "samples").checksum() == hashlib.sha256(listing).hexdigest()
 
 
 def test_cached_features_give_the_same_numbers_without_the_network(folder, measured, monkeypatch):
@@ -406,7 +406,7 @@ def test_file_names_may_hold_any_bytes(folder, tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9.png"
     shutil.copy(folder / "samples" / "000000.png", path)
     listing = subprocess.run("sha256sum *.png", shell=True, cwd=tmp_path, capture_output=True).stdout
-    assert checksum(tmp_path, open_images(tmp_path).files) == hashlib.sha256(listing).hexdigest()
+    assert open_images(tmp_path).checksum() == hashlib.sha256(listing).hexdigest()
 
 
 def test_mistakes_in_folders_get_one_line(folder, capsys, tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data.autoencoder import LatentSpace
 from data.condition import open_condition
-from data.images import Digits, ImageDataset
+from data.images import ImageDataset, MapDataset
 from data.order import GlobalOrder, make_loader, next_batch
 from runtime.devices import precision_warning, set_precision
 from runtime.errors import UserError
@@ -100,13 +100,13 @@ def data_warnings(options, dataset, num_sampled=200):
     if few:
         more = ", ..." if len(few) > 5 else ""
         lines.append(f"{len(few)} of {len(counts)} classes have fewer than {FEW_IMAGES} images: {', '.join(few[:5])}{more}")
-    if not isinstance(dataset, ImageDataset) or isinstance(dataset, Digits):
+    if not isinstance(dataset, ImageDataset) or isinstance(dataset, MapDataset):
         return lines
     sampled = np.random.default_rng(0).permutation(len(dataset))[:num_sampled]
     small = unreadable = 0
     for index in sampled:
         try:
-            with Image.open(dataset.path(int(index))) as image:
+            with Image.open(dataset.file(int(index))) as image:
                 small += image.height < height or image.width < width
         except Exception:  # PIL raises a dozen kinds
             unreadable += 1
