@@ -18,12 +18,13 @@ from data.autoencoder import load_space
 from data.captions import digit_captions, read_captions
 from data.crop import center_crop_arr
 from data.latents import StoredLatents, is_latents_folder
-from data.listing import list_images, printable, readable_names, to_path
+from data.listing import Names, list_images, printable, readable_names, to_path
 from data.order import is_flipped
 from data.table import is_table, list_table
 from data.text_encoder import load_text_encoder
 from runtime import files
 from runtime.errors import UserError
+from runtime.shapes import sides
 
 # about metadata and palettes, which open_image deals with; set once, because warnings.catch_warnings is not safe in threads
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -169,7 +170,8 @@ class MapDataset(ImageDataset):
         if lowest < 0 or highest >= len(self.classes):
             problem = f"labels from {lowest} to {highest}, {len(self.classes)} classes"
             raise UserError("the dataset", problem, "number the classes from 0")
-        self.folders, self.channels, crc = self.classes, shape[0], zlib.crc32(self.labels.tobytes())
+        self.folders, self.names, crc = self.classes, Names(map(str, range(len(items)))), zlib.crc32(self.labels.tobytes())
+        self.channels, *self.sides = shape
         for item in items:
             crc = zlib.crc32(item["image"].contiguous().numpy(), crc)
         self.checksum = f"{crc:08x}"
@@ -177,6 +179,12 @@ class MapDataset(ImageDataset):
     def read(self, index):
         item = self.dataset[index]
         return item if isinstance(item, dict) else dict(zip(("image", "label"), item, strict=True))
+
+    def check_sides(self, image_size):
+        """Raises UserError unless the images are of this size: they are taken as they are."""
+        if [*sides(image_size)] != self.sides:
+            (height, width), way_out = self.sides, "resize them, or pass that size"
+            raise UserError(f"--image-size {image_size}", f"the images of the dataset are {height}x{width} pixels", way_out)
 
     def name(self, index):
         return f"image {index}"
@@ -232,7 +240,8 @@ class Mnist(Digits):
         return values.reshape(-1, 28, 28), labels
 
 
-DIGITS = {kind.source: kind for kind in (Digits, Mnist)}
+# What --data-path calls by a name, of any command: a function of (image_size, seed, with_text) that makes a MapDataset
+DATASETS = {"digits": Digits, "mnist": Mnist}
 
 
 def load_dataset(config, image_size, seed=0, context=None):
@@ -244,13 +253,16 @@ def load_dataset(config, image_size, seed=0, context=None):
         for option, column in config.columns().items():
             if column and not is_table(path):
                 raise UserError(f"{option} {column}", f"{path} is not Parquet or Arrow data", "leave it out")
-        if path in DIGITS or is_latents_folder(path):
+        if path in DATASETS or is_latents_folder(path):
             return None
         return list_table(config) if is_table(path) else list_with_captions(path, with_text)
 
     listing = context.on_main(look) if context else look()
-    if path in DIGITS:
-        return DIGITS[path](image_size, seed, with_text)
+    if path in DATASETS:
+        dataset = DATASETS[path](image_size, seed, with_text)
+        dataset.check_sides(image_size)
+        dataset.flip &= config.flip
+        return dataset
     if listing is None:
         dataset = StoredLatents(path, seed, config.flip)
         dataset.check(image_size, config.skip_bad_images)

@@ -8,7 +8,7 @@ import torch
 from checkpoint.config import DEFAULT
 from data.autoencoder import LatentSpace, latent_sides
 from data.condition import Classes, open_condition
-from data.images import load_dataset
+from data.images import MapDataset, load_dataset
 from data.latents import StoredLatents, read_statistics
 from data.statistics import measure
 from diffusion.registry import OBJECTIVES, make_objective
@@ -56,6 +56,8 @@ def load_data(data, model, recipe, context, dataset=None):
     """(dataset, ModelOptions with the number of classes) of a DataConfig, ModelOptions and a RecipeConfig. dataset: in
     place of the one that `data` names. All ranks call it. Raises UserError."""
     with context.together():
+        if isinstance(dataset, MapDataset):
+            dataset.check_sides(model.image_size)
         dataset = dataset or load_dataset(data, model.image_size, recipe.global_seed, context)
         found = len(dataset.classes)
         if model.num_classes and found > model.num_classes:
