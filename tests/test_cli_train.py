@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -108,6 +109,17 @@ def test_an_average_that_is_added_starts_at_the_weights_and_one_that_is_dropped_
     emas = latest(tmp_path / "run")["emas"]
     assert emas.keys() == {"1.0"}
     assert all(torch.equal(emas["1.0"][name], value) for name, value in before.items()), "a decay of 1 keeps the start"
+
+
+def test_the_digits_model_has_the_loss_that_the_docs_state(tmp_path):
+    """Of docs/results.md, by the command of docs/training.md: whoever sees another one trains something else."""
+    docs = Path(train.__file__).parent / "docs"
+    shown = re.findall(r"python train\.py (.*?)\n(?:python|```)", (docs / "training.md").read_text(), re.S)
+    (command,) = (words.replace("\\\n", " ") for words in shown if "results/digits" in words)
+    stated = float(re.search(r"^\| \[the digits model\].*? \| (0\.\d+), ", (docs / "results.md").read_text(), re.M)[1])
+    here = ["--max-steps", 100, "--run-dir", tmp_path / "run", "--device", "cpu", "--num-workers", 0]
+    assert call(train.main, *shlex.split(command), *here) == 0
+    assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(stated, rel=1e-3)  # another seed: 5e-3
 
 
 def test_another_number_of_processes_goes_on_with_the_unseen_images(tmp_path, image_folder, ranks):
