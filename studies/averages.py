@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import table
 from checkpoint.opened import Checkpoint
-from data.images import DIGITS
+from data.images import DATASETS
 from evaluation.metrics import Statistics, frechet_distance, standard_errors
 from runtime.config import Config, option
 from runtime.errors import UserError
@@ -34,7 +34,7 @@ class AveragesConfig(Config):
     """Options of averages.py."""
 
     ckpt: tuple[str, ...] = option(help="checkpoints, each of which has its own columns", metavar="FILE")
-    data: str = option("digits", "the real images", choices=tuple(DIGITS))
+    data: str = option("digits", "the real images", choices=tuple(DATASETS))
     images: int = option(1000, "images of each average", low=100)
     cfg_scale: float = option(1.0, "guidance scale; 1 is no guidance", low=0)
     steps: int = option(10, "steps of dpm-solver++", low=1, high=1000)
@@ -72,7 +72,7 @@ def main(argv=None):
         for ckpt in config.ckpt:
             if not names or [*Checkpoint.open(ckpt).averages] != names:
                 raise UserError(f"--ckpt {ckpt}", "its averages are not those of the first", "name runs of equal options")
-        images = RealImages.load(config.data, DIGITS[config.data].side)
+        images = RealImages.load(config.data, DATASETS[config.data].side)
         judge = Judge.open(images, JUDGES.get(config.data, "results/digits.judge.pt"))
         floor, rows = judge.floor(config.images)["frechet_distance"], []
         for name in tqdm(names, unit="average"):

@@ -24,7 +24,7 @@ from scipy.ndimage import label as find_pieces
 from scipy.spatial.distance import cdist, pdist
 from sklearn.svm import SVC
 
-from data.images import DIGITS
+from data.images import DATASETS
 from evaluation.metrics import Statistics, frechet_distance, standard_errors
 from runtime.config import Config, option
 from runtime.errors import UserError
@@ -60,7 +60,7 @@ class Reference:
 def real_digits(held_out=0):
     """(images (N, 64) in [-1, 1], labels, a support-vector classifier that is fitted to them) of scikit-learn's digits but
     for the last `held_out` ones."""
-    values, labels = DIGITS["digits"].load()
+    values, labels = DATASETS["digits"].load()
     kept = len(labels) - held_out
     images, labels = to_vectors(values)[:kept], labels[:kept]
     return images, labels, SVC(C=10, gamma="scale").fit(images, labels)
@@ -142,7 +142,7 @@ def mean_distance(points, classes):
 def measure_real(side, count):
     """`measure`, with errors, of `count` real digits against the others."""
     if side == 8:
-        images, labels = (x[-count:] for x in DIGITS["digits"].load())
+        images, labels = (x[-count:] for x in DATASETS["digits"].load())
     else:
         images, labels = mnist()[0].test[:count, 0].numpy(), mnist()[0].test_labels[:count].numpy()
     return measure(np.repeat(images[..., None], 3, axis=3), labels, reference_of(side, count), errors=True)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from checkpoint import files
 from data.autoencoder import to_model_range
 from data.config import DataConfig
-from data.images import DIGITS, load_dataset
+from data.images import DATASETS, load_dataset
 from evaluation.metrics import Statistics, frechet_distance
 from runtime.devices import has_bf16
 from runtime.errors import UserError
@@ -50,7 +50,7 @@ class RealImages:
         """data: "digits", "mnist", or a folder of images: one that holds train and test, each with one folder a class; or
         one with one folder a class. Where there is no test set it is a quarter of the images, at most a thousand, chosen by
         a fixed seed. Raises UserError."""
-        if data not in DIGITS and all(os.path.isdir(os.path.join(data, part)) for part in ("train", "test")):
+        if data not in DATASETS and all(os.path.isdir(os.path.join(data, part)) for part in ("train", "test")):
             train, test = (
                 load_dataset(DataConfig(os.path.join(data, p), flip=False), image_size) for p in ("train", "test")
             )
@@ -67,7 +67,7 @@ class RealImages:
             identity = [image_size, *train.fingerprint()]
         if min(len(labels), len(test_labels)) < 2:
             raise UserError(f"--data {data}: has too few images to train and to test a classifier")
-        flip, text = data not in DIGITS, checksum_of_text(map(str, identity))
+        flip, text = data not in DATASETS, checksum_of_text(map(str, identity))
         return cls(images, labels, test_images, test_labels, train.classes, flip, text)
 
 
