@@ -14,14 +14,12 @@ from pathlib import Path
 
 from runtime.config import differences
 from runtime.errors import UserError
-from runtime.files import check_output, checksum_of_text, lock_folder, read_json, remove_leftovers, write_errors, write_json
+from runtime.files import check_output, lock_folder, read_json, remove_leftovers, write_errors, write_json
 from runtime.parser import Parser
 from runtime.shapes import sides
 from sampling.config import SampleSetConfig
 
 DECODED_ASIDE = {"cuda"}  # devices that decode a batch while they draw the next; a CPU's cores are busy with one
-# Options that do not change the images; other options are recorded
-FREE = ("ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device", "text_encoder", "vector")
 
 ELSEWHERE = "choose another --sample-dir or --folder"
 
@@ -47,8 +45,7 @@ def sample(config, context):
     with context.together():
         opened = Opened.open(config)
     given = context.on_main(choices_of_set, config, opened)
-    every, in_turn = given or opened.condition.all(), bool(given or config.balanced_labels)
-    labels = SetLabels(opened.condition, every, in_turn, config.global_seed)
+    labels = SetLabels.of(config, opened, given)
     number, size = config.num_fid_samples, sides(opened.settings["image_size"])
     folder = Path(config.sample_dir) / (config.folder or default_name(config, opened))
     npz = folder.with_name(f"{folder.name}.npz")
@@ -145,18 +142,13 @@ def default_name(config, opened):
 def check_settings(opened, given, folder):
     """Record in options.json what the images of the folder are made with. Raises UserError where that differs from what the
     images that are there were made with. given: the choices that the user named, or None."""
-    config, by_class = opened.config, opened.condition.option == "--labels"
-    settings = {name: value for name, value in config.flat().items() if name not in FREE} | opened.settings
-    settings["guide_ckpt"] = opened.guide and opened.guide.checksum
-    settings["labels"] = given if by_class else None
-    settings["prompts"] = None if by_class else checksum_of_text(opened.condition.words(given))
-    path, crc32 = folder / "options.json", opened.checkpoint.checksum
+    settings, path, crc32 = opened.made_with(given), folder / "options.json", opened.checkpoint.checksum
     recorded = read_json(path)
     if recorded is None:
         if path.exists() or any(folder.glob("*.png")):
             raise UserError(path, "missing or damaged", ELSEWHERE)
     else:
-        older = dict.fromkeys(settings) | config.defaults()  # a record may be older than an option
+        older = dict.fromkeys(settings) | opened.config.defaults()  # a record may be older than an option
         differing = differences({**older, **recorded}, settings)
         if recorded.get("checkpoint_crc32") != crc32:
             differing.append(f"a checkpoint of CRC-32 {recorded.get('checkpoint_crc32')}, now {crc32}")

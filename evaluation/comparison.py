@@ -48,11 +48,7 @@ def compare(config, context):
         return None, output
     found = {}
     for name, network in networks.items():
-        sets = []
-        for key, images in inputs.items():
-            there = features[key][name]
-            moments = gaussians(images, there, context.device, network.published)
-            sets.append(replace(there or FeatureSet(), pooled=there and there.pooled.to(context.device), **moments))
+        sets = [complete(features[key][name], images, network, context.device) for key, images in inputs.items()]
         numbers, errors = measure(*sets, config.resamples, inputs["samples"].path)
         warnings += check_predictions(name, sets[1].logits)
         made_from = {"preprocessing": network.preprocessing, "weights": weights[name]}
@@ -66,11 +62,16 @@ def check_outputs(config):
     samples = Path(os.path.realpath(config.samples))
     output = samples.with_name(f"{samples.name}.metrics.json")
     files.check_output(output, "the report")
-    if config.cache:
-        with files.write_errors(f"--cache {config.cache}", "; name another folder"):
-            Path(config.cache).mkdir(parents=True, exist_ok=True)
-        files.check_output(Path(config.cache, "features.pt"), "--cache")
+    check_cache(config.cache)
     return output
+
+
+def check_cache(folder):
+    """Make the folder of --cache, if there is one. Raises UserError where it cannot be written to."""
+    if folder:
+        with files.write_errors(f"--cache {folder}", "; name another folder"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        files.check_output(Path(folder, "features.pt"), "--cache")
 
 
 def check(reference, samples):
@@ -148,6 +149,12 @@ def features_of(images, networks, context, config, keys, warnings):
     return found
 
 
+def complete(features, images, network, device):
+    """The FeatureSet of images on the device, with means and covariances. features: None without images."""
+    moments = gaussians(images, features, device, network.published)
+    return replace(features or FeatureSet(), pooled=features and features.pooled.to(device), **moments)
+
+
 def load_features(path):
     try:
         files.check_regular(path)
@@ -166,7 +173,7 @@ def measure(reference, samples, resamples, path):
     for none. Raises UserError, which names `path`, for a number that is not finite."""
     numbers, errors = {name: None for metric in METRICS for name in metric.titles}, {}
     fewest = min((len(x.pooled) for x in (reference, samples) if x.pooled is not None), default=math.inf)
-    for metric in tqdm(METRICS, desc="metrics", unit="metric"):
+    for metric in tqdm(METRICS, desc="metrics", unit="metric", leave=False):
         there = metric.reference is None or getattr(reference, metric.reference) is not None
         if not there or getattr(samples, metric.samples) is None or fewest < metric.fewest:
             continue
@@ -202,10 +209,13 @@ def table(report):
     lines = [f"{report['samples']['images']} images".ljust(24) + "".join(f"{name:>24}" for name in networks)]
     for metric in METRICS:
         for name, title in metric.titles.items():
-            cells = []
-            for found in networks.values():
-                error = found["standard_errors"].get(name)
-                cells.append("-" if found[name] is None else f"{found[name]:.{metric.digits}f}")
-                cells[-1] += "" if error is None else f" +- {error:.{metric.digits}f}"
-            lines.append(title.ljust(24) + "".join(f"{cell:>24}" for cell in cells))
+            cells = [cell(found, name, metric.digits) for found in networks.values()]
+            lines.append(title.ljust(24) + "".join(f"{text:>24}" for text in cells))
     return "\n".join(lines)
+
+
+def cell(found, name, digits):
+    """The number of this name as text, with its standard error if there is one; "-" for None."""
+    number, error = found[name], found["standard_errors"].get(name)
+    text = "-" if number is None else f"{number:.{digits}f}"
+    return text if error is None else f"{text} +- {error:.{digits}f}"

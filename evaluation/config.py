@@ -1,12 +1,12 @@
-"""Options of evaluate.py, of tools/likelihood.py, and of FID during training."""
+"""Options of evaluate.py, of tools/likelihood.py and tools/sweep.py, and of FID during training."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion.registry import SAMPLERS
-from runtime.config import Config, KeysOf, option
+from runtime.config import Config, KeysOf, as_lists, option
 from runtime.errors import UserError
-from sampling.config import SourceConfig
+from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig, SetConfig, SourceConfig, TextConfig
 
 
 def check_networks(option, names):
@@ -25,16 +25,10 @@ class InceptionConfig(Config):
         "downloaded when missing)", path="file", metavar="FILE", changeable=True)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class EvaluateConfig(InceptionConfig):
-    """evaluate.py's options."""
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig(InceptionConfig):
+    """How sets of images are compared."""
 
-    reference: str = option(
-        help=".npz file, folder of images, or Parquet or Arrow data to compare with", positional=True, metavar="REFERENCE"
-    )
-    samples: str = option(
-        help=".npz file, folder, or Parquet or Arrow data of the images to measure", positional=True, metavar="SAMPLES"
-    )
     image_column: str | None = option(None, "column of Parquet or Arrow data with the images (default: the only one there "
         "is)")  # fmt: skip
     features: tuple[str, ...] = option(("inception",), "feature networks to measure with, several in one pass over the "
@@ -44,12 +38,48 @@ class EvaluateConfig(InceptionConfig):
     batch_size: int = option(64, "images per process and forward pass of the feature networks", low=1)
     cache: str | None = option(None, "folder that keeps the features, of inception 12 kB an image and 33 MB a set, and "
         "gives them back when the same images are measured again (default: none)", metavar="FOLDER")  # fmt: skip
-    device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
+        super().check()
         check_networks("--features", self.features)
         if self.resamples == 1:
             raise UserError("--resamples 1", "one half has no standard error", "give 2 or more, or 0 for none")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(MeasureConfig):
+    """evaluate.py's options."""
+
+    reference: str = option(
+        help=".npz file, folder of images, or Parquet or Arrow data to compare with", positional=True, metavar="REFERENCE"
+    )
+    samples: str = option(
+        help=".npz file, folder, or Parquet or Arrow data of the images to measure", positional=True, metavar="SAMPLES"
+    )
+    device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
+
+
+SWEPT = {SourceConfig: ("average",), SamplerConfig: None, GuidanceConfig: None}  # None: all options
+Source, Sampler, Guidance = (as_lists(config_class, names) for config_class, names in SWEPT.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(MeasureConfig, SetConfig):
+    """Options of tools/sweep.py."""
+
+    ref: str = option(help="what to compare with: a folder or .npz file of images of the size that the model draws; for "
+        "the Inception network a file may hold mu and sigma instead", metavar="REF", basic=True)  # fmt: skip
+    output: str = option("sweep", "folder of results.json, from which the command resumes, and of curves.png", basic=True)
+    text: TextConfig
+    source: Source
+    sampler: Sampler
+    guidance: Guidance
+    compute: ComputeConfig
+
+    def check(self):
+        super().check()
+        if self.num_fid_samples < 2:
+            raise UserError("--num-fid-samples 1: one image has no covariance; draw 2 or more")
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 from data.autoencoder import latent_sides
 from evaluation.extraction import extract_all, gather_statistics, gaussians
 from evaluation.features import load_network
-from evaluation.image_sets import open_images
+from evaluation.image_sets import need_images, open_reference
 from evaluation.metrics import Statistics, frechet_distance
-from runtime.errors import UserError, about
-from runtime.shapes import sides
+from runtime.errors import about
 from sampling.config import GuidanceConfig
 from sampling.pipeline import Pipeline, to_uint8
 
@@ -47,15 +46,12 @@ class FID:
         self.sampler, self.signals, self.average = sampler, signals, average
         self.guidance = GuidanceConfig(cfg_scale=config.eval_cfg_scale)
         with context.together():
-            reference = self.open_reference(image_size)
+            reference = open_reference(config.eval_reference, "--eval-reference", image_size)
         context.on_main(reference.check)
         with about("--eval-features", option="--features"), context.together():
-            weights, known = config.inception_weights, "mu" in reference.statistics
-            self.networks = {name: load_network(name, weights, context.device) for name in config.eval_features}
-            missing = {name: network for name, network in self.networks.items() if not (known and network.published)}
-            if missing and len(reference) < 2:
-                problem = f"its mu and sigma are of the Inception network, {', '.join(missing)} needs images"
-                raise UserError(f"--eval-reference {reference.path}", problem, "give 2 images or more")
+            weights, names = config.inception_weights, config.eval_features
+            self.networks = {name: load_network(name, weights, context.device) for name in names}
+            missing = need_images(self.networks, reference, "--eval-reference")
         title = "features of the reference"
         features = extract_all(missing, reference, context, self.batch_size, title) if missing else {}
         self.references = {name: gaussians(reference, features.get(name), context.device, network.published)
@@ -63,21 +59,6 @@ class FID:
         cells = latent_sides(image_size, space.factor)
         with torch.no_grad():  # of stored latents nothing was decoded yet: now, rather than after thousands of steps
             space.decode(torch.zeros(self.batch_size, space.channels, *cells, device=context.device))
-
-    def open_reference(self, image_size):
-        """The reference's images. Raises UserError where samples of this size cannot be compared with them."""
-        try:
-            images = open_images(self.config.eval_reference)
-        except UserError as error:
-            raise UserError(f"--eval-reference {error}") from None
-        where = f"--eval-reference {images.path}"
-        if images.size and tuple(images.size) != sides(image_size):
-            found = "{}x{} pixels".format(*images.size)
-            problem = f"{found}, --image-size is {image_size}: sharpness would be part of FID"
-            raise UserError(where, problem, "give a reference of that size")
-        if "mu" not in images.statistics and len(images) < 2:
-            raise UserError(where, "holds neither mu and sigma nor 2 images", "give 2 images or more")
-        return images
 
     def __call__(self, trainer):
         with about("--eval-cfg-scale", option="--cfg-scale"):

@@ -19,7 +19,7 @@ def extract_all(networks, images, context, batch_size, title):
     Raises UserError for damaged images, on every rank."""
     start, stop = share(len(images), context.rank, context.world_size)
     found, spatial = {name: [] for name in networks}, {}
-    bar = tqdm(total=stop - start, desc=title, unit="image", disable=not context.is_main)
+    bar = tqdm(total=stop - start, desc=title, unit="image", leave=False, disable=not context.is_main)
     with context.together(), bar:
         for batch in images.batches(start, stop, batch_size):
             pixels = torch.from_numpy(batch).to(context.device)

@@ -24,6 +24,7 @@ from evaluation.metrics import check_covariance
 from runtime.errors import UserError, about
 from runtime.files import reason
 from runtime.npy import read_npy_header
+from runtime.shapes import sides
 
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 LARGEST = 1e30  # of a statistic; larger ones are errors, and their squares would overflow
@@ -41,6 +42,33 @@ def open_images(path, column=None):
         return FolderImages(path)
     check_file(path)
     return NpzImages(path)
+
+
+def open_reference(path, option, image_size, column=None):
+    """The images that the option names, to compare samples of this size with. Raises UserError where that cannot be."""
+    try:
+        images = open_images(path, column)
+    except UserError as error:
+        raise UserError(f"{option} {error}") from None
+    where = f"{option} {images.path}"
+    if images.size and tuple(images.size) != sides(image_size):
+        found, wanted = ("x".join(map(str, size)) for size in (images.size, sides(image_size)))
+        problem = f"{found} pixels, the model draws {wanted}"
+        raise UserError(where, f"{problem}: sharpness would be part of the distance", "give a reference of that size")
+    if "mu" not in images.statistics and len(images) < 2:
+        raise UserError(where, "holds neither mu and sigma nor 2 images", "give 2 images or more")
+    return images
+
+
+def need_images(networks, images, option):
+    """{name: network} of the networks whose statistics the images do not bring. Raises UserError where there are no images
+    to compute them from."""
+    known = "mu" in images.statistics
+    found = {name: network for name, network in networks.items() if not (known and network.published)}
+    if found and len(images) < 2:
+        problem = f"its mu and sigma are of the Inception network, {', '.join(found)} needs images"
+        raise UserError(f"{option} {images.path}", problem, "give 2 images or more")
+    return found
 
 
 def check_file(path):

@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -205,6 +206,38 @@ class Config:
     def changeable(cls):
         """Names of the options that a resumed run may change."""
         return {field.name for field in cls.all_fields() if field.metadata.get("changeable")}
+
+
+def as_lists(config_class, names=None):
+    """A Config like config_class whose options take lists of values: the options `names`, by default all. An option that is
+    a pair takes pairs, one after the other. None stands for the default alone."""
+    fields = []
+    for field in dataclasses.fields(config_class):
+        kind, _, optional = field_types(config_class)[field.name]
+        hint, default, metadata = (kind | None if optional else kind), field.default, dict(field.metadata)
+        if names is None or field.name in names:
+            hint, default = tuple[kind, ...] | None, None
+            if field.default is not None and "(default" not in metadata["help"]:
+                metadata["help"] += f" (default: {field.default})"
+        fields.append((field.name, hint, dataclasses.field(default=default, metadata=metadata)))
+    more = {"bases": (Config,), "namespace": {"__doc__": config_class.__doc__}, "frozen": True}
+    return dataclasses.make_dataclass(f"{config_class.__name__}Lists", fields, **more)
+
+
+def combinations(config_class, values):
+    """Every combination of the lists of values that the options of `as_lists(config_class)` take, the first option changing
+    slowest: an iterator of dicts. values: {name: list of values, None, or one value of an option that takes no list}.
+    Raises UserError for half a pair."""
+    lists = []
+    for name, (_, count, _) in field_types(config_class).items():
+        given = values[name]
+        if count and given is not None:
+            if len(given) % count:
+                raise UserError(flag(name), f"takes {count} values, or several times {count}, not {len(given)}")
+            given = [given[i : i + count] for i in range(0, len(given), count)]
+        given = [config_class.defaults()[name]] if given is None else given if isinstance(given, list | tuple) else [given]
+        lists.append([(name, value) for value in given])
+    return map(dict, itertools.product(*lists))
 
 
 def differences(recorded, now, ignore=()):

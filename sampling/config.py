@@ -1,6 +1,7 @@
 """The options of sampling, as sample.py and sample_ddp.py take them. Importing this module is fast: no torch."""
 
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -164,7 +165,7 @@ class DrawConfig(Config):
 class SampleConfig(DrawConfig):
     """Options of sample.py."""
 
-    released_vae = "mse"
+    script, released_vae = "sample.py", "mse"
 
     labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number (default: 207 360 387 974 88 "
         "979 417 279, or the first eight of a model with other classes)", metavar="CLASS")  # fmt: skip
@@ -198,11 +199,9 @@ class SampleConfig(DrawConfig):
 
 
 @dataclass(frozen=True)
-class SampleSetConfig(DrawConfig):
-    """Options of sample_ddp.py."""
+class SetConfig(Config):
+    """Which images a set holds."""
 
-    sample_dir: str = option("samples", "folder in which the folder of images and the .npz file are made")
-    folder: str | None = option(None, "name of the folder of images (default: made of the settings)")
     num_fid_samples: int = option(50_000, "number of images", low=1, high=10**8)
     per_proc_batch_size: int = option(32, "images that each process draws at once", low=1, high=1_000_000)
     global_seed: int = option(0, "seed of labels and noise", low=0, high=MAX_SEED)
@@ -217,8 +216,32 @@ class SampleSetConfig(DrawConfig):
         repeatable=True)  # fmt: skip
 
     def check(self):
-        if self.folder and Path(self.folder).name in ("", ".."):
-            raise UserError(f"--folder {self.folder}: is no name of a folder; choose one, such as samples-1")
         given = [flag(name) for name in ("prompts", "labels", "balanced_labels") if getattr(self, name)]
         if len(given) > 1:
             raise UserError(given[0], f"does not go with {given[1]}", "leave one of them out")
+
+
+@dataclass(frozen=True)
+class SampleSetConfig(SetConfig, DrawConfig):
+    """Options of sample_ddp.py."""
+
+    script = "sample_ddp.py"
+
+    sample_dir: str = option("samples", "folder in which the folder of images and the .npz file are made")
+    folder: str | None = option(None, "name of the folder of images (default: made of the settings)")
+
+    def check(self):
+        super().check()
+        if self.folder and Path(self.folder).name in ("", ".."):
+            raise UserError(f"--folder {self.folder}: is no name of a folder; choose one, such as samples-1")
+
+
+def command(config):
+    """The command line for a SampleConfig or a SampleSetConfig."""
+    words, defaults = ["python", config.script], config.defaults()
+    for name, value in config.flat().items():
+        if value == defaults[name]:
+            continue
+        given = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        words += [flag(name if value is not False else f"no_{name}"), *map(str, given)]
+    return shlex.join(words)

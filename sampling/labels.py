@@ -44,6 +44,12 @@ class SetLabels:
     in_turn: bool
     seed: int
 
+    @classmethod
+    def of(cls, config, opened, given):
+        """Of a SetConfig, for an `Opened`. given: its `choices_of_set`."""
+        every, in_turn = given or opened.condition.all(), bool(given or config.balanced_labels)
+        return cls(opened.condition, every, in_turn, config.global_seed)
+
     def position(self, index):
         return index % len(self.every) if self.in_turn else draw(self.seed, [index], len(self.every))[0]
 

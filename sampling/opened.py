@@ -14,9 +14,12 @@ from models import DiT_models, DiTConfig
 from runtime.config import flag
 from runtime.devices import check_compile, check_memory, pick_device, set_precision
 from runtime.errors import UserError, about
+from runtime.files import checksum_of_text
 from runtime.shapes import plain_size, sides
 from sampling.config import DrawConfig
 
+# Options that do not change the images of a set
+FREE = ("ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device", "text_encoder", "vector")
 # What must be the same of a model and of the weaker one that it is guided away from
 SHARED_WITH_GUIDE = ("in_channels", "input_size", "num_classes", "learn_sigma", "objective", "predict")
 
@@ -56,6 +59,22 @@ class Opened:
     def device(self):
         return torch.device(pick_device(self.config.compute.device))
 
+    def vary(self, config):
+        """The same weights with the sampler and guidance of another config. Raises UserError as `open`."""
+        check_guidance(config.guidance, self.checkpoint)
+        sampler = config.sampler.completed(self.checkpoint.model_config["objective"], self.checkpoint.path)
+        return replace(self, config=replace(config, sampler=sampler))
+
+    def made_with(self, given):
+        """What the images of a set are made with beside the checkpoint, a dict; of a SampleSetConfig. given: its
+        `choices_of_set`."""
+        by_class = self.condition.option == "--labels"
+        settings = {name: value for name, value in self.config.flat().items() if name not in FREE} | self.settings
+        settings["guide_ckpt"] = self.guide and self.guide.checksum
+        settings["labels"] = given if by_class else None
+        settings["prompts"] = None if by_class else checksum_of_text(self.condition.words(given))
+        return settings
+
     def check_memory(self, number, advice):
         """Raises OutOfMemoryError where the memory of a CPU cannot hold `number` images that are drawn at once: six
         activations of each token in a block, with guidance, and the images. advice: how to need less."""
@@ -89,16 +108,23 @@ def open_checkpoint(source):
     return Checkpoint({}, "the released DiT-XL/2", {"model_config": {"input_size": size // 8}})
 
 
-def open_guide(guidance, checkpoint):
-    """The guiding checkpoint or None, after a check that the model can be guided so."""
-    path, config = checkpoint.path, checkpoint.model_config
+def check_guidance(guidance, checkpoint):
+    """Raises UserError where the model cannot be guided so."""
+    config = checkpoint.model_config
     if guidance.cfg_channels == "3" and config["in_channels"] < 3:
         raise UserError(f"--cfg-channels 3: the model has {config['in_channels']}; leave the option out")
+    conditional = config["num_classes"] or checkpoint.condition_record
+    if not guidance.guide_ckpt and guidance.cfg_scale != 1 and conditional and config["class_dropout_prob"] == 0:
+        problem = "cannot be guided, it was trained without null labels; pass --cfg-scale 1"
+        raise UserError(f"{checkpoint.path}: {problem}")
+
+
+def open_guide(guidance, checkpoint):
+    """The guiding checkpoint or None, after a check that the model can be guided so."""
+    check_guidance(guidance, checkpoint)
     if not guidance.guide_ckpt:
-        conditional = config["num_classes"] or checkpoint.condition_record
-        if guidance.cfg_scale != 1 and conditional and config["class_dropout_prob"] == 0:
-            raise UserError(f"{path}: cannot be guided, it was trained without null labels; pass --cfg-scale 1")
         return None
+    path, config = checkpoint.path, checkpoint.model_config
     guide = Checkpoint.open(guidance.guide_ckpt)
     where = f"--guide-ckpt {guide.path}"
     for name in SHARED_WITH_GUIDE:

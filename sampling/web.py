@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import threading
 import time
 import zipfile
@@ -17,12 +16,11 @@ from PIL import Image, PngImagePlugin
 
 from checkpoint.opened import newest_of_run
 from diffusion.registry import OBJECTIVES
-from runtime.config import flag
 from runtime.devices import explain_out_of_memory
 from runtime.errors import UserError
 from runtime.shapes import sides
 from sampling import grid
-from sampling.config import ComputeConfig, SampleConfig
+from sampling.config import ComputeConfig, SampleConfig, command
 from sampling.editing import draw_noise
 from sampling.labels import choose
 from sampling.opened import Opened
@@ -150,17 +148,6 @@ def offers(ckpt, vae=None, compute=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures that carry their settings, as text chunks of the PNG format
-
-
-def command(config):
-    """The command line of sample.py for a SampleConfig."""
-    words, defaults = ["python", "sample.py"], SampleConfig().flat()
-    for name, value in config.flat().items():
-        if value == defaults[name]:
-            continue
-        given = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-        words += [flag(name if value is not False else f"no_{name}"), *map(str, given)]
-    return shlex.join(words)
 
 
 def draw_grid(config, images, titles):

@@ -29,6 +29,7 @@ COMMANDS = {
     "sample_ddp": "SampleSetConfig",
     "evaluate": "EvaluateConfig",
     "tools.likelihood": "LikelihoodConfig",
+    "tools.sweep": "SweepConfig",
     "tools.complexity": "CostConfig",
     "tools.plot": "PlotConfig",
 }

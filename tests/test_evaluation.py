@@ -227,7 +227,7 @@ def test_mistakes_are_refused_before_a_run_folder_is_made(tmp_path, capfd, refer
     assert "1 is not a whole number, 2 or more" in refused(*known, "--eval-samples", 1)
     assert "null labels" in refused(*known, "--label-dropout", 0)
     np.savez(tmp_path / "large.npz", np.zeros((4, 16, 16, 3), np.uint8))
-    assert "16x16 pixels, --image-size is 8" in refused(*known, "--eval-reference", tmp_path / "large.npz")
+    assert "16x16 pixels, the model draws 8x8" in refused(*known, "--eval-reference", tmp_path / "large.npz")
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     assert "--eval-reference" in (line := refused(*known, "--eval-reference", tmp_path / "nan.npz"))
     assert "nan.npz: mu holds NaN, infinity or values above" in line

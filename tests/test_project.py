@@ -21,7 +21,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = "train extract_latents sample sample_ddp evaluate".split()
-TOOLS = "likelihood complexity plot convert app".split()
+TOOLS = "likelihood sweep complexity plot convert app".split()
 
 
 def test_both_lists_of_dependencies_are_equal():
