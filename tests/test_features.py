@@ -12,6 +12,7 @@ import torch_fidelity
 from helpers import call
 from huggingface_hub import constants
 from PIL import Image
+from scipy.linalg import sqrtm
 from sklearn.datasets import load_sample_images
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
@@ -106,6 +107,25 @@ def test_numbers_are_those_of_torch_fidelity(photographs, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["12", "images", "small", "efficientnet-lite0"]
     assert f"{found['fd']:.3f} +- {found['standard_errors']['fd']:.3f}" in out
+
+
+def test_the_distance_is_that_of_pytorch_fid(photographs, monkeypatch):
+    """Of the same two folders of photographs, by that package's own reader, statistics and distance."""
+    theirs = pytest.importorskip("pytorch_fid.fid_score")
+    monkeypatch.setattr(theirs.linalg, "sqrtm", lambda x, disp: (sqrtm(x), None))  # an argument that SciPy has given up
+    monkeypatch.setitem(NETWORKS, "small", Small)
+    network = Small()
+
+    class ForPytorchFid(torch.nn.Module):
+        def forward(self, images):  # (N, 3, H, W) in [0, 1]
+            return [network((255 * images.permute(0, 2, 3, 1)).round().byte()).pooled[:, :, None, None]]
+
+    folders = [photographs / name for name in ("temple", "flower")]
+    moments = [theirs.compute_statistics_of_path(str(folder), ForPytorchFid(), 5, 8, "cpu", 0) for folder in folders]
+    assert call(evaluate.main, *folders, "--features", "small", "--device", "cpu", "--resamples", 0) == 0
+    report = json.loads((photographs / "flower.metrics.json").read_text())
+    expected = theirs.calculate_frechet_distance(*moments[0], *moments[1])
+    assert report["networks"]["small"]["fd"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_weights_of_efficientnet_know_a_daisy(photographs):
