@@ -31,10 +31,10 @@ from train import TrainConfig, train
 
 SIDE = 64
 MODEL = {
-    "image_size": SIDE, "hidden_size": 128, "depth": 4, "num_heads": 4, "num_classes": 0, "label_dropout": 0.0, "lr": 1e-3,
-    "global_batch_size": 32, "ema_decay": 0.99, "ema_warmup": True, "device": "cpu", "num_workers": 0, "objective": "flow",
+    "image_size": SIDE, "hidden_size": 96, "depth": 3, "num_heads": 4, "num_classes": 0, "label_dropout": 0.0, "lr": 1e-3,
+    "global_batch_size": 16, "ema_decay": 0.99, "ema_warmup": True, "device": "cpu", "num_workers": 0, "objective": "flow",
 }  # fmt: skip
-WIDTHS = (16, 32, 64, 64)  # of the autoencoders' levels: a factor of 8
+WIDTHS = (8, 16, 32, 32)  # of the autoencoders' levels: a factor of 8
 KINDS = {  # class of diffusers: arguments; all give 8 channels of 8x8 cells
     "AutoencoderKL": {
         "latent_channels": 8, "block_out_channels": WIDTHS, "norm_num_groups": 8, "layers_per_block": 1,
@@ -43,8 +43,8 @@ KINDS = {  # class of diffusers: arguments; all give 8 channels of 8x8 cells
         f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in {
             "block_out_channels": WIDTHS, "block_types": "ResBlock", "layers_per_block": (1,) * 4,
             "qkv_multiscales": ((),) * 4}.items()}},
-    "AutoencoderTiny": {"latent_channels": 8, "encoder_block_out_channels": (32,) * 4, "num_encoder_blocks": (1,) * 4,
-        "decoder_block_out_channels": (32,) * 4, "num_decoder_blocks": (1,) * 4, "scaling_factor": 1.0},
+    "AutoencoderTiny": {"latent_channels": 8, "encoder_block_out_channels": (16,) * 4, "num_encoder_blocks": (1,) * 4,
+        "decoder_block_out_channels": (16,) * 4, "num_decoder_blocks": (1,) * 4, "scaling_factor": 1.0},
 }  # fmt: skip
 
 
@@ -56,8 +56,8 @@ class LatentsConfig(Config):
     data_path: str = option(help="a folder with one folder of images per class")
     output: str = option(help="folder for pictures and results")
     kinds: tuple[str, ...] = option(tuple(KINDS), "autoencoders of colours", choices=tuple(KINDS))
-    autoencoder_steps: int = option(200, "updates of each autoencoder", low=1)
-    steps: int = option(300, "updates of each model", low=1)
+    autoencoder_steps: int = option(120, "updates of each autoencoder", low=1)
+    steps: int = option(150, "updates of each model", low=1)
     shifts: tuple[float, ...] = option((1.0, 3**0.5, 3.0), "values of --time-shift")
     seeds: int = option(1, "models of each shift", low=1)
     num_samples: int = option(500, "images that each model of shift draws", low=2)
@@ -104,7 +104,7 @@ def train_autoencoder(kind, images, steps):
     for step in trange(steps, desc=kind):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         top, left = random.integers(SIDE - 32 + 1, size=2)
-        batch = images[random.integers(len(images), size=16), :, top : top + 32, left : left + 32]
+        batch = images[random.integers(len(images), size=8), :, top : top + 32, left : left + 32]
         x, kl = to_model_range(batch), 0.0
         latent = vae.encode(x)[0]
         if kind == "AutoencoderKL":
@@ -122,7 +122,6 @@ def shift(config, images):
     for seed in range(config.seeds):
         for value in config.shifts:
             options = {"vae": "none", "patch_size": 8, "time_shift": value, "max_steps": config.steps, "global_seed": seed}
-            options |= {"hidden_size": 96, "depth": 3, "global_batch_size": 16}
             pipeline = draw_from(images, Path(config.output) / f"shift-{value:.3g}-{seed}", options)
             pipeline.sampler = SamplerConfig("flow-heun", 10)
             samples = draw(pipeline, config.num_samples)

@@ -89,8 +89,8 @@ def test_a_time_shift_moves_the_levels_as_published_and_one_changes_no_bit():
 
 
 def test_the_default_shift_keeps_the_error_of_what_many_numbers_have_in_common():
-    """Gaussian data of d numbers that share half of their variance: their mean, a normal number of variance (d + 1) / 2 when
-    scaled, and the rest, of variance 1/2, each have an exact velocity. After 20 steps the mean's spread is too small."""
+    """Gaussian data of d numbers that share half of their variance: the exact velocity is known for their scaled mean, of
+    variance (d + 1) / 2, and for the rest, of variance 1/2. After 20 steps the mean's spread is too small."""
 
     def spread(numbers, time_shift):
         """Standard deviation over its true value: (of what is in common, of the rest)."""
