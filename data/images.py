@@ -240,8 +240,9 @@ class Mnist(Digits):
         return values.reshape(-1, 28, 28), labels
 
 
+DIGITS = {kind.source: kind for kind in (Digits, Mnist)}
 # What --data-path calls by a name, of any command: a function of (image_size, seed, with_text) that makes a MapDataset
-DATASETS = {"digits": Digits, "mnist": Mnist}
+DATASETS = {**DIGITS}
 
 
 def load_dataset(config, image_size, seed=0, context=None):
