@@ -59,7 +59,9 @@ class TrainConfig(Config):
             raise UserError(f"--latent-norm {self.latent_norm}", "pixels are no latents", "leave the option out")
         if self.monitor.watch_average not in (None, *self.recipe.ema_decays):
             problem = f"the averages of this run are {', '.join(self.recipe.ema_decays)}"
-            raise UserError(f"--watch-average {self.monitor.watch_average}", problem, "name one, or --more-ema-decays")
+            raise UserError(
+                f"--watch-average {self.monitor.watch_average}", problem, "name one, or add it with --more-ema-decays"
+            )
         for name in ("eval_cfg_scale", "sample_cfg_scale"):
             scale = self.flat()[name]
             if scale not in (None, 1) and self.recipe.label_dropout == 0 and self.model.num_classes != 0:
