@@ -13,7 +13,6 @@ import sys
 
 from evaluation.config import EvaluateConfig
 from runtime import files
-from runtime.errors import RunError
 from runtime.parser import Parser
 
 
@@ -31,7 +30,7 @@ def main(argv=None):
             for line in report["warnings"]:
                 print(f"warning: {line}", file=sys.stderr)
             print(table(report))
-            with files.write_errors(output, error_class=RunError):
+            with files.write_errors(output):
                 files.write_json(output, report)
             print(f"written to {output}")
 

@@ -166,6 +166,7 @@ def newer_options(checkpoint):
     found = [f"--{name} {config[name]}" for name in names if config[name] != DEFAULTS[name]]
     found += ["--latent-norm channel"] if checkpoint.latents else []
     found += [] if is_square(config) else [f"--image-size {checkpoint.image_size}"]
+    found += ["--label-dropout 0"] if config["num_classes"] and not config["class_dropout_prob"] else []
     return " ".join(found + [f"--condition {record['kind']}" for record in [checkpoint.condition_record] if record])
 
 
@@ -178,8 +179,8 @@ def transformer_config(checkpoint):
         "its input is not a square": not is_square(config),
         f"its block design is {config['block']}, not adaln-zero": config["block"] != "adaln-zero",
         f"its MLP ratio is {config['mlp_ratio']}, not 4": int(width * config["mlp_ratio"]) != 4 * width,
-        f"it has {newer_options(checkpoint)}": newer_options(checkpoint),
         "it has no null class": config["class_dropout_prob"] == 0 and config["num_classes"],
+        f"it has {newer_options(checkpoint)}": newer_options(checkpoint),
         "its position embedding was changed": not pos_embed.allclose(fixed_positions(config), rtol=0, atol=1e-6),
     }.items():
         if applies:

@@ -119,12 +119,9 @@ def _check_bytes(path):
 
 
 def save(path, state):
-    """Write a checkpoint atomically. Raises CheckpointError where the disk is full or cannot be written to."""
-    try:
+    """Write a checkpoint atomically. Raises RunError where the disk is full or cannot be written to."""
+    with files.write_errors(path, "; earlier checkpoints are untouched"):
         files.replace_file(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:
-        why = files.reason(error)
-        raise CheckpointError(f"{path}: cannot be written ({why}); earlier checkpoints are untouched") from None
 
 
 def newest_first(folder, folders=False):

@@ -250,10 +250,7 @@ class Checkpoint:
         }  # fmt: skip
 
     def describe(self):
-        """The paper's name of the model, such as DiT-XL/2; of other sizes DiT-{depth}x{width}/{patch}."""
-        depth, width, heads, patch = (self.model_config[n] for n in ("depth", "hidden_size", "num_heads", "patch_size"))
-        name = next((name for name, size in SIZES.items() if size == (depth, width, heads)), f"{depth}x{width}")
-        return f"DiT-{name}/{patch}"
+        return name_of(self.model_config)
 
     def check_finite(self):
         """Raises CheckpointError where a weight is NaN or infinite: the model would draw black images without a word."""
@@ -288,6 +285,13 @@ class Checkpoint:
         model = self._new_model() if draw_initial_weights else model.to_empty(device="cpu")
         model.load_state_dict(self.weights)
         return model.eval().requires_grad_(False)
+
+
+def name_of(model_config):
+    """The paper's name of the model, such as DiT-XL/2; of other sizes DiT-{depth}x{width}/{patch}."""
+    depth, width, heads, patch = (model_config[name] for name in ("depth", "hidden_size", "num_heads", "patch_size"))
+    name = next((name for name, size in SIZES.items() if size == (depth, width, heads)), f"{depth}x{width}")
+    return f"DiT-{name}/{patch}"
 
 
 def newest_of_run(where):

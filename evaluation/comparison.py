@@ -69,8 +69,11 @@ def check_outputs(config):
 def check_cache(folder):
     """Make the folder of --cache, if there is one. Raises UserError where it cannot be written to."""
     if folder:
-        with files.write_errors(f"--cache {folder}", "; name another folder"):
+        try:
             Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot be written ({files.reason(error)})"
+            raise UserError(f"--cache {folder}", problem, "name another folder") from None
         files.check_output(Path(folder, "features.pt"), "--cache")
 
 

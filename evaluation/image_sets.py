@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from data.config import DataConfig
-from data.images import open_image
+from data.images import OF_THE_FILE, open_image
 from data.listing import ENDINGS, notes_of, to_path, walk
 from data.table import NO_LABELS, is_table, list_table
 from evaluation.metrics import check_covariance
@@ -115,6 +115,8 @@ class NpzImages:
         except UserError:
             raise
         except Exception as error:
+            if getattr(error, "errno", None) not in OF_THE_FILE:
+                raise UserError(self.path, f"cannot be read ({reason(error)})") from None
             raise UserError(self.path, f"damaged .npz file ({reason(error)})", "write or download it again") from error
 
     @contextlib.contextmanager

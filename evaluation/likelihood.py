@@ -171,7 +171,7 @@ def describe(report):
 def write_report(report, output):
     """Write the report as JSON, and a plot of its terms beside it. Raises RunError."""
     figure, path = plot(report), output.with_suffix(".png")
-    with files.write_errors(output, error_class=RunError):
+    with files.write_errors(output):
         files.write_json(output, report)
         files.replace_file(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight"))
 

@@ -19,7 +19,7 @@ from evaluation.image_sets import need_images, open_reference
 from runtime import files
 from runtime.config import combinations, flag
 from runtime.devices import explain_out_of_memory
-from runtime.errors import RunError, UserError
+from runtime.errors import UserError
 from sampling.config import GuidanceConfig, SampleSetConfig, command
 from sampling.labels import SetLabels, choices_of_set
 from sampling.opened import Opened
@@ -179,7 +179,7 @@ class Measurer:
 
 
 def write(path, action):
-    with files.write_errors(path, "; the rows so far are kept", RunError):
+    with files.write_errors(path, "; the rows so far are kept"):
         action()
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import uuid
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import torch
@@ -173,28 +174,39 @@ def setup(device=None, timeout=None):
         patience = datetime.timedelta(seconds=timeout) if timeout else None
         advice = "check that each host's name stands for an address that the others reach, not for 127.0.1.1, or set "
         advice += "GLOO_SOCKET_IFNAME to the name of the network interface, such as eth0"
-        with explain("cannot connect to the others", advice), announce_waiting(rank, world_size):
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=JOIN))
-            store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
+        with explain("cannot connect to the others", advice):
+            store = wait_for_others(lambda: meet(rank, world_size), rank, world_size)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
             context.host_group = dist.new_group(backend="gloo", timeout=patience) if name == "cuda" else dist.group.WORLD
     return context
 
 
-@contextlib.contextmanager
-def announce_waiting(rank, world_size, after=10.0):
-    """Print a line where the block, in which all processes meet, takes longer than so many seconds."""
+def meet(rank, world_size):
+    """The store in which this start of the processes has met."""
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=JOIN))
+    return dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
+
+
+def wait_for_others(join, rank, world_size, after=10.0):
+    """join(), which returns when all processes are there. Prints a line where that takes longer than so many seconds. It is
+    called in a thread, because this one would not notice Ctrl-C while it waits in PyTorch's C++ code."""
+    found = Future()
+
+    def call():
+        try:
+            found.set_result(join())
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    if wait([found], timeout=after).done:
+        return found.result()
     start = "start all of them with srun or torchrun"
     if "RANK" not in os.environ:  # a shell inside of an allocation looks like the first of its tasks
         start += ", or set SLURM_STEP_NUM_TASKS=1 for one process alone"
     text = f"process {rank} of {world_size} waits for the other {world_size - 1} to start, for up to {JOIN}; {start}"
-    timer = threading.Timer(after, print, [text], {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    print(text, file=sys.stderr, flush=True)
+    return found.result()
 
 
 def agree_on_attempt(store, rank, world_size, patience=JOIN.seconds):

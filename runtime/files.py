@@ -90,12 +90,12 @@ def reason(error):
 
 
 @contextlib.contextmanager
-def write_errors(what, consequence="", error_class=UserError):
+def write_errors(what, consequence=""):
     """Raise an OSError of the block as one line: "{what}: cannot be written (No space left on device){consequence}"."""
     try:
         yield
     except OSError as error:
-        raise error_class(f"{what}: cannot be written ({reason(error)}){consequence}") from None
+        raise RunError(f"{what}: cannot be written ({reason(error)}){consequence}") from None
 
 
 def write_json(path, value):

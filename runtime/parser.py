@@ -7,6 +7,7 @@ import difflib
 import gc
 import itertools
 import os
+import signal
 import sys
 
 from runtime.config import Config, check_value, field_types, flag
@@ -52,6 +53,26 @@ def prepare_process():
     # what is imported next makes 600,000 objects; looking through them again and again takes an eighth of a start
     gc.set_threshold(50_000)
     spin_briefly()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # of a thread that is not the first
+            signal.signal(signal.SIGINT, interrupt)
+
+
+def interrupt(number, frame):
+    """Ctrl-C: raise KeyboardInterrupt. While modules are being imported, end the process at once, since nothing has begun:
+    C++ code that imports modules, as PyTorch's does, aborts on an exception."""
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if not frame:
+        raise KeyboardInterrupt
+    if speaks():
+        print(f"{os.path.basename(sys.argv[0])}: error: interrupted", file=sys.stderr)
+    os._exit(130)
+
+
+def speaks():
+    """Whether this process is the one that prints what all of them know."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def spin_briefly():
@@ -158,7 +179,7 @@ class Parser(argparse.ArgumentParser):
             return config
 
     def error(self, message, status=UserError.status, every_rank=False):
-        if every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the line appears once
+        if every_rank or speaks():
             for bar in [*sys.modules["tqdm"].tqdm._instances] if "tqdm" in sys.modules else ():
                 bar.close()  # the line would stand behind a bar that is still open
             message = str(message).replace("\n", "\\n")  # a file's name may hold line breaks

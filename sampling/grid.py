@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime.errors import RunError, UserError
+from runtime.errors import UserError
 from runtime.files import replace_file, write_errors
 from runtime.shapes import sides
 
@@ -71,7 +71,7 @@ def write_picture(path, picture, **options):
     """Write a PIL image atomically. Raises RunError, such as for a full disk."""
     content = io.BytesIO()  # some of Pillow's formats write to a file without noticing that the disk is full
     picture.save(content, format=image_format(path), **options)
-    with write_errors(path, error_class=RunError):
+    with write_errors(path):
         replace_file(path, lambda file: file.write(content.getbuffer()))
 
 

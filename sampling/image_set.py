@@ -28,7 +28,7 @@ def write_pngs(folder, indices, images):
 
 def write_png(path, pixels):
     """pixels: (H, W, 3) uint8. Raises RunError where the disk is full or the folder not writable."""
-    with write_errors(path, "; the images so far are kept", RunError):
+    with write_errors(path, "; the images so far are kept"):
         replace_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
 
 
@@ -88,7 +88,7 @@ def write_npz(npz, folder, number, size, label_of):
             raise _DamagedError
 
     try:
-        with write_errors(npz, f"; the images in {folder} are kept", RunError):
+        with write_errors(npz, f"; the images in {folder} are kept"):
             replace_file(npz, write)
     except _DamagedError:
         print(f"{len(bad)} damaged or missing images are drawn again, the first is {bad[0]:06d}.png", file=sys.stderr)

@@ -27,6 +27,7 @@ from checkpoint.files import CheckpointError, UnreadableError
 from checkpoint.opened import Checkpoint
 from models import BLOCKS, DiT, DiT_models
 from runtime import files
+from runtime.errors import RunError
 
 MODEL = DiT(**SMALL)
 
@@ -271,7 +272,7 @@ def _in_fork(action):
         try:
             action()
             os._exit(0)
-        except CheckpointError as error:
+        except RunError as error:
             os._exit(17 if "cannot be written (File too large); earlier checkpoints are" in str(error) else 18)
         except BaseException:
             os._exit(99)

@@ -1,5 +1,6 @@
 """evaluate.py as users run it, with the real network's architecture and random weights, on a few small images."""
 
+import errno
 import functools
 import hashlib
 import io
@@ -12,6 +13,7 @@ import sys
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -124,6 +126,25 @@ def test_numbers_do_not_depend_on_processes_batches_and_file_order(folder, measu
     assert numbers(report) == pytest.approx(numbers(measured[2]), rel=1e-5)
     assert report["settings"]["processes"] == 2
     assert [run.text(rank).count("Inception Score  ") for rank in (0, 1)] == [1, 0], "one table, from rank 0"
+
+
+def test_folders_are_listed_by_the_rules_of_training(folder, measured, tmp_path, capsys):
+    """Linked folders were left out, hidden ones measured too, PPM refused, and ._0.png of a Mac ended the command."""
+    images = sorted((folder / "samples").glob("*.png"))
+    (tmp_path / "set/.git").mkdir(parents=True)
+    (tmp_path / "set/cat").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set/dog").symlink_to(tmp_path / "elsewhere")
+    shutil.copy(images[0], tmp_path / "set/.git")
+    for number, image in enumerate(images):
+        shutil.copy(image, tmp_path / ("elsewhere" if number else "set/cat"))
+    Image.open(images[1]).save(tmp_path / "elsewhere/1.ppm")
+    (tmp_path / "elsewhere" / images[1].name).unlink()
+    for left_out in ("._0.png", "0.gif"):
+        (tmp_path / "set/cat" / left_out).write_bytes(b"no image")
+    main(folder / "reference.npz", tmp_path / "set", "--batch-size", 4, *network_and_cache(folder))
+    assert numbers(report_of(tmp_path / "set")) == pytest.approx(numbers(measured[2]), rel=1e-5)
+    assert "set: files whose endings are not those of readable images: 1 .gif\n" in capsys.readouterr().out
 
 
 def test_an_image_that_one_process_cannot_read_ends_all(folder, ranks, tmp_path):
@@ -239,6 +260,13 @@ def test_mistakes_in_npz_files_get_one_line(folder, capsys, tmp_path):
     assert "no such file" in fails(capsys, tmp_path / "none", tmp_path / "bad.npz")
     (tmp_path / "text.npz").write_text("no zip")
     assert "not a .npz file" in fails(capsys, tmp_path / "text.npz", tmp_path / "bad.npz")
+
+
+def test_an_npz_that_the_system_cannot_read_is_not_called_damaged(folder, capsys, monkeypatch):
+    stale = mock.Mock(side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+    monkeypatch.setattr(zipfile, "ZipFile", stale)
+    line = fails(capsys, folder / "reference.npz", folder / "samples.npz", *network_and_cache(folder))
+    assert line.endswith(f"reference.npz: cannot be read ({os.strerror(errno.ESTALE)})")
 
 
 def test_damaged_npz_is_noticed_while_it_is_read(folder, tmp_path):

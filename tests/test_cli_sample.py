@@ -15,6 +15,7 @@ from reference import fill, filled, golden
 
 import sample
 import sample_ddp
+import train
 from checkpoint import files
 from checkpoint.opened import Checkpoint, record_of
 from data.autoencoder import Pixels
@@ -293,17 +294,27 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(tiny_checkpoint, tmp_pat
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_a_word_that_is_a_name_and_another_classs_number_is_refused(lively, tmp_path, capsys):
+def test_a_word_that_is_a_name_and_another_classs_number_is_refused(tmp_path, capsys):
     """Class folders called 0 to 11 are numbered in the order of their names: 0, 1, 10, 11, 2 ..."""
-    names = sorted(str(i) for i in range(12))
-    state = torch.load(lively, weights_only=True)
-    model = DiT(**{**Checkpoint(state).model_config, "num_classes": 12})
-    ckpt = tmp_path / "a.pt"
-    files.save(ckpt, {**state, **record_of(model, names), "ema": model.state_dict(), "model": model.state_dict()})
+    names, ckpt = sorted(str(i) for i in range(12)), tmp_path / "run"
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    run = "--vae none --image-size 8 --global-batch-size 4 --device cpu --num-workers 0 --max-steps 1 --data-path"
+    sizes = "--hidden-size 16 --depth 1 --num-heads 2 --patch-size 2".split()
+    run = [*run.split(), tmp_path / "images"]
+    assert call(train.main, *run, *sizes, "--run-dir", ckpt) == 0
+    assert (ckpt / "log.txt").read_text().count('Classes are numbered in the order of their names: "10" is class 2.') == 1
+    in_doubt = 'is the name of class 2 and the number of class "8"; write name:10 or number:10'
+    for option, more in (
+        ("--sample-labels", [*sizes, "--sample-every", 1, "--sample-labels", 10]),
+        ("--keep-classes", ["--init-from", ckpt, "--keep-classes", 10, *"-" * 11]),
+    ):
+        assert call(train.main, *run, *more, "--run-dir", tmp_path / "other") == 2
+        assert f"{option} 10: {in_doubt}" in capsys.readouterr().err
     command = ["--ckpt", ckpt, *SHORT, "--output", tmp_path / "a.png", "--labels"]
     assert call(sample.main, *command, 10) == 2
-    line = '--labels 10: is the name of class 2 and the number of class "8"; write name:10 or number:10'
-    assert line in capsys.readouterr().err
+    assert f"--labels 10: {in_doubt}" in capsys.readouterr().err
     assert call(sample.main, *command, 1, "name:10", "number:10") == 0
     assert call(sample_ddp.main, "--ckpt", ckpt, *SHORT[:-2], "--sample-dir", tmp_path, "--labels", 2) == 2
     assert '--labels 2: is the name of class 4 and the number of class "10"; write name:2' in capsys.readouterr().err

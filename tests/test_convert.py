@@ -418,6 +418,17 @@ def test_what_diffusers_cannot_hold_is_refused(tmp_path, refuse, change, words):
     assert "write a .safetensors" in line
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ({"input_size": (4, 8)}, "--image-size 16"), ({"input_size": (16,)}, "--image-size 16"),
+    ({"class_dropout_prob": 0.0}, "--label-dropout 0"),
+])  # fmt: skip
+def test_what_a_file_without_a_record_cannot_tell_is_refused(tmp_path, refuse, change, words):
+    """Such a .pt file was written, and read as another model or not at all."""
+    line = refuse(model_file(tmp_path / "a.pt", image_size=16, in_channels=1, **change), tmp_path / "b.pt")
+    assert f"cannot record {words}" in line
+    assert line.endswith("write a .safetensors file")
+
+
 def test_a_changed_position_embedding_is_not_lost(ckpt, tmp_path, refuse):
     state = files.load(ckpt, mmap=False)
     state["ema"]["pos_embed"] += 1e-3

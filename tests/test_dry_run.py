@@ -37,7 +37,7 @@ def dry_run(tmp_path, monkeypatch, capsys):
 def test_the_plan_of_a_tiny_run(dry_run):
     rows, warnings = dry_run(*PLAN, "--max-steps", 599, "--ema-warmup")
     assert rows["data"] == "1,797 images of 10 classes from digits"
-    assert rows["model"] == "DiT-XL/2 (adaln-zero), 16 tokens"
+    assert rows["model"] == "DiT-1x16/2 (adaln-zero), 16 tokens"
     assert rows["whole run"].startswith("599 steps, 4.0 epochs, ")
     assert re.match(r"\S+ s measured, \S+ images a second", rows["time of an update"])
     assert rows["time of the run"].endswith("hours on one process on CPU")
@@ -123,7 +123,7 @@ def test_warnings_about_images_that_are_small_or_damaged(dry_run, tmp_path):
     assert "--image-size 32: 2 of 5 images looked at are smaller, and will be enlarged" in warnings
     assert any(line.startswith("1 of 5 images looked at cannot be read") for line in warnings)
     assert any(line.startswith("training would not start: --vae no/such: no usable autoencoder") for line in warnings)
-    assert rows["model"] == "DiT-XL/2 (adaln-zero), 4 tokens", "counted with the released autoencoder's sizes"
+    assert rows["model"] == "DiT-1x16/2 (adaln-zero), 4 tokens", "counted with the released autoencoder's sizes"
     assert rows["time of an update"].endswith("not measured, because there is no autoencoder")
 
 

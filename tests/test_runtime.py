@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib
 import io
 import os
@@ -25,6 +26,7 @@ from helpers import call, wait_for
 from tqdm.auto import tqdm
 
 import train
+from checkpoint import files as checkpoint_files
 from runtime import devices, distributed, download, files, parser
 from runtime.errors import OutOfMemoryError, RunError, UserError, about
 from runtime.launch import first_node, launched, rendezvous_address
@@ -318,6 +320,11 @@ def test_a_file_system_without_locks_or_flushes_can_be_written_to(code, tmp_path
     assert len(lines) == len(set(lines)) == 4, "each once"
     assert all(f"({os.strerror(code)})" in line for line in lines)
     assert lack.call_count == 6
+    assert call(train.main, *TINY, "--max-steps", 1, "--run-dir", tmp_path / "run") == 0
+    checkpoint_files.verify(tmp_path / "run/checkpoints/0000001.pt")
+    error = capfd.readouterr().err
+    assert f"{tmp_path}/run: its file system has no locks; start no second command that writes there" in error
+    assert f"{tmp_path}/run/checkpoints: its file system cannot flush files to the disk" in error
 
 
 def test_words_about_a_failed_write_are_true(tmp_path, monkeypatch, capfd):
@@ -340,18 +347,30 @@ def test_words_about_a_failed_write_are_true(tmp_path, monkeypatch, capfd):
     assert "a power failure may undo what was written last (Input/output error)" in capfd.readouterr().err
 
 
-def test_processes_that_wait_for_others_say_so(environment, capfd):
-    """An interactive shell of `srun --ntasks-per-node=4 --pty bash` looks like the first of four processes."""
-    environment(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="4")
-    with distributed.announce_waiting(0, 4, after=60):
-        pass
-    with distributed.announce_waiting(0, 4, after=0.01):
-        time.sleep(0.3)
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1
-    assert "process 0 of 4 waits for the other 3 to start, for up to 0:10:00; start all of them" in error
-    way_out = re.search(r"set (\w+)=(\d) for one process alone", error)
-    environment(**{"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", way_out[1]: way_out[2]})
+SHELL = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "1234"}
+
+
+def in_a_shell_of_srun(argv):
+    """A plain `python train.py` in the shell of `srun --ntasks-per-node=4 --pty bash`: the first of four processes."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ |= SHELL
+    distributed.wait_for_others = functools.partial(distributed.wait_for_others, after=0.1)
+    train.main(argv)
+
+
+def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(environment, ranks, tmp_path):
+    run = ranks(in_a_shell_of_srun, [*TINY, "--max-steps", 1, "--run-dir", tmp_path])
+    wait_for(lambda: "one process alone\n" in run.text())
+    text = run.text()
+    assert text.startswith("process 0 of 4 waits for the other 3 to start, for up to 0:10:00; start all of them")
+    for _ in range(2):  # the second Ctrl-C stops at once, see StopSignals
+        os.kill(run.processes[0].pid, signal.SIGINT)
+        time.sleep(1.1)
+    assert run.wait(timeout=10) == [130]
+    assert run.text().count("\n") == 2
+    way_out = re.search(r"set (\w+)=(\d) for one process alone", text)
+    environment(**SHELL | {way_out[1]: way_out[2]})
     assert launched() == (0, 0, 1), "the advice has to work"
 
 

@@ -30,8 +30,8 @@ class ConvertConfig(Config):
     vae: str | None = option(None, 'autoencoder of the model: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub '
         'name of an AutoencoderKL; "none" leaves it out of the folder (default: the one that SOURCE records; for a model '
         "of 4 channels without a record, ema)")  # fmt: skip
-    average: str | None = option(None, "which weights of SOURCE: an average by its decay, such as 0.999, or model for the "
-        "trained ones (default: the average of --ema-decay)")  # fmt: skip
+    average: str | None = option(None, "the weights of SOURCE to take: an average by its decay, such as 0.999, or model "
+        "for the trained ones (default: the average of --ema-decay)")  # fmt: skip
     num_heads: int | None = option(None, "number of attention heads, for weights without a record of it (default: "
         "SOURCE's)", low=1, high=MAX_SIZE)  # fmt: skip
 

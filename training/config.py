@@ -16,7 +16,7 @@ class FinetuneConfig(Config):
     init_from: str | None = option(None, "start from the weights of this checkpoint, .safetensors file, or folder or hub "
         "name in diffusers' format; the model's sizes and design come from it (default: random weights)",
         metavar="WHERE", changeable=True, basic=True)  # fmt: skip
-    init_average: str | None = option(None, "which weights of --init-from: an average by its decay, or model for the "
+    init_average: str | None = option(None, "the weights of --init-from to take: an average by its decay, or model for the "
         "trained ones (default: the first average)", metavar="AVERAGE", changeable=True)  # fmt: skip
     keep_classes: tuple[str, ...] | None = option(None, "the class of --init-from that each class of this run starts from, "
         "in the order of the class folders: numbers or names, - for none; or a text file with one in each line (default: "

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from checkpoint.opened import name_of
 from data.autoencoder import LatentSpace
 from data.condition import open_condition
 from data.images import ImageDataset, MapDataset
@@ -57,7 +58,7 @@ def show(config, context, dataset=None):
     disk, disk_warning = checkpoints(config.run, model, len(recipe.ema_decays), done, total_steps)
     plan = [
         ("data", f"{len(dataset):,} images of {len(dataset.classes):,} classes from {config.data.data_path}"),
-        ("model", f"{options.name} ({model.block}), {cost['tokens']:,} tokens"),
+        ("model", f"{name_of(model.config)} ({model.block}), {cost['tokens']:,} tokens"),
         *rows(cost, free),
         ("checkpoints", disk),
         ("update", f"{flops / 1e12:,.2f} TFLOP, {images:,} images"),

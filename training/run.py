@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from checkpoint import files as checkpoint_files
-from checkpoint.opened import record_of
+from checkpoint.opened import name_of, record_of
 from checkpoint.saver import BackgroundSaver
 from data.order import GlobalOrder, make_loader, next_batch
 from runtime.config import flag
@@ -65,7 +65,8 @@ class Run:
         config, trainer, dataset, recipe = self.config, self.trainer, self.dataset, self.config.recipe.recipe
         parameters, where = sum(p.numel() for p in trainer.ema.weights), self.context.describe()
         precision, now = config.compute.precision, config.flat()
-        self.log(f"{config.model.name} ({trainer.model.block}), {parameters:,} trainable parameters, {precision}, {where}")
+        name = f"{name_of(trainer.model.config)} ({trainer.model.block})"
+        self.log(f"{name}, {parameters:,} trainable parameters, {precision}, {where}")
         if config.compute.shard:
             number = trainer.mesh["shard"].size()
             self.log(f"Weights, gradients, optimizer state and EMA are divided among {number} processes (--shard)")

@@ -98,7 +98,7 @@ class RunFolder:
         that cannot start."""
         if not self.context.is_main:
             return
-        with files.write_errors(self.path, "; checkpoints are untouched", RunError):
+        with files.write_errors(self.path, "; checkpoints are untouched"):
             self.checkpoints.mkdir(exist_ok=True)
             log, metrics = self.path / "log.txt", self.path / "metrics.jsonl"
             for path in (log, metrics):

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+from runtime.parser import interrupt
+
 
 class StopSignals:
     """SIGTERM and SIGUSR1, which schedulers send, SIGHUP, which a closed terminal sends, and Ctrl-C ask for a stop after
@@ -30,6 +32,6 @@ class StopSignals:
         if number == signal.SIGINT:
             now = time.monotonic()
             if self.interrupted and now - self._first > 1:
-                raise KeyboardInterrupt
+                interrupt(number, frame)
             self.interrupted, self._first = True, self._first or now
         self._signalled = True
