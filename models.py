@@ -425,6 +425,7 @@ class DiT(nn.Module):
             setattr(self, name, value)
         self.out_channels = sizes.in_channels * (2 if sizes.learn_sigma else 1)
         self.null_class, self.gradient_checkpointing = sizes.num_classes, 0
+        self.own, self.base = None, None  # with LoRA: see checkpoint.lora
         width, design = sizes.hidden_size, BLOCKS[sizes.block]
         if condition is not None and sizes.num_classes:
             raise ValueError(f"a model of another condition has no classes, these are {sizes.num_classes}")

@@ -55,6 +55,8 @@ class TrainConfig(Config):
             raise UserError("--text-length: needs --text-encoder")
         if self.data.data_path == "digits" and self.vae != "none":
             raise UserError("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
+        if self.finetune.lora_rank and self.compute.shard:
+            raise UserError(f"--lora-rank {self.finetune.lora_rank}", "does not go with --shard", "leave one of them out")
         if self.latent_norm and self.vae == "none":
             raise UserError(f"--latent-norm {self.latent_norm}", "pixels are no latents", "leave the option out")
         if self.monitor.watch_average not in (None, *self.recipe.ema_decays):

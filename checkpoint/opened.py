@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from checkpoint import diffusers_folder, files, metadata
+from checkpoint import diffusers_folder, files, lora, metadata
 from checkpoint.files import CheckpointError
 from data.condition import read_condition
 from models import BLOCKS, SIZES, DiT, DiTConfig
@@ -31,22 +31,23 @@ class Checkpoint:
     for weights without a record, whose shapes do not tell it. files: what was read, for the checksum. average: as `open`
     takes it. Properties that read the record raise CheckpointError where it is damaged."""
 
-    def __init__(self, state, path="the checkpoint", metadata=None, num_heads=None, files=None, average=None):
+    def __init__(self, state, path="the checkpoint", metadata=None, num_heads=None, files=None, average=None, base=None):
         self.state, self.path, self.metadata, self._num_heads = state, path, metadata or {}, num_heads
-        self.files, self.average = files or [path], average
+        self.files, self.average, self.base = files or [path], average, base
 
     @classmethod
-    def open(cls, where, num_heads=None, verify=True, average=None):
+    def open(cls, where, num_heads=None, verify=True, average=None, base=None):
         """Read a .pt or .safetensors file; the newest checkpoint of a run's folder; or a model in diffusers' format: a
         folder, or its name on the hub. Tensors are mapped if possible. verify: as `files.load`. average: the weights to
-        take, a name in `averages` (default: the first). Raises CheckpointError."""
+        take, a name in `averages` (default: the first). base: where the model is now that LoRA weights belong to (default:
+        where it was). Raises CheckpointError."""
         where = newest_of_run(where)
         if os.path.isdir(where) or diffusers_folder.is_hub_name(where):
             weights, record, paths = diffusers_folder.read(diffusers_folder.fetch(where))
             checkpoint = cls(weights, where, record, num_heads, paths, average)
         else:
             state = files.load(where, verify=verify)
-            checkpoint = cls(state, where, metadata.read(where), num_heads, average=average)
+            checkpoint = cls(state, where, metadata.read(where), num_heads, average=average, base=base)
         checkpoint.check_record()
         return checkpoint
 
@@ -172,8 +173,18 @@ class Checkpoint:
     @functools.cached_property
     def weights(self):
         """The state dict to sample with: that of `average`; by default the EMA's where there is one, else the model's, else
-        the file's own dict."""
-        return self._tensors(self._found)
+        the file's own dict. LoRA weights are merged into those of their base, which is read here."""
+        own, record = self._tensors(self._found), self._recorded("base", dict, self.state)
+        if record is None:
+            return own
+        where, problem = self.base or str(record.get("path")), f"the base of the LoRA weights {self.path}"
+        try:
+            base = Checkpoint.open(where, average=record.get("average"))
+            if base.checksum != record.get("crc32"):
+                raise CheckpointError(f"{where}: holds another model")
+            return lora.merge(base.weights, own)
+        except CheckpointError as error:
+            raise CheckpointError(f"{problem}: {error}; name it, with --ckpt beside --lora or with --init-from") from None
 
     @property
     def _found(self):

@@ -23,6 +23,8 @@ class SourceConfig(Config):
     ckpt: str | None = option(None, "a checkpoint of train.py or of the original release; a run's folder, for the newest "
         "checkpoint; weights as .safetensors; or a folder or hub name in diffusers' format (default: the released DiT-XL/2 "
         "for --image-size 256 or 512, downloaded when missing)")  # fmt: skip
+    lora: str | None = option(None, "LoRA weights, a checkpoint of train.py --lora-rank or its run's folder, for the model "
+        "--ckpt; needed where that is no longer where it was in training (default: those that --ckpt holds)")  # fmt: skip
     average: str | None = option(None, "weights to draw from: an average by its decay, such as 0.999, or model for the "
         "trained weights (default: the average of --ema-decay)")  # fmt: skip
     model: str | None = option(None, "size and patch size (default: the checkpoint's)", choices=MODELS,
@@ -34,6 +36,10 @@ class SourceConfig(Config):
     vae: str | None = option(None, 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
         'autoencoder of diffusers, or "none" for pixels (default: the recorded one; for "ema", "mse" or without a record '
         "sample.py takes mse and sample_ddp.py ema)")  # fmt: skip
+
+    def check(self):
+        if self.lora and not self.ckpt:
+            raise UserError(f"--lora {self.lora}", "needs --ckpt, the model that it changes", "name both")
 
 
 @dataclass(frozen=True)

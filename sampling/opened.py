@@ -98,7 +98,8 @@ def place(model, compute, device):
 def open_checkpoint(source):
     """The Checkpoint of a SourceConfig; of the released one what is known without the file, which is downloaded later."""
     if source.ckpt:
-        return Checkpoint.open(source.ckpt, source.num_heads, average=source.average)
+        where = {"where": source.lora, "base": source.ckpt} if source.lora else {"where": source.ckpt}
+        return Checkpoint.open(num_heads=source.num_heads, average=source.average, **where)
     size = source.image_size or 256
     if source.average:
         raise UserError("--average: needs --ckpt, whose weights are meant; the released models have one average each")

@@ -23,10 +23,15 @@ class FinetuneConfig(Config):
         "of the same name; without names of the same number)", metavar="CLASS", changeable=True)  # fmt: skip
     freeze: tuple[str, ...] | None = option(None, "do not train the parameters whose names match one of these patterns, "
         "such as 'blocks.*.attn.*' (default: train all)", metavar="PATTERN")  # fmt: skip
+    lora_rank: int | None = option(None, "train changes of this rank of the linear layers of attention and MLP (Hu et al. "
+        "2022), and what --init-from lacks; small checkpoints, which need that model's file (default: train all weights)",
+        low=1, high=1024)  # fmt: skip
 
     def check(self):
         if self.keep_classes and not self.init_from:
             raise UserError("--keep-classes: needs --init-from, the model whose classes are meant")
+        if self.lora_rank and not self.init_from:
+            raise UserError(f"--lora-rank {self.lora_rank}", "needs --init-from, the model that is changed", "name one")
         if self.init_average and not self.init_from:
             raise UserError("--init-average: needs --init-from, whose weights are meant")
 

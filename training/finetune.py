@@ -6,9 +6,11 @@ embedding, where the grid of patches differs.
 
 import dataclasses
 import fnmatch
+import os
 import re
 from pathlib import Path
 
+from checkpoint import lora
 from checkpoint.config import DEFAULT, MODELS
 from checkpoint.opened import Checkpoint, check_shapes
 from data.condition import comparable
@@ -33,7 +35,7 @@ def resolve(options, config, peek):
     if not init_from:
         design = {"block": options.block or "adaln-zero", "objective": options.objective or "diffusion"}
         return dataclasses.replace(options, model=options.model or DEFAULT, **design), None
-    if resumed is None:
+    if resumed is None or config.lora_rank:  # whose checkpoints lack the base's weights
         source = Checkpoint.open(init_from, options.num_heads, average=config.init_average)
         if not source.model_config["learn_sigma"] and source.model_config["objective"] == "diffusion":
             raise UserError(f"--init-from {init_from}: a model without learned variance, which train.py cannot train")
@@ -146,9 +148,16 @@ def plain(name):
     return comparable(re.sub(r" \(n\d{8}\)$", "", name))
 
 
-def freeze(model, patterns):
-    """Exclude the parameters that match a pattern from training. Returns lines for the log. Raises UserError for a pattern
-    that matches none, and where no parameter is left to train."""
+def freeze(model, config, source=None):
+    """Add the pairs of --lora-rank, and exclude the parameters that match a pattern of --freeze from training. config: a
+    FinetuneConfig. source: the Checkpoint of the first weights (default: all of them). Returns lines for the log. Raises
+    UserError for a pattern that matches none, and where no parameter is left to train."""
+    lines, patterns = [], config.freeze
+    if config.lora_rank:
+        lines.append(lora.add(model, config.lora_rank, source and source.weights))
+        if source:
+            where = os.path.abspath(source.path) if os.path.exists(source.path) else source.path  # or a name on the hub
+            model.base = {"path": where, "crc32": source.checksum, "average": source.average}
     parameters, frozen = dict(model.named_parameters()), set()
     for pattern in patterns or ():
         matching = {name for name in parameters if fnmatch.fnmatchcase(name, pattern)}
@@ -160,4 +169,6 @@ def freeze(model, patterns):
     if not any(p.requires_grad for p in parameters.values()):
         raise UserError(f"--freeze {' '.join(patterns)}: leaves no parameter to train")
     values = sum(parameters[name].numel() for name in frozen)
-    return [f"Not trained (--freeze): {len(frozen)} of {len(parameters)} tensors, {values:,} values"] if frozen else []
+    if frozen:
+        lines.append(f"Not trained (--freeze): {len(frozen)} of {len(parameters)} tensors, {values:,} values")
+    return lines

@@ -44,7 +44,7 @@ def show(config, context, dataset=None):
     condition = open_condition(config.data, dataset, options.num_classes)  # not on the meta device: it has values
     with torch.device("meta"):
         model = build_model(options, recipe, space, condition)
-    finetune.freeze(model, config.finetune.freeze)
+    finetune.freeze(model, config.finetune)
     model.gradient_checkpointing, num_shards = compute.grad_checkpoint, 1
     if compute.shard:
         from training.sharding import make_mesh  # takes most of a second to import
@@ -79,7 +79,7 @@ def show(config, context, dataset=None):
         how += f"; not measured, because {why_not}"
     else:
         model = build_model(options, recipe, space, condition)
-        finetune.freeze(model, config.finetune.freeze)
+        finetune.freeze(model, config.finetune)
         space, condition = space.to(context.device), condition.to(context.device)
         trainer = Trainer(recipe, compute, context, model, space, compute.precision, total_steps, condition)
         seconds, peak = measure(trainer, dataset, config.data.num_workers)
@@ -149,7 +149,8 @@ def free_memory(context):
 
 def checkpoints(run, model, num_averages, done, total_steps):
     """(text, warning or None) about the checkpoints: float32 weights, averages, and the optimizer's two moments."""
-    size = 4 * sum(p.numel() * (1 + num_averages + 2 * p.requires_grad) for p in model.parameters())
+    stored = [p for p in model.parameters() if p.requires_grad or not model.own]
+    size = 4 * sum(p.numel() * (1 + num_averages + 2 * p.requires_grad) for p in stored)
     kept = made = math.ceil(total_steps / run.ckpt_every) - done // run.ckpt_every if total_steps > done else 0
     if run.keep_last:
         also = (total_steps - done) // math.lcm(run.ckpt_every, run.keep_every) if run.keep_every else 0

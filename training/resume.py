@@ -47,7 +47,7 @@ def restore(trainer, path, state, options, identity, log):
     identity: of the data. Raises UserError, before anything is changed, for another model, options or data."""
     # each process needs a part alone of what is sharded: mapped, the file is in the host's memory once
     state = files.load(path, mmap=bool(trainer.compute.shard), verify=False) if state is None else state
-    checkpoint = Checkpoint(state, path)
+    checkpoint = Checkpoint(state, path, base=options.flat().get("init_from"))
     checkpoint.check_record()
     if not isinstance(state.get("opt"), dict):
         raise UserError(f"--resume {path}: holds weights alone, no optimizer state to continue from; use --init-from")

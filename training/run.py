@@ -198,6 +198,8 @@ class Run:
         state = self.trainer.state_dict()  # on all ranks: those of a sharded model give their parts
         if self.context.is_main:
             state |= {"args": self.options, **record_of(self.trainer.model, self.dataset.classes)}
+            if self.trainer.model.own:
+                state["base"] = self.trainer.model.base
             if statistics := getattr(self.trainer.space, "statistics", None):
                 state["latents"] = statistics
             state |= {"data": self.dataset.fingerprint(), "training_seconds": self.meter.training_seconds()}

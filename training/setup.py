@@ -92,7 +92,7 @@ def prepare(config, context, dataset, source=None):
         ignored = RecipeConfig.changeable() | {"global_seed", "global_batch_size", "label_dropout"}
         if changed := differences(source.options, config.recipe.flat(), ignored):
             lines += [f"The weights were trained with {'; '.join(changed)}"]
-    return space, condition, model, lines + finetune.freeze(model, config.finetune.freeze)
+    return space, condition, model, lines + finetune.freeze(model, config.finetune, source)
 
 
 def normalise(config, context, dataset, space, source=None):

@@ -152,9 +152,14 @@ class Trainer:
     def state_dict(self):
         """The part of a checkpoint that the updates change. With --shard every rank calls it, and rank 0 alone gets the
         tensors, as copies in the host's memory."""
-        state = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict(), "opt": self.optimizer.state_dict()}
+
+        def stored(module):
+            values = module.state_dict()
+            return {name: values[name] for name in values if name in self.model.own} if self.model.own else values
+
+        state = {"model": stored(self.model), "ema": stored(self.ema.module), "opt": self.optimizer.state_dict()}
         state |= {"step": self.steps_made, "images_seen": self.images_seen}
-        if others := {name: ema.module.state_dict() for name, ema in self.emas.items() if ema is not self.ema}:
+        if others := {name: stored(ema.module) for name, ema in self.emas.items() if ema is not self.ema}:
             state["emas"] = others
         return self.sharding.gather(state, self.context.is_main) if self.compute.shard else state
 
@@ -162,13 +167,20 @@ class Trainer:
         """Restore such a state. The optimizer's hyperparameters stay those of this run's options. Raises ValueError where
         the state does not fit."""
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        own = self.model.own
+
+        def restore(module, values):
+            if own and values.keys() != own:
+                raise ValueError(f"{min(values.keys() ^ own)} is in one of them")
+            module.load_state_dict(values, strict=not own)  # the base's weights are there
+
         try:
             if self.compute.shard:
                 state = self.sharding.scatter(state, self.model)
-            self.model.load_state_dict(state["model"])
+            restore(self.model, state["model"])
             found = {next(iter(self.emas)): state["ema"], **state.get("emas", {})}
             for name, ema in self.emas.items():  # an average that is new, with --allow-changes, starts at the weights
-                ema.module.load_state_dict(found.get(name, state["model"]))
+                restore(ema.module, found.get(name, state["model"]))
             pairs = zip(state["opt"]["param_groups"], hyperparameters, strict=True)
             groups = [{**theirs, **ours} for theirs, ours in pairs]
             self.optimizer.load_state_dict({**state["opt"], "param_groups": groups})
