@@ -69,11 +69,11 @@ def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=
 
 
 class TimestepEmbedder(nn.Module):
-    """t: (N,) in [0, 1000), fractions allowed -> (N, D): a 256-dimensional sinusoid, then a two-layer MLP."""
+    """t: (N,) in [0, 1000), fractions allowed -> (N, D): a 256-dimensional sinusoid of scale * t, then a two-layer MLP."""
 
-    def __init__(self, hidden_size, frequency_embedding_size=256):
+    def __init__(self, hidden_size, frequency_embedding_size=256, scale=1.0):
         super().__init__()
-        self.frequency_embedding_size = frequency_embedding_size
+        self.frequency_embedding_size, self.scale = frequency_embedding_size, scale
         self.mlp = nn.Sequential(
             nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -84,13 +84,25 @@ class TimestepEmbedder(nn.Module):
         half = dim // 2
         # computed here: a buffer outside of the state dict would stay empty in a model that is built on the meta device
         frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * frequencies  # float32 always: half precision cannot tell neighbouring t apart
+        # float32 at least: half precision cannot tell neighbouring t apart
+        angles = t[:, None].to(torch.promote_types(t.dtype, torch.float32)) * frequencies
         return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
     def forward(self, t):
         weight = self.mlp[0].weight  # a method of layers that PyTorch has quantized, which take float32
         dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
-        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size).to(dtype))
+        return self.mlp(self.timestep_embedding(t * self.scale, self.frequency_embedding_size).to(dtype))
+
+    @torch.no_grad()
+    def imitate(self, other):
+        """Fit the last layer by least squares, so that t gives about what it gives in `other`, of another scale."""
+        t = torch.arange(1001.0)
+        hidden = self.mlp[:2](self.timestep_embedding(t * self.scale, self.frequency_embedding_size))
+        hidden = F.pad(hidden, (0, 1), value=1.0).double()  # for the bias
+        ridge = 1e-2 * torch.eye(hidden.shape[1]).double()  # slow sinusoids are nearly dependent
+        fitted = torch.linalg.solve(hidden.T @ hidden + ridge, hidden.T @ other(t).double())
+        self.mlp[2].weight.copy_(fitted[:-1].T)
+        self.mlp[2].bias.copy_(fitted[-1])
 
 
 class LabelEmbedder(nn.Module):
@@ -350,7 +362,7 @@ class DiTConfig:
     channels. block: one of `BLOCKS`.
 
     Newer ideas, off by default. objective, predict: what the first C channels of the output are, for those who read them
-    (`diffusion.registry.OBJECTIVES`): eps or v of a "diffusion", the velocity v of a "flow".
+    (`diffusion.registry.OBJECTIVES`): eps or v of a "diffusion", the velocity v of a "flow", its average of a "meanflow".
     rope: rotary position embeddings for each side (Su et al. 2021, Heo et al. 2024), beside the fixed ones.
     time_shift: of a flow's timesteps in training and sampling, `diffusion.flow.shift_time`.
     Raises ValueError for what cannot be built."""
@@ -431,7 +443,9 @@ class DiT(nn.Module):
             raise ValueError(f"a model of another condition has no classes, these are {sizes.num_classes}")
 
         self.x_embedder = PatchEmbed(sizes.sides, sizes.patch, sizes.in_channels, width)
-        self.t_embedder = TimestepEmbedder(width)
+        average = OBJECTIVES[sizes.objective].average  # is differentiated with respect to t, which has to enter slowly
+        self.t_embedder = TimestepEmbedder(width, scale=0.01 if average else 1.0)
+        self.span_embedder = TimestepEmbedder(width, scale=0.01) if average else None  # of t - r
         embedder = condition and condition.embedder(width)
         attends = getattr(embedder, "attends", False)
         # drawn in any case, for the random stream; with tokens to attend to there is a y_emb too, the same for all
@@ -467,19 +481,20 @@ class DiT(nn.Module):
         tables = [self.y_embedder.embedding_table] if isinstance(self.y_embedder, LabelEmbedder) else []
         for embedding in (*tables, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        zero = [self.final_layer.linear] + [self.time_embed] * (self.time_embed is not None)
+        zero = [self.final_layer.linear, self.time_embed, self.span_embedder and self.span_embedder.mlp[2]]
         zero += [block.text_attn.proj for block in self.blocks if self.text_embedder]
         if BLOCKS[self.block].zero_init:
             zero += [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]]
-        for linear in zero:
+        for linear in filter(None, zero):
             for parameter in linear.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, r=None):
         """x: (N, C, H, W) noised latents, or (N, C, *sides). t: (N,) timesteps in [0, 1000). y: (N,) int64 labels in [0,
         num_classes], the last for "no class", or (N, num_classes + 1) float weights of their embeddings; with another
-        condition what its embedder takes. Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about
-        [-1, 1]; with learn_sigma=False eps alone. Raises ValueError for other shapes, and for labels of another type."""
+        condition what its embedder takes. r: (N,), of an average velocity, the other end of its interval (default: t).
+        Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with learn_sigma=False eps
+        alone. Raises ValueError for other shapes, and for labels of another type."""
         self.check_shapes(x, t, y)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         extra, frames = {}, self.sizes.grid[0] if len(self.sizes.grid) == 3 else 1  # extra: what blocks get besides x and c
@@ -490,6 +505,8 @@ class DiT(nn.Module):
             extra["text"] = self.text_embedder(y)
             y = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the null class, the only one
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # each (N, D)
+        if self.span_embedder is not None:
+            t_emb = t_emb + self.span_embedder(torch.zeros_like(t) if r is None else t - r)
         design = BLOCKS[self.block]
         # (N, D) where the design regresses modulations from it, else (N, 2, D)
         c = t_emb + y_emb if design.num_modulations else torch.stack([t_emb, y_emb], dim=1)

@@ -64,7 +64,7 @@ class TrainConfig(Config):
             raise UserError(
                 f"--watch-average {self.monitor.watch_average}", problem, "name one, or add it with --more-ema-decays"
             )
-        for name in ("eval_cfg_scale", "sample_cfg_scale"):
+        for name in ("eval_cfg_scale", "sample_cfg_scale", "guidance_in_target"):
             scale = self.flat()[name]
             if scale not in (None, 1) and self.recipe.label_dropout == 0 and self.model.num_classes != 0:
                 raise UserError(f"{flag(name)} {scale}: guidance needs null labels, and --label-dropout is 0; pass 1")
@@ -132,7 +132,8 @@ def make_watchers(config, trainer, dataset, signals):
     if evaluation.eval_every:
         from evaluation.during_training import FID  # SciPy and torch-fidelity take seconds to import
 
-        sampler = choose_sampler("eval", trainer.model.objective, evaluation.eval_sampler, evaluation.eval_sampling_steps)
+        named, scale = (evaluation.eval_sampler, evaluation.eval_sampling_steps), evaluation.eval_cfg_scale
+        sampler = choose_sampler("eval", trainer.model.objective, *named, scale)
         drawn = (trainer.context, trainer.space, size, trainer.condition, trainer.part_size, config.recipe.global_seed)
         watchers.append(FID(evaluation, *drawn, sampler, signals, monitor.watch_average))
     return watchers

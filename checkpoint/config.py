@@ -32,8 +32,9 @@ class ModelOptions(Config):
     mlp_ratio: float | None = option(None, "width of the MLP's hidden layer as a multiple of D (default: the model's)",
         above=0, high=1024)  # fmt: skip
     rope: bool | None = option(None, "rotary position embeddings in the attention, beside the fixed ones (default: off)")
-    objective: str | None = option(None, "what is learned: the paper's diffusion, or a flow along straight lines between "
-        "noise and data (Liu et al. 2023; Ma et al. 2024) (default: diffusion, or that of --init-from)",
+    objective: str | None = option(None, "what is learned: the paper's diffusion; a flow along straight lines between "
+        "noise and data (Liu et al. 2023; Ma et al. 2024); or meanflow, a flow's average velocity, for samples in one step "
+        "(Geng et al. 2025) (default: diffusion, or that of --init-from)",
         choices="diffusion.registry:OBJECTIVES")  # fmt: skip
     predict: str | None = option(None, "the model's output: the noise eps, or v, which mixes it with the clean image "
         "(default: eps, v for a flow, or that of --init-from)", choices=PREDICTIONS)  # fmt: skip

@@ -56,15 +56,16 @@ def guided_denoiser(
         raise ValueError(f"guidance rescale {rescale} is not in [0, 1]")
     y_both = None if guide is not None else torch.cat([y, null_like(y, null_class)])
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, *r):  # r: of the average velocity alone, as t
         scale = scale_at(t, cfg_scale, interval, schedule)
-        times = torch.full((len(x_t),), t, device=x_t.device)
+        times, *ends = (torch.full((len(x_t),), time, device=x_t.device) for time in (t, *r))
         if scale == 1:
-            return model(x_t, times, y).to(x_t.dtype)
+            return model(x_t, times, y, *ends).to(x_t.dtype)
         if guide is not None:
-            cond, weak = model(x_t, times, y), guide(x_t, times, y)
+            cond, weak = model(x_t, times, y, *ends), guide(x_t, times, y, *ends)
         else:
-            cond, weak = model(torch.cat([x_t, x_t]), torch.cat([times, times]), y_both).chunk(2)
+            x_both, *times = (torch.cat([values, values]) for values in (x_t, times, *ends))
+            cond, weak = model(x_both, times[0], y_both, *times[1:]).chunk(2)
         cond, weak = cond.to(x_t.dtype), weak.to(x_t.dtype)
         guided = x_t.shape[1] if channels is None else channels
         eps = combine(cond[:, :guided], weak[:, :guided], scale)

@@ -19,8 +19,9 @@ class Sampler:
     `diffusion.samplers`; or its place, as text, so that it is imported on use. options: which of "eta", an argument of the
     function, and "spacing" it takes. adds_noise: every step adds noise, whatever eta is. stages: evaluations of the model
     in each step but the last, which takes one. flow: for models of flows alone, its denoiser predicts the velocity.
-    respacings: patterns for `space_timesteps`, of which the first possible one is used. scheduler, settings: of a solver of
-    diffusers, the name of its class and the class's arguments."""
+    average: for models of a flow's average velocity alone, its denoiser takes r too. respacings: patterns for
+    `space_timesteps`, of which the first possible one is used. scheduler, settings: of a solver of diffusers, the name of
+    its class and the class's arguments."""
 
     name: str
     help: str
@@ -29,6 +30,7 @@ class Sampler:
     adds_noise: bool = False
     stages: int = 1
     flow: bool = False
+    average: bool = False
     respacings: tuple[str, ...] = ("{}",)
     scheduler: str | None = None
     settings: Mapping = field(default_factory=dict)
@@ -70,6 +72,8 @@ SAMPLERS = {
                 stages=2, flow=True),
         Sampler("flow-sde", "for flow models: Euler-Maruyama (Ma et al. 2024)", "diffusion.samplers:flow_sde",
                 adds_noise=True, flow=True),
+        Sampler("meanflow", "for meanflow models: equal steps of the average velocity (Geng et al. 2025)",
+                "diffusion.samplers:meanflow", flow=True, average=True),
     )
 }  # fmt: skip
 
@@ -80,36 +84,44 @@ class Objective:
 
     make: a class, or where it is, as text; an object of it is made by `make_objective`, which says what it must have.
     predicts: what the model's output may be, the default first. default_sampler: (name, number of steps) to draw with where
-    none is chosen. flow: whether the output is the velocity of `diffusion.flow`."""
+    none is chosen. flow: whether the output is the velocity of `diffusion.flow`; average: whether it is its average over an
+    interval, for a model that takes r too: `diffusion.meanflow`. target_passes: forward passes of an image that make the
+    target of the loss, without guidance."""
 
     make: Callable | str
     predicts: tuple[str, ...]
     default_sampler: tuple[str, int]
     flow: bool = False
+    average: bool = False
+    target_passes: float = 0
 
 
 OBJECTIVES = {
     "diffusion": Objective("diffusion.gaussian_diffusion:Diffusion", ("eps", "v"), ("ddpm", 250)),
     # 20 steps are not the fewest that would do: the solvers of order 2 in docs/sampling.md gain nothing after them
     "flow": Objective("diffusion.flow:Flow", ("v",), ("flow-heun", 20), flow=True),
-}
+    # the velocity and twice a pass for its slope, of a quarter of the images
+    "meanflow": Objective("diffusion.meanflow:MeanFlow", ("v",), ("meanflow", 1), flow=True, average=True,
+                          target_passes=0.75),
+}  # fmt: skip
 LOSS_WEIGHTS = ("uniform", "min-snr")  # of the diffusion's mean squared error
 
 
-def make_objective(objective, predict=None, learn_sigma=True, loss_weight="uniform"):
+def make_objective(objective, predict=None, learn_sigma=True, loss_weight="uniform", guidance=1.0, null=None):
     """The objective of this name in `OBJECTIVES`, for a model that predicts `predict` (default: the objective's own) and
-    with learn_sigma the variance. It has
+    with learn_sigma the variance. guidance, null: of a MeanFlow. It has
 
-        draw_timesteps(number, device, sampling)     (number,) timesteps; sampling: "uniform" or "logit-normal"
+        draw_timesteps(number, device, sampling)     (number, ...) timesteps; sampling: "uniform" or "logit-normal"
         training_losses(model, x_start, t, model_kwargs, noise)     a dict of (N,) tensors: `loss`, which is minimised, and
                                                                     what else is to be logged, by its name
 
-    Raises ValueError for a prediction or a weight that it lacks."""
+    Raises ValueError for a prediction, a weight or guidance that it lacks."""
     chosen = OBJECTIVES[objective]
     predict = predict or chosen.predicts[0]
     if predict not in chosen.predicts:
         raise ValueError(f"objective {objective!r} predicts {' or '.join(chosen.predicts)}, not {predict!r}")
-    return load(chosen.make)(predict=predict, learn_sigma=learn_sigma, loss_weight=loss_weight)
+    options = {"guidance": guidance, "null": null} if chosen.average else {}
+    return load(chosen.make)(predict=predict, learn_sigma=learn_sigma, loss_weight=loss_weight, **options)
 
 
 def load(function):

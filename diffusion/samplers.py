@@ -108,6 +108,18 @@ def flow_sde(process, denoise, x, steps, noise):
         yield {"sample": x, "pred_xstart": x_0, "step": i}
 
 
+@torch.no_grad()
+def meanflow(process, denoise, x, steps, noise):
+    """Steps of the average velocity u over [r, s]: Geng et al. 2025, eq. 12. One step is x_0 = eps - u(eps, 0, 1). The
+    yielded `pred_xstart` goes on to s = 0 with the u of the step."""
+    for i in steps:
+        (_, s), (_, r) = process.alpha_sigma(i), process.alpha_sigma(i - 1)
+        u = check_shape("the denoiser's average velocity", denoise(x, 1000 * s, 1000 * r), x.shape)
+        x_0 = x - s * u
+        x = x - (s - r) * u
+        yield {"sample": x, "pred_xstart": x_0, "step": i}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The published solvers, from diffusers, on our schedule
 

@@ -98,9 +98,9 @@ class EvalConfig(InceptionConfig):
     eval_cfg_scale: float = option(1.0, "guidance scale of the images drawn to measure FID; 1 turns guidance off", low=0,
         changeable=True)  # fmt: skip
     eval_sampler: str | None = option(None, "sampler of the images drawn to measure FID (default: the objective's own: "
-        "ddpm, or flow-heun for flows)", choices=tuple(SAMPLERS), metavar="SAMPLER", changeable=True)  # fmt: skip
+        "ddpm, flow-heun or meanflow)", choices=tuple(SAMPLERS), metavar="SAMPLER", changeable=True)  # fmt: skip
     eval_sampling_steps: int | None = option(None, "steps of that sampler (default: the objective's: 250 of ddpm, 20 of "
-        "flow-heun)", low=1, high=1000, changeable=True)  # fmt: skip
+        "flow-heun, 1 of meanflow)", low=1, high=1000, changeable=True)  # fmt: skip
 
     def check(self):
         if (self.eval_every is None) != (self.eval_reference is None):

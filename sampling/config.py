@@ -63,6 +63,8 @@ class SamplerConfig(Config):
         where = f"--sampler {full.sampler}"
         if full.kind.flow and not OBJECTIVES[objective].flow:
             raise UserError(where, f"{path} is no flow model", "choose ddpm, ddim or another solver")
+        if full.kind.average and not OBJECTIVES[objective].average:
+            raise UserError(where, f"{path} is no meanflow", f"choose {sampler} or another sampler")
         try:
             check_sampler(full.sampler, full.num_sampling_steps, self.eta, self.spacing)
         except ValueError as error:
@@ -96,6 +98,12 @@ class GuidanceConfig(Config):
             raise UserError(f"--guidance-interval {low} {high}: is empty; give 0 <= LO < HI <= 1, in t / 1000")
         if self.guide_ckpt and self.cfg_scale == 1:
             raise UserError("--guide-ckpt: does nothing at --cfg-scale 1; give a larger scale")
+
+    def check_objective(self, objective, path="the model"):
+        """Raises UserError where a model of this objective is guided in training alone. path: of the model in messages."""
+        if self.cfg_scale != 1 and OBJECTIVES[objective].average:
+            problem = f"{path} is a meanflow, which learns its guidance in training, by --guidance-in-target"
+            raise UserError(f"--cfg-scale {self.cfg_scale}", problem, "pass --cfg-scale 1")
 
 
 @dataclass(frozen=True)

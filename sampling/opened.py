@@ -112,6 +112,7 @@ def open_checkpoint(source):
 def check_guidance(guidance, checkpoint):
     """Raises UserError where the model cannot be guided so."""
     config = checkpoint.model_config
+    guidance.check_objective(config["objective"], checkpoint.path)
     if guidance.cfg_channels == "3" and config["in_channels"] < 3:
         raise UserError(f"--cfg-channels 3: the model has {config['in_channels']}; leave the option out")
     conditional = config["num_classes"] or checkpoint.condition_record

@@ -37,6 +37,7 @@ class Pipeline:
         self.condition = condition or model.condition or Classes(model.num_classes)
         self.sampler = (sampler or SamplerConfig()).completed(model.objective)
         self.guidance = guidance or GuidanceConfig()
+        self.guidance.check_objective(model.objective)
         self.device = next(model.parameters()).device
         self.create_diffusion = partial(create_diffusion, learn_sigma=model.learn_sigma)
         self.shape = (model.in_channels, *model.sizes.sides)  # of one image's x_T

@@ -29,6 +29,7 @@ from sampling.pipeline import Pipeline
 MAX_IMAGES = 256  # of one drawing
 PREVIEW_SECONDS = 0.25  # between two pictures of the predicted x_0, at least
 SAMPLER = ("dpm-solver++", 20)  # of the page for diffusions: the published 250 steps are slow to watch
+CFG_SCALE = 4.0  # of the page, where the model has not learned its guidance
 
 # The options of sample.py that the page has, as the page calls them
 TITLES = {
@@ -133,17 +134,18 @@ class Artist:
 
 
 def offers(ckpt, vae=None, compute=None):
-    """What the page offers for a checkpoint: ([(text, word)] of its classes, default words, (sampler, steps)).
+    """What the page offers for a checkpoint: ([(text, word)] of its classes, default words, (sampler, steps, guidance)).
     There are no classes for a model of texts or vectors. Raises UserError."""
     values = {"ckpt": ckpt, "vae": vae, "cfg_scale": 1.0, **(compute or ComputeConfig()).flat()}
     opened = Opened.open(SampleConfig.from_flat(values))
     condition, objective = opened.condition, OBJECTIVES[opened.checkpoint.model_config["objective"]]
     sampler, choices = objective.default_sampler if objective.flow else SAMPLER, condition.all()
+    settings = (*sampler, 1.0 if objective.average else CFG_SCALE)
     if choices is None:
-        return [], [], sampler
+        return [], [], settings
     titles = zip(choices, condition.titles(choices), condition.words(choices), strict=True)
     texts = [(str(i) if title == str(i) else f"{i} {title}", word) for i, title, word in titles]
-    return texts, condition.words(condition.default()), sampler
+    return texts, condition.words(condition.default()), settings
 
 
 # ----------------------------------------------------------------------------------------------------------------------

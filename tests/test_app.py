@@ -182,10 +182,10 @@ def test_checkpoints_are_found_the_newest_first(tmp_path, monkeypatch):
 
 
 def test_classes_are_offered_by_number_and_name(ckpt, tmp_path):
-    choices, default, sampler = web.offers(str(ckpt))
+    choices, default, settings = web.offers(str(ckpt))
     assert choices == [(str(i), str(i)) for i in range(10)]
     assert default == [str(i) for i in range(8)]
-    assert sampler == ("dpm-solver++", 20)
+    assert settings == ("dpm-solver++", 20, 4.0)
     state = torch.load(ckpt, weights_only=True)
     torch.save({**state, "class_names": ["ant", *"bcdefghij"]}, tmp_path / "named.pt")
     assert web.offers(str(tmp_path / "named.pt"))[0][:2] == [("0 ant", "0"), ("1 b", "1")]

@@ -37,7 +37,7 @@ def smooth(x, t):
 
 def predictor(sampler):
     """`smooth`, or for a sampler of flows a velocity that is as smooth."""
-    return (lambda x, t: smooth(x, t)[:, :4]) if SAMPLERS[sampler].flow else smooth
+    return (lambda x, t, *r: smooth(x, t)[:, :4]) if SAMPLERS[sampler].flow else smooth
 
 
 def of_images(x, t):
@@ -46,7 +46,7 @@ def of_images(x, t):
 
 
 def recorded(denoiser, seen):
-    return lambda x, t: seen.append(t) or denoiser(x, t)
+    return lambda x, t, *r: seen.append(t) or denoiser(x, t, *r)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def build_page(config):
     from sampling import web
 
     artist, first, titles = web.Artist(), web.find_checkpoints(config.ckpt), web.TITLES
-    choices, labels, (sampler, steps) = web.offers(first[0], config.vae)
+    choices, labels, (sampler, steps, scale) = web.offers(first[0], config.vae)
 
     @contextlib.contextmanager
     def messages():
@@ -121,8 +121,8 @@ def build_page(config):
     @messages()
     def offer(ckpt):
         """Updates of the fields that depend on the checkpoint."""
-        choices, labels, sampler = web.offers(ckpt, config.vae)
-        return *conditions(choices, labels), *sampler
+        choices, labels, settings = web.offers(ckpt, config.vae)
+        return *conditions(choices, labels), *settings
 
     def draw(*values):
         """Yields updates: {component: value}."""
@@ -167,7 +167,7 @@ def build_page(config):
                     "sampler": gr.Dropdown([*SAMPLERS], value=sampler, label=titles["sampler"]),
                 }  # fmt: skip
                 with gr.Row():
-                    for name, value in (("num_sampling_steps", steps), ("cfg_scale", 4), ("seed", 0)):
+                    for name, value in (("num_sampling_steps", steps), ("cfg_scale", scale), ("seed", 0)):
                         controls[name] = gr.Number(value, label=titles[name], min_width=80)
                 with gr.Row():
                     start, stop = gr.Button("Draw", variant="primary", min_width=100), gr.Button("Stop", min_width=100)
@@ -181,7 +181,8 @@ def build_page(config):
                     download = gr.DownloadButton("Download all", interactive=False)
                     load = gr.UploadButton("Settings from a picture", file_types=[".png"])
         page.load(offer_checkpoints, outputs=controls["ckpt"], show_progress="hidden")
-        offered = [controls[name] for name in ("labels", "prompt", "sampler", "num_sampling_steps")]  # what `offer` returns
+        names = ("labels", "prompt", "sampler", "num_sampling_steps", "cfg_scale")  # what `offer` returns
+        offered = [controls[name] for name in names]
         controls["ckpt"].input(offer, controls["ckpt"], offered)
         shown = [status, picture, singles, command, download]
         start.click(None, outputs=status, js="() => 'Waiting until the model is free'")

@@ -65,6 +65,8 @@ class RecipeConfig(Config):
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
     loss_weight: str = option("uniform", "weight of the timesteps in the loss: all alike, or min-snr, which limits the "
         "weight of those with little noise (Hang et al. 2023)", choices=LOSS_WEIGHTS)  # fmt: skip
+    guidance_in_target: float = option(1.0, "scale of the classifier-free guidance that a meanflow learns, so that samples "
+        "are guided in one evaluation; 1 is no guidance", low=1)  # fmt: skip
     timestep_sampling: str = option("uniform", "how often each timestep is trained: all alike, or logit-normal, which "
         "prefers the middle (Esser et al. 2024)", choices=("uniform", "logit-normal"))  # fmt: skip
     max_bad_steps: int = option(10, "stop at a line of the log after so many non-finite updates", low=1, changeable=True)
@@ -157,10 +159,10 @@ class MonitorConfig(Config):
     sample_prompts: tuple[str, ...] | None = option(None, "texts of the grid's images, in place of classes (default: those "
         "of 16 images, spread over the data)", metavar="TEXT", changeable=True, repeatable=True)  # fmt: skip
     sample_sampler: str | None = option(None, "sampler of the grid's images (default: dpm-solver++, or for flows the "
-        "objective's own, flow-heun)", choices=tuple(SAMPLERS), metavar="SAMPLER", changeable=True)  # fmt: skip
+        "objective's own)", choices=tuple(SAMPLERS), metavar="SAMPLER", changeable=True)  # fmt: skip
     sample_sampling_steps: int | None = option(None, "the sampler's steps (default: 20)", low=1, high=1000, changeable=True)
     sample_cfg_scale: float | None = option(None, "guidance scale of the grid's images; 1 turns guidance off (default: 4, "
-        "or 1 for a model without null labels)", low=0, changeable=True)  # fmt: skip
+        "or 1 for a meanflow or a model without null labels)", low=0, changeable=True)  # fmt: skip
     watch_average: str | None = option(None, "the average that grids, FID and the loss of held-out images are of, by its "
         "decay (default: that of --ema-decay; for held-out images the trained weights)", metavar="DECAY",
         changeable=True)  # fmt: skip

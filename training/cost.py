@@ -9,6 +9,8 @@ complexity.py print the same rows.
 import math
 import re
 
+from diffusion.registry import OBJECTIVES
+
 # PyTorch and the models take seconds to import: functions import them, so that complexity.py starts fast
 
 
@@ -41,6 +43,12 @@ def forward_macs(model):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs(model, 1))
     return counter.get_total_flops() // 2
+
+
+def training_flops(model, macs, guidance=1.0):
+    """Of one image: two for a multiply-accumulate, and a backward pass of twice the forward pass. macs: `forward_macs`.
+    guidance: in the target, for which the unconditional prediction is computed."""
+    return int(2 * macs * (3 + OBJECTIVES[model.objective].target_passes + (guidance != 1)))
 
 
 def activation_bytes(model, batch_size, precision, sharded=False):
@@ -106,12 +114,11 @@ def training_memory(model, batch_size, precision, num_shards=1, num_averages=1):
     return parts | {"total": sum(parts.values())}
 
 
-def count(model, batch_size, precision, num_shards=1, num_averages=1):
-    """The cost of training a model on the meta device, a dict of numbers; see `training_memory`. FLOPs of a training step:
-    two for a multiply-accumulate, and a backward pass of twice the forward pass."""
+def count(model, batch_size, precision, num_shards=1, num_averages=1, guidance=1.0):
+    """The cost of training a model on the meta device, a dict of numbers; see `training_memory` and `training_flops`."""
     macs, memory = forward_macs(model), training_memory(model, batch_size, precision, num_shards, num_averages)
     found = {"tokens": model.pos_embed.shape[1], "parameters": trainable(model), "forward_macs_per_image": macs}
-    return found | {"training_flops_per_image": 6 * macs, "training_memory_bytes": memory}
+    return found | {"training_flops_per_image": training_flops(model, macs, guidance), "training_memory_bytes": memory}
 
 
 def rows(cost, free=None):
@@ -153,14 +160,15 @@ def peak_tflops(device_name, precision):
     return next(found, {}).get(precision)
 
 
-def peak_images_per_second(model, context, precision, tflops=None):
+def peak_images_per_second(model, context, precision, tflops=None, guidance=1.0):
     """Images per second of training that all processes' devices would reach at their peak; None where it is not known.
-    tflops: of one device (default: the table's)."""
+    tflops: of one device (default: the table's). guidance: see `training_flops`."""
     if tflops is None and context.device.type == "cuda":
         import torch
 
         tflops = peak_tflops(torch.cuda.get_device_name(context.device), precision)
     if tflops is None:
         return None
-    flops = 6 * forward_macs(build("DiT-S/2", **model.config))  # its own sizes replace all of that name's
+    model = build("DiT-S/2", **model.config)  # its own sizes replace all of that name's
+    flops = training_flops(model, forward_macs(model), guidance)
     return context.world_size * tflops * 1e12 / flops

@@ -14,7 +14,7 @@ from checkpoint import lora
 from checkpoint.config import DEFAULT, MODELS
 from checkpoint.opened import Checkpoint, check_shapes
 from data.condition import comparable
-from models import DiT_models, DiTConfig
+from models import DiT_models, DiTConfig, TimestepEmbedder
 from runtime.config import flag
 from runtime.errors import UserError, about
 from runtime.files import reason
@@ -48,6 +48,8 @@ def resolve(options, config, peek):
 def sizes_of(checkpoint, options):
     """The checkpoint's values of the design in ModelOptions. Raises UserError where the command line contradicts them."""
     found, given = checkpoint.model_config, options.overrides()
+    if given.get("objective") == "meanflow" and found["objective"] == "flow":  # whose weights are those of r = t
+        found = {**found, "objective": "meanflow"}
     named = DiT_models[options.model].keywords if options.model else {}
     for name, value in {**named, **given}.items():
         same = value == found[name]
@@ -73,6 +75,7 @@ def load_into(model, source, rows):
     # what belongs to a condition that the other model does not have
     other = source.condition.kind != (model.condition.kind if model.condition else "classes")
     own = {name for name in weights.keys() ^ new.keys() if other and ("text" in name or name.startswith("y_embedder."))}
+    own |= {name for name in new.keys() - weights.keys() if name.startswith("span_embedder.")}  # zero at first
     differing = own | {TABLE, POSITIONS}
     try:
         check_shapes(*({name: part[name] for name in part.keys() - differing} for part in (weights, new)))
@@ -98,6 +101,11 @@ def load_into(model, source, rows):
     vae = f", trained with --vae {source.vae}" if source.vae else ""
     lines = [f"Initialised from {path}, {source.describe()}{vae}; numbers of values:"]
     lines += ["".join(f"{cell:>13}" for cell in row) for row in table]
+    if old["objective"] != model.objective:  # a flow that becomes a meanflow
+        embedder = TimestepEmbedder(width)
+        embedder.load_state_dict(model.t_embedder.state_dict())
+        model.t_embedder.imitate(embedder)
+        lines += ["Timestep embedding: fitted to that of the flow, whose time is a hundred times as fast"]
     if before != now:
         sides = (" x ".join(map(str, grid)) for grid in (now, before))
         lines += ["Position embedding: computed for {} patches, was {}".format(*sides)]

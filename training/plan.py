@@ -51,7 +51,7 @@ def show(config, context, dataset=None):
 
         num_shards = make_mesh(context, compute.shard)["shard"].size()
     batch_size = math.ceil(images / context.world_size / compute.grad_accum)
-    cost = count(model, batch_size, compute.precision, num_shards, len(recipe.ema_decays))
+    cost = count(model, batch_size, compute.precision, num_shards, len(recipe.ema_decays), recipe.guidance_in_target)
     free = free_memory(context)
     flops, needed = images * cost["training_flops_per_image"], cost["training_memory_bytes"]["total"]
     steps = f"{total_steps:,} steps, {images * total_steps / len(dataset):,.1f} epochs, {flops * total_steps:.3g} FLOP"

@@ -49,7 +49,8 @@ class Run:
                 seconds, bad_steps = resume.restore(trainer, path, state, config, dataset.fingerprint(), self.log)
         self.saved_step = trainer.steps_made if path and path.parent == folder.checkpoints else None
         precision, peak = config.compute.precision, config.monitor.peak_tflops
-        self.peak_speed = peak_images_per_second(trainer.model, context, precision, peak)
+        guidance = config.recipe.guidance_in_target
+        self.peak_speed = peak_images_per_second(trainer.model, context, precision, peak, guidance)
         with context.together():
             folder.start({**self.options, "torch": torch.__version__}, trainer.steps_made)
         folder.step = trainer.steps_made

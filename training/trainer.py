@@ -57,7 +57,10 @@ class Trainer:
         averages = recipe.ema_decays.items()
         self.emas = {name: EMA(model, decay, recipe.ema_warmup, copied and copied(model)) for name, decay in averages}
         self.ema = next(iter(self.emas.values()))
-        self.objective = make_objective(model.objective, model.predict, model.learn_sigma, recipe.loss_weight)
+        self.objective = make_objective(
+            model.objective, model.predict, model.learn_sigma, recipe.loss_weight,
+            guidance=recipe.guidance_in_target, null=self.condition.null,
+        )  # fmt: skip
         # all parameters, frozen ones too: their places are part of the layout of the optimizer state in checkpoints
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True

@@ -34,9 +34,11 @@ MAX_IMAGES = 512  # of a larger folder of held-out images, chosen at random
 NUM_TIMESTEPS, NUM_RANGES = 1000, 4  # each held-out image is seen once in each range of t
 
 
-def choose_sampler(kind, objective, name, steps):
+def choose_sampler(kind, objective, name, steps, cfg_scale):
     """The SamplerConfig of --{kind}-sampler and --{kind}-sampling-steps, whose defaults are the objective's own. Raises
-    UserError for a sampler that cannot draw so."""
+    UserError for a sampler that cannot draw so, or not with --{kind}-cfg-scale."""
+    with about(f"--{kind}-cfg-scale", option="--cfg-scale"):
+        GuidanceConfig(cfg_scale=cfg_scale).check_objective(objective)
     default = OBJECTIVES[objective].default_sampler
     default = GRID_SAMPLER if kind == "sample" and not OBJECTIVES[objective].flow else default
     with about(f"--{kind}-sampler", option="--sampler"):
@@ -55,15 +57,17 @@ class Samples:
         self.average = config.watch_average
         self.batch_size, self.enlarge = min(trainer.part_size, EXAMPLES), max(1, MIN_SIDE // max(sides(image_size)))
         objective, condition, device = trainer.model.objective, trainer.condition, trainer.device
-        self.sampler = choose_sampler("sample", objective, config.sample_sampler, config.sample_sampling_steps)
         self.labels, self.titles = condition.examples(device)
         if words := config.sample_labels or config.sample_prompts:
             with about("--sample-labels" if config.sample_labels else "--sample-prompts", option=condition.option):
                 choices = condition.parse(words)
             self.labels, self.titles = condition.encode(choices, device), condition.titles(choices)
         scale = config.sample_cfg_scale
-        default = 4.0 if self.titles and trainer.recipe.label_dropout else 1.0  # guidance needs the null condition
-        self.guidance = GuidanceConfig(cfg_scale=default if scale is None else scale)
+        # guidance needs the null condition, and a meanflow has learned it
+        guided = self.titles and trainer.recipe.label_dropout and not OBJECTIVES[objective].average
+        scale = (4.0 if guided else 1.0) if scale is None else scale
+        self.guidance = GuidanceConfig(cfg_scale=scale)
+        self.sampler = choose_sampler("sample", objective, config.sample_sampler, config.sample_sampling_steps, scale)
 
     def __call__(self, trainer):
         with about("--sample-cfg-scale", option="--cfg-scale"):
