@@ -300,6 +300,8 @@ class Texts(Condition):
         encoder = dataset.open_text(config)
         if encoder is None:
             raise UserError("--condition text", "needs --text-encoder, which turns texts into tokens", "name one")
+        if isinstance(encoder, TextEncoder):
+            encoder.remember(dataset.captions.texts)
         return cls(encoder.width, encoder.length, encoder.name, encoder.crc32, encoder, encoder.null, dataset)
 
     @classmethod

@@ -11,6 +11,7 @@ from runtime.shapes import ImageSize
 MAX_BATCH = 65536
 MAX_SIDE = 65536  # pixels
 MAX_SHARD = 10_000_000
+COLUMNS = ("image_column", "label_column", "caption_column")  # options about tables
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -38,8 +39,9 @@ class DataConfig(Config):
     condition: str | None = option(None, "what the model draws by: classes, a text, or a vector of numbers, of which "
         "vectors.npy in --data-path has a row for each image (default: classes, or text with --text-encoder)",
         choices="data.condition:CONDITIONS")  # fmt: skip
-    text_encoder: str | None = option(None, "T5 or CLIP text encoder, a folder or Hugging Face hub name: the condition is "
-        "a text in place of the class; metadata.jsonl in --data-path tells the texts (default: classes)")  # fmt: skip
+    text_encoder: str | None = option(None, "text encoder, such as a T5: a folder, a Hugging Face hub name, or minilm, "
+        "which a package holds. The condition is a text in place of the class; metadata.jsonl in --data-path tells the "
+        "texts (default: classes)")  # fmt: skip
     text_length: int | None = option(None, "tokens of a text that are used, at most (default: 120, or fewer if the encoder "
         "takes or the folder of latents holds fewer)", low=1, high=MAX_SIDE)  # fmt: skip
 
@@ -50,7 +52,7 @@ class DataConfig(Config):
 
     def columns(self):
         """{flag: value} of the options about columns."""
-        return {flag(name): getattr(self, name) for name in ("image_column", "label_column", "caption_column")}
+        return {flag(name): getattr(self, name) for name in COLUMNS}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,6 +166,8 @@ def list_table(config):
     import pyarrow.compute as pc
 
     table, with_text, label, text = Table(config.data_path, config.image_column), bool(config.text_encoder), None, None
+    if not len(table):
+        raise UserError(f"--data-path {config.data_path}", "holds no rows", "give a table with images")
     if config.label_column != NO_LABELS:
         groups = [("classes",), ("numbers",), ("texts",)][: 1 if with_text and not config.label_column else 3]
         label = table.find("--label-column", config.label_column, *groups, needed=False)

@@ -1,13 +1,14 @@
-"""The digits drawn by prompts: make their text encoder, and measure whether a model draws what the words say.
+"""The digits drawn by prompts: whether a model draws what the words say. Also makes a random text encoder to compare with.
 
-    python -m studies.text_digits --make-encoder demo/text/encoder
     python -m studies.text_digits --ckpt demo/text/run/checkpoints/0001500.pt
+    python -m studies.text_digits --make-encoder demo/random
 
-The encoder is a small T5 with random weights, which need no training: each word of a text leaves a token of its own. The
-captions of the data are made from the templates in data/captions.py; UNSEEN has templates that are never trained on. The
-tokenizer knows their words too, as that of a real encoder would; the image model has never seen them.
-Prints, for trained and unseen templates, the share of images that a classifier of real digits assigns to the digit in the
-prompt, and for prompts without a digit the digits that are drawn. The exit status is 1 where a bound is missed.
+The captions of the data are made from the templates in data/captions.py. UNSEEN has templates that are never trained on,
+WORDINGS words that are never trained on: the text encoder alone can know what they mean. The random encoder is a small T5:
+each word of a text leaves a token of its own. Its tokenizer knows the words of UNSEEN, as that of a real encoder would, and
+spells those of WORDINGS. Prints, for each kind of prompts, the share of images that a classifier of real digits assigns to
+the digit in the prompt, and for prompts without a digit the digits that are drawn. The exit status is 1 where a bound is
+missed.
 """
 
 import sys
@@ -23,6 +24,15 @@ from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
 
 UNSEEN = ("please draw me a {}", "this is what a {} looks like", "{} in black ink", "my favourite number is {}")
 UNSEEN_WITHOUT_DIGIT = ("please draw me a number", "a picture in black ink")
+COUNT = "one two three four five six seven eight nine".split()
+WORDINGS = {  # {kind: prompts for 0, 1, ... 9, None where there is none}
+    "plurals": [f"look, {word}s" for word in "zeroe one two three four five sixe seven eight nine".split()],
+    "ordinals": [None, *(f"the {n} digit" for n in "first second third fourth fifth sixth seventh eighth ninth".split())],
+    "Roman numerals": [None, *"I II III IV V VI VII VIII IX".split()],
+    "successors": [None, *(f"the number after {word}" for word in ["zero", *COUNT[:-1]])],
+    "groups": [None, *"a soloist,a pair,a trio,a quartet,a quintet,a sextet,a septet,an octet".split(","), None],
+    "misspelt": "zerro wone tow thre foor fife siks sevn eigth nien".split(),
+}
 BOUNDS = {"trained templates": ("accuracy", 0.95), "no digit, trained": ("digits", 8)}
 
 
@@ -34,7 +44,8 @@ class TextDigitsConfig(Config):
     make_encoder: str | None = option(None, "folder to make the text encoder in (default: none is made)", metavar="FOLDER")
     width: int = option(64, "width of the encoder's tokens", low=8, high=MAX_SIDE)
     ckpt: str | None = option(None, "model to measure (default: none is measured)")
-    images: int = option(480, "images for each kind of prompts", low=20, high=100_000)
+    images: int = option(480, "images for each kind of prompts, and a quarter of them for each of words that are never "
+        "trained on", low=20, high=100_000)  # fmt: skip
     cfg_scale: float = option(3.0, "guidance scale", low=0)
     output: str | None = option(None, "also write the numbers to this .json file", metavar="FILE", path="output")
 
@@ -80,9 +91,11 @@ def kinds_of_prompts():
         return [(template.format(word), digit) for template in templates for digit, name in enumerate(WORDS)
                 for word in (name, digit)]  # fmt: skip
 
+    wordings = {kind: [(text, digit) for digit, text in enumerate(texts) if text] for kind, texts in WORDINGS.items()}
     return {
         "trained templates": filled(TEMPLATES),
         "unseen templates": filled(UNSEEN),
+        **wordings,
         "no digit, trained": [(text, None) for text in WITHOUT_DIGIT],
         "no digit, unseen": [(text, None) for text in UNSEEN_WITHOUT_DIGIT],
     }
@@ -102,16 +115,17 @@ def measure(config):
         config.compute,
     )  # fmt: skip
     for kind, prompts in kinds_of_prompts().items():
-        drawn, numbers = [], torch.arange(config.images) * len(prompts) // config.images  # all prompts equally often
-        for batch in torch.arange(config.images).split(120):
+        images = config.images // 4 if kind in WORDINGS else config.images
+        drawn, numbers = [], torch.arange(images) * len(prompts) // images  # all prompts equally often
+        for batch in torch.arange(images).split(120):
             x_T, step_noise = pipeline.noise(0, batch.tolist())
             texts = [prompts[number][0] for number in numbers[batch].tolist()]
             drawn.append(to_uint8(pipeline(texts, x_T, step_noise)))
-        pixels = np.concatenate(drawn).mean(axis=-1).reshape(config.images, -1) / 127.5 - 1
+        pixels = np.concatenate(drawn).mean(axis=-1).reshape(images, -1) / 127.5 - 1
         found = classifier.predict(pixels)
         wanted = np.array([prompts[number][1] for number in numbers.tolist()])
         if wanted[0] is None:
-            shares = np.bincount(found, minlength=10) / config.images
+            shares = np.bincount(found, minlength=10) / images
             report[kind] = {"digits": int((shares > 0.01).sum()), "most_frequent": float(shares.max())}
         else:
             report[kind] = {"accuracy": float((found == wanted).mean())}

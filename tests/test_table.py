@@ -213,9 +213,10 @@ def test_columns_of_what_is_no_table_and_names_that_are_not_there(tmp_path, imag
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no such folder"):
         load_dataset(DataConfig(str(tmp_path / "none")), 8)
-    datasets.Dataset.from_dict({"image": []}).save_to_disk(tmp_path / "empty")
-    with pytest.raises(UserError, match="^--data-path .*empty: no usable table of images in that folder"):
-        load_dataset(DataConfig(str(tmp_path / "empty")), 8)
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": []}, features).save_to_disk(tmp_path / "empty")
+    with pytest.raises(UserError, match="^--data-path .*empty: (holds no rows|no usable table of images in that folder)"):
+        load_dataset(DataConfig(str(tmp_path / "empty")), 8)  # some versions of the package do not even open it
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.parquet").write_bytes(b"PAR1 is not enough")
     with pytest.raises(UserError, match="^--data-path .*bad: no usable table of images in that folder"):
@@ -263,7 +264,8 @@ def test_extracted_latents_are_the_same_bytes(tables, small_vae, tmp_path, ranks
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_is_the_undisturbed_one(tables, tmp_path, ranks):
     command = [*RUN, "--data-path", tables["parquet"], "--num-workers", 2, "--run-dir"]
-    command += [tmp_path / "killed", "--val-data-path", tables["arrow"], "--val-every", 5, "--max-steps"]
+    command += [tmp_path / "killed", "--val-data-path", tables["files"], "--val-every", 5]
+    command += ["--image-column", "image", "--max-steps"]  # of the rows alone
     for steps in (3, 9, 15):
         run = ranks(train.main, [*command, 100_000])
         wait_for(lambda: metrics(tmp_path / "killed")[-1]["step"] > steps)  # noqa: B023

