@@ -50,7 +50,7 @@ def sweep(config, context):
     for (setting, one), key in zip(opened.items(), keys, strict=True):
         row = next((row for row in rows if row.get("made_with") == key), None)
         if row is None:
-            row = {"made_with": key, "command": command(setting), **measurer.measure(one, key)}
+            row = {"made_with": key, "command": command(setting), **measurer.measure(one)}
             rows.append(row)
             context.on_main(write, path, lambda: files.write_json(path, rows))
         cells = [text_of(one.config.flat()[name]) for name in names]
@@ -128,19 +128,19 @@ class Measurer:
             self.networks = {name: load_network(name, weights, context.device) for name in names}
             need_images(self.networks, self.reference, "--ref")
         self.sha256 = context.on_main(self.reference.checksum)
+        self.weights = context.on_main(lambda: {name: x.weights["sha256"] for name, x in self.networks.items()})
 
     def key(self, opened):
         """All that the numbers of a setting depend on, as plain JSON."""
-        config, networks = self.config, {name: network.weights["sha256"] for name, network in self.networks.items()}
-        measured = {"num_fid_samples": config.num_fid_samples, "resamples": config.resamples, "reference": self.sha256}
-        made_with = opened.made_with(self.given) | {"checkpoint_crc32": opened.checkpoint.checksum}
-        return json.loads(json.dumps({**made_with, **measured, "networks": networks}))
+        measured = {"num_fid_samples": self.config.num_fid_samples, "resamples": self.config.resamples}
+        measured |= {"reference": self.sha256, "networks": self.weights, "checkpoint_crc32": opened.checkpoint.checksum}
+        return json.loads(json.dumps(opened.made_with(self.given) | measured))
 
-    def measure(self, opened, key):
-        """The numbers of a setting, a dict. key: of `key`."""
+    def measure(self, opened):
+        """The numbers of a setting, a dict."""
         config, context = self.config, self.context
         if self.references is None:
-            names = {name: f"{self.sha256[:16]}-{sha256[:16]}" for name, sha256 in key["networks"].items()}
+            names = {name: f"{self.sha256[:16]}-{sha256[:16]}" for name, sha256 in self.weights.items()}
             features = features_of(self.reference, self.networks, context, config, names, warnings := [])
             self.references = self.complete(features, self.reference) if context.is_main else {}
             for line in warnings:
@@ -192,10 +192,10 @@ def describe_best(network, found, options, names):
     options}. names: of the options in which the settings differ."""
     numbers = {setting: row["networks"][network] for setting, row in found.items()}
     setting = min(numbers, key=lambda setting: numbers[setting]["fd"])
-    best, close = numbers[setting], ""
-    if error := best["standard_errors"].get("fd"):
-        count = sum(x["fd"] - best["fd"] <= 2 * max(error, x["standard_errors"]["fd"]) for x in numbers.values()) - 1
-        close = f"; {count} others are within two standard errors"
+    best, others, close = numbers[setting], [x for key, x in numbers.items() if key != setting], ""
+    if others and (error := best["standard_errors"].get("fd")):
+        count = sum(x["fd"] - best["fd"] <= 2 * max(error, x["standard_errors"]["fd"]) for x in others)
+        close = f"; {count} of {len(others)} others within two standard errors"
     given = " ".join(f"{flag(name)} {text_of(options[setting][name])}" for name in names)
     return f"Best FD of {network}: {cell(best, 'fd', 3)}, {given or 'the only setting'}{close}\n    {command(setting)}"
 

@@ -31,15 +31,22 @@ seen = []  # batches of images that the network below was given
 class Cells(FeatureNetwork):
     """Mean colours of 2x2 cells, which take no time."""
 
+    side = 2
+
     def outputs(self, images):
         seen.append(images.numpy().copy())
-        pooled = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, 2).flatten(1)
+        pooled = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, self.side).flatten(1)
         return Outputs(pooled, logits=pooled[:, :4])
+
+
+class Finer(Cells):
+    preprocessing, side = "4x4", 4
 
 
 @pytest.fixture(autouse=True)
 def cells(monkeypatch):
     monkeypatch.setitem(NETWORKS, "cells", Cells)
+    monkeypatch.setitem(NETWORKS, "finer", Finer)
     seen.clear()
 
 
@@ -108,13 +115,16 @@ def test_each_setting_is_what_its_command_draws_and_evaluate_measures(lively, re
 
 
 def test_two_processes_find_the_numbers_of_one(lively, reference, tmp_path, ranks):
-    """Ranks draw whole batches: 22 images in batches of 4 are 6, and half of them are 11 images."""
-    argv = ["--cfg-scale", 1, 2, "--guidance-interval", 0, 1, 0.2, 0.8]
+    """Ranks draw whole batches: 22 images in batches of 4 are 6, and half of them are 11 images. Two networks see them."""
+    argv = ["--cfg-scale", 1, 2, "--guidance-interval", 0, 1, 0.2, 0.8, "--features", "cells", "finer"]
     assert call(sweep.main, *command(lively, reference, tmp_path / "one", *argv)) == 0
     run = ranks(sweep.main, command(lively, reference, tmp_path / "two", *argv), 2)
     assert run.wait() == [0, 0], run.text() + run.text(1)
     assert numbers(results(tmp_path / "two")) == numbers(results(tmp_path / "one"))
-    assert len(results(tmp_path / "one")) == 3, "without guidance the interval does not count"
+    rows = results(tmp_path / "one")
+    assert len(rows) == 3, "without guidance the interval does not count"
+    assert all(row["networks"]["finer"]["fd"] > row["networks"]["cells"]["fd"] > 0 for row in rows)
+    assert run.text().count("Best FD of") == 2
 
 
 def test_an_interrupted_sweep_measures_only_what_it_lacks(lively, reference, tmp_path, monkeypatch, capsys):
@@ -180,9 +190,12 @@ def test_the_best_is_named_with_what_cannot_be_told_from_it():
     }
     text = describe_best("net", found, {setting: setting.flat() for setting in scales}, ["cfg_scale"])
     assert text.splitlines() == [
-        "Best FD of net: 9.000 +- 0.200, --cfg-scale 3.0; 1 others are within two standard errors",
+        "Best FD of net: 9.000 +- 0.200, --cfg-scale 3.0; 1 of 3 others within two standard errors",
         "    python sample_ddp.py --ckpt 'a b.pt' --cfg-scale 3.0",
     ]
+    alone = {scales[1]: found[scales[1]]}
+    text = describe_best("net", alone, {scales[1]: scales[1].flat()}, [])
+    assert text.startswith("Best FD of net: 9.000 +- 0.200, the only setting\n")
 
 
 @pytest.mark.parametrize(
