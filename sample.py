@@ -29,6 +29,7 @@ def sample(config):
     import torch  # here and below: it takes seconds to import, and mistakes on the command line are reported before
 
     from runtime.devices import explain_out_of_memory, precision_warning
+    from runtime.errors import UserError
     from sampling import editing, grid
     from sampling.labels import choose
     from sampling.opened import Opened
@@ -38,7 +39,9 @@ def sample(config):
     opened, edit, columns = Opened.open(config), config.editing, config.columns
     choices, size, steps = choose(config, opened), opened.settings["image_size"], opened.config.sampler.num_sampling_steps
     number = (len(choices) - (edit.interpolate == "classes")) * (columns if edit.interpolate else 1)
-    grid.check_files(config, number, size)
+    grid.check_files(config, number, size, opened.frames)
+    if opened.frames and (edit.init_image or edit.mask):
+        raise UserError(f"--init-image {edit.init_image}", f"{opened.checkpoint.path} draws clips", "leave it out")
     image = edit.init_image and editing.read_image(edit.init_image, size, "--init-image")
     mask = edit.mask and editing.read_image(edit.mask, size, "--mask")
     if edit.invert and steps < FEW_INVERSION_STEPS:
@@ -60,11 +63,10 @@ def sample(config):
             if config.save_trajectory:
                 predictions.append(out["pred_xstart"].cpu())
         images = pipeline.to_pixels(out["sample"])
-        drawn = grid.draw_grid(images, columns, config.enlarge, titles if config.captions else None)
-        grid.write_picture(config.output, drawn)
+        grid.write_images(config.output, images, columns, config.enlarge, titles if config.captions else None)
         if config.save_trajectory:
             grid.write_trajectory(config.save_trajectory, pipeline.to_pixels, predictions, columns, config.enlarge)
-    print(f"{len(images)} images in {config.output}")
+    print(f"{len(images)} {'clips' if opened.frames else 'images'} in {config.output}")
 
 
 if __name__ == "__main__":

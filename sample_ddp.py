@@ -46,7 +46,8 @@ def sample(config, context):
         opened = Opened.open(config)
     given = context.on_main(choices_of_set, config, opened)
     labels = SetLabels.of(config, opened, given)
-    number, size = config.num_fid_samples, sides(opened.settings["image_size"])
+    number, frames = config.num_fid_samples, [opened.frames] if opened.frames else []
+    shape = (number, *frames, *sides(opened.settings["image_size"]), 3)
     folder = Path(config.sample_dir) / (config.folder or default_name(config, opened))
     npz = folder.with_name(f"{folder.name}.npz")
     with ExitStack() as stack:
@@ -57,7 +58,7 @@ def sample(config, context):
             remove_leftovers(folder.parent, npz.name)
             check_output(npz, "--folder" if config.folder else "--sample-dir")
             check_settings(opened, given, folder)
-            return image_set.is_complete(npz, (number, *size, 3))
+            return image_set.is_complete(npz, shape)
 
         if context.on_main(claim_folder):
             context.print(f"Nothing left to do: {npz} holds {number:,} images")
@@ -75,11 +76,11 @@ def sample(config, context):
                 batches = context.on_main(image_set.incomplete_batches, folder, number, config.per_proc_batch_size)
                 with context.together():
                     draw(config, context, pipeline, labels, folder, batches)
-                written = context.on_main(image_set.write_npz, npz, folder, number, size, labels.label)
+                written = context.on_main(image_set.write_npz, npz, folder, shape, labels.label)
         except KeyboardInterrupt:
             context.print(f"Interrupted: the same command draws the images that {folder} still lacks")
             raise
-        context.print(f"{npz}: arr_0 {(number, *size, 3)} uint8, arr_1 labels")
+        context.print(f"{npz}: arr_0 {shape} uint8, arr_1 labels")
 
 
 def draw(config, context, pipeline, labels, folder, batches):
@@ -90,6 +91,7 @@ def draw(config, context, pipeline, labels, folder, batches):
 
     from diffusion import samplers
     from runtime.devices import explain_out_of_memory
+    from sampling.grid import as_pictures
     from sampling.image_set import write_pngs
 
     total, batches = sum(map(len, batches)), batches[context.rank :: context.world_size]
@@ -100,7 +102,7 @@ def draw(config, context, pipeline, labels, folder, batches):
         with torch.inference_mode(), torch.cuda.stream(stream):  # both hold for one thread
             if drawn:
                 drawn.wait()
-            write_pngs(folder, indices, pipeline.to_pixels(x_0))
+            write_pngs(folder, indices, as_pictures(pipeline.to_pixels(x_0)))
 
     with (
         explain_out_of_memory("lower --per-proc-batch-size"),
@@ -118,7 +120,7 @@ def draw(config, context, pipeline, labels, folder, batches):
             if aside:
                 call = decode_and_write, x_0, indices, stream and torch.cuda.current_stream().record_event()
             else:
-                call = write_pngs, folder, indices, pipeline.to_pixels(x_0)
+                call = write_pngs, folder, indices, as_pictures(pipeline.to_pixels(x_0))
             if written:
                 written.result()  # which raises its error
             written = writer.submit(*call)

@@ -125,7 +125,7 @@ def make_watchers(config, trainer, dataset, signals):
 
     monitor, evaluation, size, watchers = config.monitor, config.evaluation, config.model.image_size, []
     if monitor.val_every:
-        watchers.append(Validation(monitor, trainer, config.data, size, config.vae, dataset.channels))
+        watchers.append(Validation(monitor, trainer, config.data, config.model, config.vae, dataset.channels))
     if monitor.sample_every:
         with trainer.context.together():
             watchers.append(Samples(monitor, trainer, size))
@@ -135,7 +135,7 @@ def make_watchers(config, trainer, dataset, signals):
         named, scale = (evaluation.eval_sampler, evaluation.eval_sampling_steps), evaluation.eval_cfg_scale
         sampler = choose_sampler("eval", trainer.model.objective, *named, scale)
         drawn = (trainer.context, trainer.space, size, trainer.condition, trainer.part_size, config.recipe.global_seed)
-        watchers.append(FID(evaluation, *drawn, sampler, signals, monitor.watch_average))
+        watchers.append(FID(evaluation, *drawn, sampler, signals, monitor.watch_average, config.model.num_frames))
     return watchers
 
 

@@ -21,6 +21,8 @@ class ModelOptions(Config):
         metavar="DiT-{S,B,L,XL}/{2,4,8}", basic=True)  # fmt: skip
     image_size: ImageSize = option(256, "side of the images in pixels, or their HEIGHTxWIDTH", low=1, high=MAX_SIZE,
         basic=True)  # fmt: skip
+    num_frames: int | None = option(None, "frames of a clip: the data are clips, and the model draws clips (default: "
+        "images)", low=1, high=MAX_SIZE)  # fmt: skip
     num_classes: int | None = option(None, "number of classes; 0 is an unconditional model (default: as many as the data "
         "has)", low=0, high=10_000_000, basic=True)  # fmt: skip
     block: str | None = option(None, "how timestep and class enter the blocks (default: adaln-zero, or that of "
@@ -29,6 +31,8 @@ class ModelOptions(Config):
     depth: int | None = option(None, "number of blocks (default: the model's)", low=1, high=MAX_DEPTH)
     num_heads: int | None = option(None, "number of attention heads (default: the model's)", low=1, high=MAX_SIZE)
     patch_size: int | None = option(None, "side of a patch in latent cells (default: the model's)", low=1, high=MAX_SIZE)
+    patch_frames: int | None = option(None, "frames of a clip that a patch spans (default: 1, or those of --init-from)",
+        low=1, high=MAX_SIZE)  # fmt: skip
     mlp_ratio: float | None = option(None, "width of the MLP's hidden layer as a multiple of D (default: the model's)",
         above=0, high=1024)  # fmt: skip
     rope: bool | None = option(None, "rotary position embeddings in the attention, beside the fixed ones (default: off)")
@@ -43,6 +47,11 @@ class ModelOptions(Config):
         "--init-from)", low=1e-3, high=1e3)  # fmt: skip
 
     def check(self):
+        if self.patch_frames and not self.num_frames:
+            raise UserError(f"--patch-frames {self.patch_frames}", "is for clips", "give --num-frames too")
+        if self.patch_frames and self.num_frames % self.patch_frames:
+            problem = f"not a multiple of --patch-frames {self.patch_frames}"
+            raise UserError(f"--num-frames {self.num_frames}", problem, "change one of the two")
         allowed = OBJECTIVES[self.objective].predicts if self.objective else PREDICTIONS
         if self.predict and self.predict not in allowed:
             raise UserError(f"--predict {self.predict}", f"a {self.objective} predicts {' or '.join(allowed)}",
@@ -58,7 +67,7 @@ class ModelOptions(Config):
 
     def overrides(self):
         """The keyword arguments of DiT that were given, on top of the named model's."""
-        others = ("model", "image_size", "num_classes")
+        others = ("model", "image_size", "num_frames", "num_classes", "patch_frames")
         given = {name: value for name, value in self.flat().items() if value is not None and name not in others}
         if self.objective:
             chosen = OBJECTIVES[self.objective]

@@ -126,7 +126,7 @@ class Checkpoint:
     @property
     def image_size(self):
         """Size of the images in pixels: see `runtime.shapes`."""
-        return self._recorded_size or plain_size([FACTOR * side for side in DiTConfig(**self.model_config).sides])
+        return self._recorded_size or plain_size([FACTOR * side for side in DiTConfig(**self.model_config).sides[-2:]])
 
     @property
     def _recorded_size(self):
@@ -302,7 +302,7 @@ def name_of(model_config):
     """The paper's name of the model, such as DiT-XL/2; of other sizes DiT-{depth}x{width}/{patch}."""
     depth, width, heads, patch = (model_config[name] for name in ("depth", "hidden_size", "num_heads", "patch_size"))
     name = next((name for name, size in SIZES.items() if size == (depth, width, heads)), f"{depth}x{width}")
-    return f"DiT-{name}/{patch}"
+    return f"DiT-{name}/{patch if isinstance(patch, int) else patch[-1]}"
 
 
 def newest_of_run(where):

@@ -70,7 +70,20 @@ class LatentSpace:
         device, the same draw as diffusers' latent_dist.sample(), or with M = 1 the latent itself; then normalised."""
         mean, *std = moments.float().unbind(1)
         latent = mean + std[0] * torch.randn(mean.shape, device=mean.device) if std else mean
-        return (latent - self.shift) * self.scaling
+        scaling, shift = self.normalisation(latent.ndim)
+        return (latent - shift) * scaling
+
+    def normalisation(self, ndim):
+        """(scaling, shift) for latents (N, C, ...) of so many dimensions."""
+        values = self.scaling, self.shift
+        return (v.view(-1, *[1] * (ndim - 2)) if torch.is_tensor(v) else v for v in values)
+
+
+def per_frame(function, x):
+    """function(x) of images (N, C, H, W); of clips (N, C, F, H, W) that of all frames, (N, ..., F, h, w)."""
+    if x.ndim == 4:
+        return function(x)
+    return function(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).movedim(1, -3)
 
 
 def per_channel(values):
@@ -163,10 +176,11 @@ class Autoencoder(LatentSpace):
 
     def encode(self, images):
         """x_0; a sample of the posterior, drawn from torch's random stream."""
-        return self.sample(self.moments(images))
+        return self.sample(per_frame(self.moments, images))
 
     def decode(self, x_0):
-        return self.decode_latent(x_0 / self.scaling + self.shift)
+        scaling, shift = self.normalisation(x_0.ndim)
+        return per_frame(self.decode_latent, x_0 / scaling + shift)
 
     @torch.no_grad()
     def decode_latent(self, latent):

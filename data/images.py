@@ -54,10 +54,7 @@ def open_image(file, name=None):
                 image = ImageOps.exif_transpose(image)
             if deep:
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-            if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return to_rgb(image)
     except FileNotFoundError:
         raise ImageError(name, "the file is gone") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files, struct.error and SyntaxError among them
@@ -65,6 +62,14 @@ def open_image(file, name=None):
         if getattr(error, "errno", None) not in OF_THE_FILE or isinstance(error, MemoryError):
             raise UserError(name, f"cannot be read ({reason})") from None
         raise ImageError(name, f"not a readable image ({reason})", "remove it") from None
+
+
+def to_rgb(image):
+    """A PIL image as RGB, transparency on white."""
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 class ImageDataset(Dataset):
@@ -134,7 +139,7 @@ class ImageDataset(Dataset):
         index, replaced = key[0], ""
         for source in itertools.chain(range(index, len(self)), range(index)):
             try:
-                image = open_image(self.file(source), self.name(source))
+                image = self.read(source, key)
                 break
             except ImageError as error:
                 if not self.skip_bad:
@@ -142,14 +147,18 @@ class ImageDataset(Dataset):
                 replaced = str(error)
         else:
             raise UserError("none of the images can be read")
-        image = torch.from_numpy(np.array(center_crop_arr(image, self.image_size))).permute(2, 0, 1)
         return self.item(key, source, image, replaced)
+
+    def read(self, source, key):
+        """Image `source` as a tensor, cropped, for the item of `key`. Raises ImageError."""
+        image = center_crop_arr(open_image(self.file(source), self.name(source)), self.image_size)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class MapDataset(ImageDataset):
     """Any map-style dataset in memory: an object with len() whose item i is (image, label), or a dict of `image`, `label`
-    and what else is to be in the batches. image: a uint8 tensor (C, H, W), all of one size. label: an int. All items are
-    read at the start, for the checksum. classes: a name for each label (default: the numbers)."""
+    and what else is to be in the batches. image: a uint8 tensor (C, H, W), or a clip (C, F, H, W), all of one size. label:
+    an int. All items are read at the start, for the checksum. classes: a name for each label (default: the numbers)."""
 
     in_memory, captions, notes = True, None, ()
 
@@ -161,7 +170,7 @@ class MapDataset(ImageDataset):
         shape = items[0]["image"].shape
         for index, item in enumerate(items):
             image = item["image"]
-            if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape != shape:
+            if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim not in (3, 4) or image.shape != shape:
                 problem = "must be a uint8 tensor (C, H, W), and of one size with the rest"
                 raise UserError(f"image {index} of the dataset", problem, "convert or resize it")
         self.labels = np.array([int(item["label"]) for item in items])
@@ -199,14 +208,17 @@ class Digits(MapDataset):
     source, title, side = "digits", "the digits", 8
 
     def __init__(self, image_size, seed=0, with_text=False):
-        if image_size != self.side:
-            problem = f"{self.title} are {self.side}x{self.side} pixels"
-            raise UserError(f"--image-size {image_size}", problem, f"pass --image-size {self.side}")
+        self.check_side(image_size)
         values, labels = self.load()
         images = torch.from_numpy(np.round(values[:, None]).astype(np.uint8))
         super().__init__([*zip(images, labels.tolist(), strict=True)], seed=seed, flip=False)
         self.checksum = files.checksum_of_text([self.source])
         self.captions = digit_captions(self.labels) if with_text else None
+
+    def check_side(self, image_size):
+        if image_size != self.side:
+            problem = f"{self.title} are {self.side}x{self.side} pixels"
+            raise UserError(f"--image-size {image_size}", problem, f"pass --image-size {self.side}")
 
     @staticmethod
     def load():
@@ -240,15 +252,21 @@ class Mnist(Digits):
         return values.reshape(-1, 28, 28), labels
 
 
-DIGITS = {kind.source: kind for kind in (Digits, Mnist)}
 # What --data-path calls by a name, of any command: a function of (image_size, seed, with_text) that makes a MapDataset
-DATASETS = {**DIGITS}
+DATASETS = {"digits": Digits, "mnist": Mnist}
 
 
-def load_dataset(config, image_size, seed=0, context=None):
-    """The dataset that a DataConfig names: an image folder, a table, a folder of latents, or digits. With a context all
-    ranks call this, and rank 0 lists the images for all. Raises UserError."""
+def load_dataset(config, image_size, seed=0, context=None, num_frames=None):
+    """The dataset that a DataConfig names: an image folder, a table, a folder of latents, or digits; with num_frames clips.
+    With a context all ranks call this, and rank 0 lists the images for all. Raises UserError."""
+    from data import clips  # which builds on this module
+
     path, with_text = config.data_path, bool(config.text_encoder)
+    if path == clips.MovingDigits.source:
+        return clips.MovingDigits(image_size, seed, num_frames)
+    if num_frames and (path in DATASETS or is_table(path)):
+        way_out = f"leave it out, or pass --data-path {clips.MovingDigits.source}"
+        raise UserError(f"--num-frames {num_frames}", f"{path} has images", way_out)
 
     def look():
         for option, column in config.columns().items():
@@ -256,7 +274,7 @@ def load_dataset(config, image_size, seed=0, context=None):
                 raise UserError(f"{option} {column}", f"{path} is not Parquet or Arrow data", "leave it out")
         if path in DATASETS or is_latents_folder(path):
             return None
-        return list_table(config) if is_table(path) else list_with_captions(path, with_text)
+        return list_table(config) if is_table(path) else list_with_captions(path, with_text, num_frames)
 
     listing = context.on_main(look) if context else look()
     if path in DATASETS:
@@ -266,13 +284,16 @@ def load_dataset(config, image_size, seed=0, context=None):
         return dataset
     if listing is None:
         dataset = StoredLatents(path, seed, config.flip)
-        dataset.check(image_size, config.skip_bad_images)
+        dataset.check(image_size, config.skip_bad_images, num_frames, config.frame_stride)
         return dataset
-    return ImageDataset(path, image_size, seed, config.flip, config.skip_bad_images, listing)
+    options = {"seed": seed, "flip": config.flip, "skip_bad": config.skip_bad_images, "listing": listing}
+    if num_frames:
+        return clips.ClipDataset(path, image_size, num_frames, config.frame_stride, **options)
+    return ImageDataset(path, image_size, **options)
 
 
-def list_with_captions(path, with_text):
-    """The Listing of an image folder, with its captions if asked for. Raises UserError."""
-    listing = list_images(path, loose=with_text)
+def list_with_captions(path, with_text, num_frames=None):
+    """The Listing of a folder of images, or of clips, with its captions if asked for. Raises UserError."""
+    listing = list_images(path, loose=with_text, clips=bool(num_frames))
     listing.captions = read_captions(path, listing.names) if with_text else None
     return listing

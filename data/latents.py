@@ -1,8 +1,9 @@
 """A folder of latents: what the encoder makes of each image of an image folder, computed once by extract_latents.py. It
 holds files shard-00000.safetensors ..., each of n images in the image folder's order, written atomically:
 
-moments   (n, F, M, C, h, w), float16 or float32. F = 2: the image and its flip, or 1. M = 2: mean and standard deviation of
-          the posterior, or 1: the latent of a deterministic encoder. Neither scaled nor shifted
+moments   (n, F, M, C, h, w), float16 or float32; of clips (n, F, M, C, frames, h, w). F = 2: the image and its flip, or 1.
+          M = 2: mean and standard deviation of the posterior, or 1: the latent of a deterministic encoder. Neither scaled
+          nor shifted
 label     (n,) int64, of the image that was encoded
 image     (n,) int64, its number in the image folder. Where an image could not be read, it is that of the next one
 name      uint8, the paths of these images, relative to the image folder, with zero bytes between them
@@ -74,15 +75,18 @@ class Settings(Config):
     captions_crc32: str | None = None
     text_width: int | None = option(None, low=1, high=MAX_SIDE)
     text_length: int | None = option(None, low=1, high=MAX_SIDE)
+    num_frames: int | None = option(None, low=1, high=MAX_SIDE)  # of clips
+    frame_stride: int = option(1, low=1, high=MAX_SIDE)
 
     @property
     def num_shards(self):
         return -(-self.images // self.shard_size)
 
     def shard_shape(self, number):
-        """(n, F, M, C, h, w) of a shard's moments."""
+        """(n, F, M, C, h, w) of a shard's moments; of clips (n, F, M, C, frames, h, w)."""
         count, cells = min(self.shard_size, self.images - number * self.shard_size), sides(self.image_size)
-        return (count, 1 + self.flip, self.moments, self.channels, *(side // self.factor for side in cells))
+        frames = () if self.num_frames is None else (self.num_frames,)
+        return (count, 1 + self.flip, self.moments, self.channels, *frames, *(side // self.factor for side in cells))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,12 +273,19 @@ class StoredLatents(Dataset):
         """[number of images, CRC-32 of the shards' checksums]: by it a resumed run knows its data."""
         return [len(self), int(self.checksum, 16)]
 
-    def check(self, image_size, skip_bad):
+    def check(self, image_size, skip_bad, num_frames=None, frame_stride=1):
         """Refuse options that ask for what is not stored."""
         stored, holds = self.settings.image_size, f"{self.folder} holds latents"
         if image_size != stored:
             way_out = f"pass --image-size {stored}, or extract others"
             raise UserError(f"--image-size {image_size}", f"{holds} of {stored} pixels", way_out)
+        found = self.settings.num_frames, self.settings.frame_stride
+        if (num_frames, frame_stride) != found:
+            asked, stored = (
+                f"--num-frames {n} --frame-stride {stride}" for n, stride in ((num_frames, frame_stride), found)
+            )
+            way_out = f"pass {stored}" if found[0] else "leave it out"
+            raise UserError(asked, f"{holds} of {f'clips with {stored}' if found[0] else 'images'}", way_out)
         if skip_bad:
             raise UserError("--skip-bad-images", f"{holds}, and no images to skip", "leave the option out")
 

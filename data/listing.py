@@ -71,18 +71,36 @@ def to_path(name):
     return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
+ANIMATIONS = (".gif", ".webp")  # which Pillow reads
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm")  # which PyAV reads
+
+
 def is_image_file(name):
     return name.lower().endswith(ENDINGS)
 
 
-def list_images(root, loose=False):
+def images_in(folder, names):
+    """(the images, the other files) of the names of a folder's files."""
+    return [*filter(is_image_file, names)], [*itertools.filterfalse(is_image_file, names)]
+
+
+def clips_in(folder, names):
+    """(the clips, the other files) of the names of a folder's files: animations and videos; and of a folder in a class's,
+    all its pictures, the frames of one clip, whose name is empty."""
+    frames = [name for name in names if is_image_file(name)] if "/" in folder else []
+    clips = [name for name in names if name.lower().endswith(ANIMATIONS + VIDEOS) and name not in frames]
+    return clips + [""] * bool(frames), [name for name in names if name not in clips + frames]
+
+
+def list_images(root, loose=False, clips=False):
     """The Listing of an image folder. Each folder in it is a class, whose images are in it or in folders below it; classes
     are in the order of their names. Hidden files and folders are ignored, and folders without images are no classes. loose:
-    images beside the folders are a class too, called ".". Raises UserError where there are no images at all."""
+    images beside the folders are a class too, called ".". clips: of a folder of clips, as `clips_in` finds them. Raises
+    UserError where there are none at all."""
     if not os.path.isdir(root):
         raise UserError(f"--data-path {root}: no such folder")
-    found, left_out = walk(root, "--data-path ")
-    names, labels, classes, stray = [], [], [], 0
+    found, left_out = walk(root, "--data-path ", clips_in if clips else images_in)
+    what, names, labels, classes, stray = "clips" if clips else "images", [], [], [], 0
     for path, images in found:
         folder = path.split("/")[0]
         if path == "." and not loose:
@@ -90,18 +108,20 @@ def list_images(root, loose=False):
             continue
         if images and folder not in classes[-1:]:
             classes.append(folder)
-        names += [f"{path}/{name}".removeprefix("./") for name in images]
+        names += [f"{path}/{name}".removeprefix("./").rstrip("/") for name in images]
         labels += [len(classes) - 1] * len(images)
     empty = sorted({path.split("/")[0] for path, _ in found} - {".", *classes})
-    left_out = {"folders without images, which are no classes": empty, **left_out}
-    notes = notes_of(root, left_out | {"images in no class's folder": [f"{stray:,}"] if stray else []})
+    left_out = {f"folders without {what}, which are no classes": empty, **left_out}
+    notes = notes_of(root, left_out | {f"{what} in no class's folder": [f"{stray:,}"] if stray else []})
     if not names:
-        problem = f"no images in any of its {len(empty)} folders" if empty else "holds no folders"
-        raise UserError(f"--data-path {root}", problem, "; ".join(["put each class's images into one of its own", *notes]))
+        problem = f"no {what} in any of its {len(empty)} folders" if empty else "holds no folders"
+        way_out = "" if clips else ", or for clips pass --num-frames"
+        way_out = f"put each class's {what} into one of its own{way_out}"
+        raise UserError(f"--data-path {root}", problem, "; ".join([way_out, *notes]))
     return make_listing(names, labels, classes, notes)
 
 
-def walk(root, option=""):
+def walk(root, option="", files_in=images_in):
     """([(folder, names of its images)], {what was left out: words}) of a folder and all below it, as text relative to it,
     without hidden ones; the folders of a class one after another, and sorted. Links are followed, but for those to a folder
     that they are in, which would never end. Raises UserError, beginning with `option`, where the folder cannot be read."""
@@ -115,10 +135,9 @@ def walk(root, option=""):
 
     for path, folders, names in os.walk(root, onerror=failed, followlinks=True):
         folder = to_text(Path(os.path.relpath(path, root)).as_posix())
-        names = sorted(to_text(name) for name in names if not name.startswith("."))
-        found.append((folder, [*filter(is_image_file, names)]))
+        images, others = files_in(folder, sorted(to_text(name) for name in names if not name.startswith(".")))
+        found.append((folder, images))
         if folder != ".":
-            others = itertools.filterfalse(is_image_file, names)
             endings.update(os.path.splitext(name)[1].lower() or "without an ending" for name in others)
         for name in list(folders):
             below = os.path.join(path, name)

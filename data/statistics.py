@@ -3,7 +3,7 @@ by. They are those of draws from the posteriors, without drawing: E z = E mean a
 
 import torch
 
-from data.autoencoder import to_model_range
+from data.autoencoder import per_frame, to_model_range
 from data.order import make_loader, next_batch
 from runtime import seeds
 from runtime.errors import UserError
@@ -12,11 +12,12 @@ NUM_IMAGES = 1024  # that are measured, of data for which extract_latents.py has
 BATCH_SIZE = 16  # any number of processes encodes the same batches
 
 
-def channel_sums(moments):
-    """The sums of z and of z^2 over all but the channels: (..., M, C, h, w) moments -> (2, C) float64, on the CPU."""
-    mean, *std = moments.cpu().double().unbind(-4)
+def channel_sums(moments, axis=1):
+    """The sums of z and of z^2 over all but the channels: moments (N, M, C, ...), or with M at another axis -> (2, C)
+    float64, on the CPU."""
+    mean, *std = moments.cpu().double().unbind(axis)
     squares = mean**2 + sum(values**2 for values in std)
-    return torch.stack([values.movedim(-3, 0).flatten(1).sum(1) for values in (mean, squares)])
+    return torch.stack([values.movedim(axis, 0).flatten(1).sum(1) for values in (mean, squares)])
 
 
 def channel_statistics(sums, count):
@@ -40,7 +41,7 @@ def measure(dataset, space, seed, context, num_workers=0):
                 raise UserError(failure)
             moments = batch.get("moments")
             if moments is None:
-                moments = space.moments(to_model_range(batch["image"].to(context.device)))
+                moments = per_frame(space.moments, to_model_range(batch["image"].to(context.device)))
             found.append(channel_sums(moments))
             count += len(moments) * moments[0, 0, 0].numel()
     parts, counts = zip(*context.all_gather((found, count)), strict=True)

@@ -31,16 +31,15 @@ class FID:
 
     space: of the model's x_0. image_size: of the images in pixels. condition: what the model draws by. batch_size:
     images that a process draws at once, at most MAX_BATCH. sampler: SamplerConfig. signals: StopSignals, which end a
-    measurement. average: the trainer's to measure, by its name. Image i depends on (seed, i) alone, so that the number of
-    ranks changes the result by rounding at most. torch's random state and its precision settings stay as they are. All
-    ranks make one, which measures the reference, and call it. Raises UserError for a reference or weights that cannot be
-    used."""
+    measurement. average: the trainer's to measure, by its name. num_frames: of clips, all of whose frames are compared with
+    the reference's images. Image i depends on (seed, i) alone, so that the number of ranks changes the result by rounding
+    at most. torch's random state and its precision settings stay as they are. All ranks make one, which measures the
+    reference, and call it. Raises UserError for a reference or weights that cannot be used."""
 
     slow = True
 
-    def __init__(
-        self, config, context, space, image_size, condition, batch_size, seed, sampler, signals=None, average=None
-    ):
+    def __init__(self, config, context, space, image_size, condition, batch_size, seed, sampler, signals=None, average=None,
+                 num_frames=None):  # fmt: skip
         self.every, self.config, self.context, self.space = config.eval_every, config, context, space
         self.condition, self.batch_size, self.seed = condition, min(batch_size, MAX_BATCH), seed
         self.sampler, self.signals, self.average = sampler, signals, average
@@ -56,7 +55,7 @@ class FID:
         features = extract_all(missing, reference, context, self.batch_size, title) if missing else {}
         self.references = {name: gaussians(reference, features.get(name), context.device, network.published)
                            for name, network in self.networks.items() if context.is_main}  # fmt: skip
-        cells = latent_sides(image_size, space.factor)
+        cells = (num_frames, *latent_sides(image_size, space.factor))[num_frames is None :]
         with torch.no_grad():  # of stored latents nothing was decoded yet: now, rather than after thousands of steps
             space.decode(torch.zeros(self.batch_size, space.channels, *cells, device=context.device))
 
@@ -99,7 +98,7 @@ class FID:
                     if indices:
                         y = self.condition.random(self.seed, indices, context.device)
                         images = to_uint8(pipeline(y, *pipeline.noise(self.seed, indices)))  # (N, H, W, 3), on the CPU
-                        images = torch.from_numpy(images).to(context.device)
+                        images = torch.from_numpy(images).flatten(0, -4).to(context.device)  # of clips all frames
                         for name, network in self.networks.items():
                             pooled = network(images).pooled
                             statistics.setdefault(name, Statistics(pooled.shape[1], context.device)).update(pooled)

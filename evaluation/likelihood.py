@@ -18,6 +18,7 @@ from data.order import make_loader
 from diffusion import create_diffusion
 from diffusion.flow import flow_log_likelihood, likelihood_levels
 from diffusion.registry import OBJECTIVES
+from models import DiTConfig
 from runtime import files, seeds
 from runtime.devices import explain_out_of_memory, set_precision
 from runtime.errors import RunError, UserError
@@ -36,7 +37,8 @@ def measure_likelihood(config, context):
         image_size = settle(config, checkpoint, pixel_space(config, checkpoint))["image_size"]
         encoder = config.text_encoder or checkpoint.condition.record().get("name")  # of a model of texts
         data = DataConfig(data_path=config.data_path, flip=False, text_encoder=encoder)
-    dataset = load_dataset(data, image_size, context=context)
+    frames = next(iter(DiTConfig(**checkpoint.model_config).sides[:-2]), None)  # of a model of clips
+    dataset = load_dataset(data, image_size, context=context, num_frames=frames)
     with context.together():
         if dataset.channels != channels:
             problem = f"images of {dataset.channels} channels, {config.ckpt} works on {channels}"

@@ -4,6 +4,7 @@ every thing its own key. Seeds are hashed (numpy's SeedSequence), so that neighb
 import numpy as np
 
 DATA_ORDER, FLIP, TRAINING_STEP, SAMPLE_NOISE, SAMPLE_LABEL, BOUND_CHOICE, BOUND_NOISE, VALIDATION, CAPTION = range(9)
+CLIP, CLIP_START = 9, 10
 
 
 def generator(seed, stream, *key):

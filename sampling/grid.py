@@ -13,6 +13,7 @@ from runtime.shapes import sides
 GAP, TITLE_HEIGHT = 2, 20  # pixels
 MAX_PIXELS = 2**30  # 4 GiB of memory
 FRAMES, STEPS = 50, 10  # at most this many steps are shown in an animation, in a grid
+ANIMATED = ("GIF", "WEBP")  # formats in which clips are animations
 DURATION, LAST_DURATION = 100, 1500  # of an animation's frames, in milliseconds
 
 
@@ -20,6 +21,14 @@ def grid_size(number, size, columns, titles):
     """(width, height) in pixels of a grid of `number` images of size (height, width). titles: whether it has some."""
     columns, (height, width) = min(columns, number), size
     return columns * (width + GAP) + GAP, -(-number // columns) * (height + GAP + TITLE_HEIGHT * bool(titles)) + GAP
+
+
+def as_pictures(images):
+    """Images (N, H, W, 3) as they are, clips (N, F, H, W, 3) as strips of their frames (N, H, F W, 3)."""
+    if images.ndim == 4:
+        return images
+    number, frames, height, width, channels = images.shape
+    return images.transpose(0, 2, 1, 3, 4).reshape(number, height, frames * width, channels)
 
 
 def draw_grid(images, columns, enlarge=1, titles=None):
@@ -44,10 +53,14 @@ def image_format(path):
     return Image.registered_extensions().get(Path(path).suffix.lower())
 
 
-def check_files(config, number, size):
-    """Raises UserError, before any work, where the files of a SampleConfig could not hold `number` images of a size."""
-    size, columns = [side * config.enlarge for side in sides(size)], config.columns
+def check_files(config, number, size, frames=None):
+    """Raises UserError, before any work, where the files of a SampleConfig could not hold `number` images of a size, or so
+    many clips of `frames`."""
+    (height, width), columns = [side * config.enlarge for side in sides(size)], config.columns
+    strip = height, width * (frames or 1)
+    size = (height, width) if image_format(config.output) in ANIMATED else strip
     check_image("--output", config.output, *grid_size(number, size, columns, config.captions))
+    size = strip
     if path := config.save_trajectory:
         number, columns = (number, columns) if image_format(path) == "GIF" else (number * STEPS, STEPS)
         check_image("--save-trajectory", path, *grid_size(number, size, columns, titles=False))
@@ -75,13 +88,23 @@ def write_picture(path, picture, **options):
         replace_file(path, lambda file: file.write(content.getbuffer()))
 
 
+def write_images(path, images, columns, enlarge=1, titles=None):
+    """Write images (N, H, W, 3) uint8 as a grid; clips (N, F, H, W, 3) as a grid of strips, or to a file that can hold an
+    animation, .gif or .webp, as one."""
+    if images.ndim == 4 or image_format(path) not in ANIMATED:
+        return write_picture(path, draw_grid(as_pictures(images), columns, enlarge, titles))
+    first, *others = [draw_grid(images[:, i], columns, enlarge, titles) for i in range(images.shape[1])]
+    options = {"lossless": True} if image_format(path) == "WEBP" else {}
+    write_picture(path, first, save_all=True, append_images=others, duration=DURATION, loop=0, **options)
+
+
 def write_trajectory(path, decode, predictions, columns, enlarge):
     """Show how the predicted x_0 changes: as an animation if `path` is a .gif, else as a grid with a row for each image.
 
     decode: function from x_0 to images (N, H, W, 3) uint8. predictions: x_0 of every step. columns: of an animation."""
     animated = image_format(path) == "GIF"
     count = min(len(predictions), FRAMES if animated else STEPS)
-    frames = [decode(predictions[round(i)]) for i in np.linspace(0, len(predictions) - 1, count)]
+    frames = [as_pictures(decode(predictions[round(i)])) for i in np.linspace(0, len(predictions) - 1, count)]
     if animated:
         first, *others = [draw_grid(images, columns, enlarge) for images in frames]
         durations = [DURATION] * len(others) + [LAST_DURATION]

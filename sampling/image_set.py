@@ -1,6 +1,7 @@
 """The files of a set of images: a folder of {index:06d}.png, and one .npz of all images and labels."""
 
 import errno
+import math
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -64,25 +65,26 @@ def is_complete(npz, shape):
         return False
 
 
-def write_npz(npz, folder, number, size, label_of):
-    """Write the images 0 to number - 1 of size (H, W) as `arr_0` (N, H, W, 3) uint8 and their labels, label_of(index), as
-    `arr_1` (N,) int64, the same bytes as of numpy.savez, with one image in memory at a time. Returns whether that is done:
-    where images are damaged or missing, they are deleted instead, so that they are drawn again."""
-    bad = []
+def write_npz(npz, folder, shape, label_of):
+    """Write the images, of this shape (N, H, W, 3), or clips, (N, F, H, W, 3) from strips of their frames, as `arr_0` uint8
+    and their labels, label_of(index), as `arr_1` (N,) int64, the same bytes as of numpy.savez, with one image in memory at
+    a time. Returns whether that is done: where images are damaged or missing, they are deleted instead, so that they are
+    drawn again."""
+    bad, number, (*frames, height, width) = [], shape[0], shape[1:-1]
 
     def images():
         for index in tqdm(range(number), desc="Writing npz", unit="image"):
-            pixels = read_png(png(folder, index), size)
+            pixels = read_png(png(folder, index), (height, math.prod(frames) * width))
             if pixels is None:
                 bad.append(index)
                 with write_errors(png(folder, index)):
                     png(folder, index).unlink(missing_ok=True)
-                pixels = np.zeros((*size, 3), np.uint8)
-            yield pixels
+                pixels = np.zeros(shape[1:], np.uint8)
+            yield pixels.reshape(height, *frames, width, 3).swapaxes(0, 1) if frames else pixels
 
     def write(file):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            write_array(archive, "arr_0", (number, *size, 3), np.uint8, images())
+            write_array(archive, "arr_0", shape, np.uint8, images())
             write_array(archive, "arr_1", (number,), np.int64, (np.int64(label_of(index)) for index in range(number)))
         if bad:
             raise _DamagedError

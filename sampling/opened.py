@@ -75,12 +75,18 @@ class Opened:
         settings["prompts"] = None if by_class else checksum_of_text(self.condition.words(given))
         return settings
 
+    @property
+    def frames(self):
+        """Of a clip, where the model draws clips; else None."""
+        return next(iter(DiTConfig(**self.checkpoint.model_config).sides[:-2]), None)
+
     def check_memory(self, number, advice):
         """Raises OutOfMemoryError where the memory of a CPU cannot hold `number` images that are drawn at once: six
         activations of each token in a block, with guidance, and the images. advice: how to need less."""
         if self.device.type == "cpu":
             model = self.checkpoint.model_config
-            tokens, pixels = 2 * math.prod(DiTConfig(**model).grid), math.prod(sides(self.settings["image_size"]))
+            tokens = 2 * math.prod(DiTConfig(**model).grid)
+            pixels = math.prod(sides(self.settings["image_size"])) * (self.frames or 1)
             check_memory(4 * number * (6 * tokens * model["hidden_size"] + 9 * pixels), advice)
 
 
@@ -158,9 +164,9 @@ def settle(source, checkpoint, space, vae_name="the autoencoder"):
     """The model's name, image_size and num_classes, as a dict. Raises UserError where the checkpoint, the latent space and
     the options of `source`, a SourceConfig, contradict each other."""
     path, config = checkpoint.path, checkpoint.model_config
-    cells = DiTConfig(**config).sides
+    cells = DiTConfig(**config).sides[-2:]  # of a frame, where it draws clips
     if len(cells) != 2:
-        problem = "its x has not two sides, as the images that the commands draw"
+        problem = "its x has one side, the commands draw images and clips"
         raise UserError(path, problem, "draw with sampling.pipeline.Pipeline")
     size = plain_size([space.factor * side for side in cells])
     expected = getattr(space, "side", None) or (checkpoint.image_size if checkpoint.vae else size)

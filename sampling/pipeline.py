@@ -20,6 +20,7 @@ from runtime import seeds
 from runtime.devices import check_memory, explain_out_of_memory
 from runtime.errors import UserError, about
 from sampling.config import ComputeConfig, DrawConfig, GuidanceConfig, SamplerConfig, SourceConfig, TextConfig
+from sampling.grid import as_pictures
 from sampling.opened import Opened, place
 
 LARGEST = 1e20  # of x_0, whose variance is about 1
@@ -66,9 +67,9 @@ class Pipeline:
         return cls(model, space, config.sampler, config.guidance, guide, config.compute.products, condition)
 
     def draw(self, what=None, seed=0, batch_size=32):
-        """PIL images, one for each entry of `what`: words as --labels, --prompt or --vector take them, class numbers, or
-        vectors (default: some classes). Image i depends on the seed and on i alone. batch_size: images drawn at once; they
-        change in the last bits with it. Raises UserError."""
+        """PIL images, of clips strips of their frames, one for each entry of `what`: words as --labels, --prompt or
+        --vector take them, class numbers, or vectors (default: some classes). Image i depends on the seed and on i alone.
+        batch_size: images drawn at once; they change in the last bits with it. Raises UserError."""
         if isinstance(what, str | int):
             raise UserError("what to draw", f"is one value, {what!r}", f"give a list, such as [{what!r}]")
         choices = self.condition.default() if what is None else self.condition.parse(what)
@@ -76,7 +77,7 @@ class Pipeline:
         for first in range(0, len(choices), batch_size):
             batch = range(first, min(first + batch_size, len(choices)))
             x_0 = samplers.last(self.steps([choices[i] for i in batch], *self.noise(seed, batch)))
-            images += map(Image.fromarray, self.to_pixels(x_0))
+            images += map(Image.fromarray, as_pictures(self.to_pixels(x_0)))
         return images
 
     def noise(self, seed, indices):
@@ -167,8 +168,8 @@ def check_finite(images):
 
 
 def to_uint8(images):
-    """(N, C, H, W) in [-1, 1] -> numpy (N, H, W, 3) uint8, grey repeated: clamp(127.5 x + 128, 0, 255), truncated. Raises
-    UserError as `check_finite`."""
+    """(N, C, H, W) in [-1, 1] -> numpy (N, H, W, 3) uint8, grey repeated: clamp(127.5 x + 128, 0, 255), truncated; clips
+    (N, C, F, H, W) -> (N, F, H, W, 3). Raises UserError as `check_finite`."""
     check_finite(images)
     pixels = torch.clamp(127.5 * images + 128, 0, 255).to(torch.uint8)
-    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    return pixels.expand(-1, 3, *pixels.shape[2:]).movedim(1, -1).cpu().numpy()

@@ -153,8 +153,8 @@ def offers(ckpt, vae=None, compute=None):
 
 
 def draw_grid(config, images, titles):
-    """The grid that sample.py draws, a PIL image."""
-    return grid.draw_grid(images, config.columns, config.enlarge, titles)
+    """The grid that sample.py draws, a PIL image; of clips the strips of their frames."""
+    return grid.draw_grid(grid.as_pictures(images), config.columns, config.enlarge, titles)
 
 
 def write_pictures(folder, config, images, titles):
@@ -171,7 +171,11 @@ def write_pictures(folder, config, images, titles):
 
     path, singles = write("grid.png", draw_grid(config, images, titles)), []
     for i, (pixels, title) in enumerate(zip(images, titles, strict=True)):
-        singles.append((write(f"{i:03d}.png", Image.fromarray(pixels), image=str(i), caption=title), title))
+        if images.ndim == 5:  # a clip, which plays
+            grid.write_images(clip := os.path.join(folder, f"{i:03d}.webp"), pixels[None], 1, config.enlarge)
+            singles.append((clip, title))
+        else:
+            singles.append((write(f"{i:03d}.png", Image.fromarray(pixels), image=str(i), caption=title), title))
     with zipfile.ZipFile(os.path.join(folder, "images.zip"), "w") as archive:
         for member in (path, *dict(singles)):
             archive.write(member, os.path.basename(member))

@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+import torch
+
 from checkpoint import lora
 from checkpoint.config import DEFAULT, MODELS
 from checkpoint.opened import Checkpoint, check_shapes
@@ -47,9 +49,16 @@ def resolve(options, config, peek):
 
 def sizes_of(checkpoint, options):
     """The checkpoint's values of the design in ModelOptions. Raises UserError where the command line contradicts them."""
-    found, given = checkpoint.model_config, options.overrides()
+    patch = DiTConfig(**checkpoint.model_config).patch
+    found, given = {**checkpoint.model_config, "patch_size": patch[-1]}, options.overrides()
+    if len(patch) == 3:  # of clips
+        found["patch_frames"] = patch[0]
+        if not options.num_frames:
+            raise UserError(f"--init-from {checkpoint.path}", "a model of clips", "give --num-frames")
     if given.get("objective") == "meanflow" and found["objective"] == "flow":  # whose weights are those of r = t
-        found = {**found, "objective": "meanflow"}
+        found["objective"] = "meanflow"
+    if len(patch) == 2 and (options.block, found["block"]) == ("space-time", "adaln-zero"):
+        found["block"] = "space-time"  # see `inflate`
     named = DiT_models[options.model].keywords if options.model else {}
     for name, value in {**named, **given}.items():
         same = value == found[name]
@@ -70,6 +79,7 @@ def load_into(model, source, rows):
         problem = f"a model of {old['in_channels']} channels, those of this run's images are {model.in_channels}"
         raise UserError(where, problem, "pass the autoencoder that it was trained with as --vae")
     source.check_weights()
+    weights = inflate(weights, old, model)
     new = model.state_dict()  # its tensors share the memory of the model's parameters
     width, (before, now) = old["hidden_size"], [DiTConfig(**config).grid for config in (old, model.config)]
     # what belongs to a condition that the other model does not have
@@ -115,6 +125,25 @@ def load_into(model, source, rows):
         pairs[20:] = ["..."] if len(pairs) > 20 else []
         lines += [f"Rows of the label table: {', '.join(pairs) or 'none'} taken over, others N(0, 0.02)"]
     return lines
+
+
+def inflate(weights, config, model):
+    """The weights of a model of images, of this config, as those of a model of clips: each frame is seen as the image was,
+    and predicted alike. Positions in time start at zero, and so does the attention over time of the block `space-time`.
+    Other weights, or for another model, stay as they are."""
+    if len(DiTConfig(**config).sides) == len(model.sizes.sides) or len(model.sizes.sides) != 3:
+        return weights
+    new, frames = model.state_dict(), model.sizes.patch[0]
+    found = {**weights, "time_embed.weight": new["time_embed.weight"]}
+    kernel = found["x_embedder.proj.weight"]
+    found["x_embedder.proj.weight"] = kernel[:, :, None].expand(-1, -1, frames, -1, -1) / frames  # the mean of the frames
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        found[name] = torch.cat([found[name]] * frames)
+    for name in new.keys() & found.keys():
+        if name.startswith("blocks.") and "adaLN_modulation" in name:  # the first six vectors are those of the image model
+            found[name] = torch.cat([found[name], new[name][len(found[name]) :]])
+    own = {name: new[name] for name in new.keys() - found.keys() if ".attn_time." in name or ".norm_time." in name}
+    return found | own
 
 
 def label_rows(source, words, num_classes, label_dropout, names):

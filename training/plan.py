@@ -13,6 +13,7 @@ from PIL import Image
 
 from checkpoint.opened import name_of
 from data.autoencoder import LatentSpace
+from data.clips import ClipDataset
 from data.condition import open_condition
 from data.images import ImageDataset, MapDataset
 from data.order import GlobalOrder, make_loader, next_batch
@@ -101,7 +102,7 @@ def data_warnings(options, dataset, num_sampled=200):
     if few:
         more = ", ..." if len(few) > 5 else ""
         lines.append(f"{len(few)} of {len(counts)} classes have fewer than {FEW_IMAGES} images: {', '.join(few[:5])}{more}")
-    if not isinstance(dataset, ImageDataset) or isinstance(dataset, MapDataset):
+    if not isinstance(dataset, ImageDataset) or isinstance(dataset, MapDataset | ClipDataset):
         return lines
     sampled = np.random.default_rng(0).permutation(len(dataset))[:num_sampled]
     small = unreadable = 0

@@ -58,7 +58,7 @@ def load_data(data, model, recipe, context, dataset=None):
     with context.together():
         if isinstance(dataset, MapDataset):
             dataset.check_sides(model.image_size)
-        dataset = dataset or load_dataset(data, model.image_size, recipe.global_seed, context)
+        dataset = dataset or load_dataset(data, model.image_size, recipe.global_seed, context, model.num_frames)
         found = len(dataset.classes)
         if model.num_classes and found > model.num_classes:
             way_out = f"pass --num-classes {found}, or 0 to ignore them"
@@ -143,8 +143,11 @@ def build_model(options, recipe, space, condition=None):
     patch_size, side = overrides.get("patch_size", constructor.keywords["patch_size"]), getattr(space, "side", None)
     cells = latent_sides(options.image_size, space.factor, patch_size, side)
     arguments = {"input_size": cells, "in_channels": space.channels, **overrides}
+    if frames := options.num_frames:
+        arguments |= {"input_size": (frames, *cells), "patch_size": (options.patch_frames or 1, patch_size, patch_size)}
     if OBJECTIVES[options.objective or "diffusion"].flow and space.factor > 1:
-        arguments = {"time_shift": default_time_shift(space.channels * math.prod(cells)), **arguments}
+        numbers = space.channels * math.prod(cells) * (options.num_frames or 1)
+        arguments = {"time_shift": default_time_shift(numbers), **arguments}
     torch.manual_seed(recipe.global_seed)
     try:
         return constructor(**arguments, **condition.model_arguments(), class_dropout_prob=recipe.label_dropout)
@@ -164,7 +167,8 @@ def check_size(options, recipe, compute, context, space, condition):
         model = build_model(options, recipe, space, condition)
     batch_size, on_host = recipe.global_batch_size // context.world_size, context.device.type == "cpu"
     weights = 4 * sum(p.numel() for p in model.parameters())
-    images = batch_size * math.prod(sides(options.image_size))  # bytes of a channel, of which there are one or three
+    pixels = math.prod(sides(options.image_size)) * (options.num_frames or 1)
+    images = batch_size * pixels  # bytes of a channel, of which there are one or three
     if on_host:  # gradients, averages and two moments beside the weights; ten activations of each token in a block
         blocks = len(model.blocks) if not compute.grad_checkpoint else 1
         part = math.ceil(batch_size / compute.grad_accum)

@@ -26,7 +26,7 @@ from runtime import seeds
 from runtime.errors import UserError, about
 from runtime.shapes import sides
 from sampling.config import GuidanceConfig, SamplerConfig
-from sampling.grid import draw_grid
+from sampling.grid import as_pictures, draw_grid
 from sampling.pipeline import Pipeline, to_uint8
 
 GRID_SAMPLER = ("dpm-solver++", 20)  # of all but flows: a twelfth of the time of DDPM's 250 steps
@@ -58,6 +58,7 @@ class Samples:
         self.every, self.context, self.condition = config.sample_every, trainer.context, trainer.condition
         self.average = config.watch_average
         self.batch_size, self.enlarge = min(trainer.part_size, EXAMPLES), max(1, MIN_SIDE // max(sides(image_size)))
+        self.sides = trainer.model.sizes.sides
         objective, condition, device = trainer.model.objective, trainer.condition, trainer.device
         self.labels, self.titles = condition.examples(device)
         if words := config.sample_labels or config.sample_prompts:
@@ -74,7 +75,8 @@ class Samples:
     def __call__(self, trainer):
         with about("--sample-cfg-scale", option="--cfg-scale"):
             images = self.images(trainer)
-        return {"samples": draw_grid(images, num_columns(len(images)), self.enlarge, self.titles)}
+        columns = num_columns(len(images)) if len(self.sides) == 2 else 1  # of clips each row is a strip
+        return {"samples": draw_grid(images, columns, self.enlarge, self.titles)}
 
     def images(self, trainer):
         """The grid's images, uint8 (N, H, W, 3), on all ranks. Image i depends on its label and on i alone."""
@@ -85,7 +87,8 @@ class Samples:
         with context.together():
             for first in range(0, len(mine), self.batch_size):
                 indices = mine[first : first + self.batch_size]
-                drawn += [*to_uint8(pipeline(self.labels[list(indices)], *pipeline.noise(SEED, indices)))]
+                images = to_uint8(pipeline(self.labels[list(indices)], *pipeline.noise(SEED, indices)))
+                drawn += [*as_pictures(images)]
         parts = context.all_gather(drawn)
         return np.stack([parts[i % context.world_size][i // context.world_size] for i in range(len(self.labels))])
 
@@ -100,17 +103,18 @@ class Validation:
     """The loss of the trained weights, or of --watch-average, on held-out images, every --val-every steps. It rises while
     the training loss falls where a model begins to memorise its images, in fine-tuning above all.
 
-    config: MonitorConfig. data: DataConfig of the training images. image_size, vae: of the run. channels: of its images.
+    config: MonitorConfig. data: DataConfig of the training images. model, vae: ModelOptions and autoencoder of the run.
+    channels: of its images.
     The held-out images are encoded once; each rank keeps its part on the CPU. Image, timestep and noise do not depend on
     --global-seed, so that runs can be compared. Raises UserError for images that cannot be used."""
 
-    def __init__(self, config, trainer, data, image_size, vae, channels):
+    def __init__(self, config, trainer, data, model, vae, channels):
         self.every, self.context, self.batch_size = config.val_every, trainer.context, trainer.part_size
         self.average, context, condition = config.watch_average, trainer.context, trainer.condition
         columns = {} if is_table(config.val_data_path) else dict.fromkeys(COLUMNS)  # training's may be rows, these files
         data = dataclasses.replace(data, data_path=config.val_data_path, flip=False, **columns)
         with about("--val-data-path", option="--data-path"), context.together():
-            held_out = load_dataset(data, image_size, seed=0, context=context)
+            held_out = load_dataset(data, model.image_size, 0, context, model.num_frames)
             if held_out.channels != channels:
                 problem = f"has images of {held_out.channels} channels, training has {channels}"
                 raise UserError(f"--data-path {data.data_path}", problem, "give held-out images of the same kind")
