@@ -23,6 +23,7 @@ from checkpoint import files
 from data.condition import Classes
 from diffusion.registry import OBJECTIVES
 from tools import plot
+from training import watchers
 from training.cost import build, forward_macs, peak_tflops
 from training.run import postfix
 from training.watchers import Validation, choose_sampler, num_columns
@@ -144,10 +145,13 @@ def test_latents_and_held_out_classes_by_name(image_folder, small_vae, tmp_path,
     assert not (tmp_path / "refused").exists()
 
 
-def test_the_last_weights_are_drawn_too(tmp_path):
+def test_the_last_weights_are_drawn_and_validated_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchers, "MAX_IMAGES", 8)
     arguments = [*TINY, "--max-steps", 5, "--sample-every", 3, "--run-dir", tmp_path, "--sample-labels", 1]
+    arguments += ["--val-every", 4, "--val-data-path", "digits"]
     assert call(train.main, *arguments, "--recipe", "fast", "--sample-sampling-steps", 2) == 0
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["0000003.png", "0000005.png"]
+    assert [row["step"] for row in metrics(tmp_path) if "val_loss" in row] == [4, 5]
 
 
 @pytest.mark.parametrize(

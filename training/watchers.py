@@ -100,13 +100,15 @@ def num_columns(number):
 
 
 class Validation:
-    """The loss of the trained weights, or of --watch-average, on held-out images, every --val-every steps. It rises while
-    the training loss falls where a model begins to memorise its images, in fine-tuning above all.
+    """The loss of the trained weights, or of --watch-average, on held-out images, every --val-every steps and at the end.
+    It rises while the training loss falls where a model begins to memorise its images, in fine-tuning above all.
 
     config: MonitorConfig. data: DataConfig of the training images. model, vae: ModelOptions and autoencoder of the run.
     channels: of its images.
     The held-out images are encoded once; each rank keeps its part on the CPU. Image, timestep and noise do not depend on
     --global-seed, so that runs can be compared. Raises UserError for images that cannot be used."""
+
+    at_end = True
 
     def __init__(self, config, trainer, data, model, vae, channels):
         self.every, self.context, self.batch_size = config.val_every, trainer.context, trainer.part_size
