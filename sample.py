@@ -1,5 +1,6 @@
 """Draw images of chosen classes from a DiT.
 
+    python sample.py --ckpt assets/mnist.safetensors          # a small model of this repository; seconds on a CPU
     python sample.py --image-size 512 --seed 1
     python sample.py --ckpt results/000-DiT-XL-2 --labels "golden retriever" 417 --output dog.png
     python sample.py --sampler dpm-solver++ --num-sampling-steps 20 --interpolate classes --labels 207 360
@@ -12,13 +13,13 @@ With the same weights and seed these are the original release's images, on the C
 import sys
 
 from runtime.parser import Parser
-from sampling.config import SampleConfig
+from sampling.config import SampleConfig, recorded_drawing
 
 FEW_INVERSION_STEPS = 20  # with fewer, DDIM inversion and sampling are no inverses of each other, even approximately
 
 
 def main(argv=None):
-    parser = Parser(SampleConfig, __doc__)
+    parser = Parser(SampleConfig, __doc__, presets={"ckpt": recorded_drawing})
     config = parser.parse(argv)
     with parser.report_errors():
         sample(config)

@@ -1,8 +1,9 @@
 """What a .safetensors file of weights says of its model: text in its metadata, of which ours is JSON.
 
 The record of a model is a dict with some of `model_config` (the arguments of models.DiT), `class_names` (list of str),
-`vae` (as --vae names it), `image_size` (pixels), `condition` (of data/condition.py, where it is not the class) and
-`latents` (statistics of each channel, where the latents were normalised by these).
+`vae` (as --vae names it), `image_size` (pixels), `condition` (of data/condition.py, where it is not the class), `latents`
+(statistics of each channel, where the latents were normalised by these) and `drawing` (options of sample.py by name, which
+it takes where the command line gives no others).
 """
 
 import json
@@ -11,7 +12,7 @@ from safetensors import safe_open
 
 from checkpoint.files import CheckpointError
 
-NAMES = ("model_config", "class_names", "vae", "image_size", "condition", "latents")
+NAMES = ("model_config", "class_names", "vae", "image_size", "condition", "latents", "drawing")
 OLD_NAMES = ("text_encoder", "text_encoder_crc32")  # of models of texts, before they had a `condition`
 
 
@@ -20,7 +21,7 @@ def of(checkpoint, vae=None):
     where no autoencoder is known, because it is a guess then."""
     vae = vae or checkpoint.metadata.get("recorded_vae") or checkpoint.vae
     found = {"model_config": checkpoint.model_config, "class_names": checkpoint.class_names, "vae": vae}
-    found |= {"condition": checkpoint.condition_record, "latents": checkpoint.latents}
+    found |= {"condition": checkpoint.condition_record, "latents": checkpoint.latents, "drawing": checkpoint.drawing}
     return found | {"image_size": checkpoint.image_size if checkpoint.vae else None}
 
 

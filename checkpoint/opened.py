@@ -114,6 +114,11 @@ class Checkpoint:
             record["name"] = self._recorded("text_encoder", str, self.options, self.metadata)
         return record
 
+    @property
+    def drawing(self):
+        """Options of sample.py by name that the file records for drawing with it; None without a record."""
+        return self._recorded("drawing", dict, self.metadata)
+
     @functools.cached_property
     def condition(self):
         """What the model draws by, of `data.condition`."""

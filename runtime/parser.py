@@ -90,7 +90,8 @@ class Parser(argparse.ArgumentParser):
     """The parser of a command whose options are the fields of `config_class`; a nested config is a group of options.
 
     description: the command's docstring. defaults: {field name: default} where a command's differs from the config's.
-    presets: {field name: {value of that field: other defaults}}, for options that stand for several."""
+    presets: {field name: {value of that field: other defaults}}, for options that stand for several; in place of the inner
+    dict a function of all values that returns the other defaults, and may raise UserError."""
 
     def __init__(self, config_class, description, defaults=None, presets=None):
         # abbreviations would change their meaning with every new option
@@ -170,7 +171,9 @@ class Parser(argparse.ArgumentParser):
         prepare_process()
         values = vars(self.parse_args(argv))
         for name, choices in self.presets.items():
-            self.set_defaults(**choices[values[name]])  # what the command line gives wins over them
+            with self.report_errors():
+                others = choices(values) if callable(choices) else choices[values[name]]
+            self.set_defaults(**others)  # what the command line gives wins over them
             values = vars(self.parse_args(argv))
         with self.report_errors():
             config = self.config_class.from_flat(values)

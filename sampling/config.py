@@ -9,10 +9,13 @@ from checkpoint.config import MAX_SIZE, MODELS
 from diffusion import check_sampler
 from diffusion.registry import GUIDANCE_SCHEDULES, OBJECTIVES, SAMPLERS, SPACINGS
 from runtime.config import Config, flag, option
-from runtime.errors import UserError
+from runtime.errors import UserError, about
 from runtime.shapes import ImageSize
 
 MAX_SEED = 2**63 - 1  # of torch.manual_seed
+OF_SAMPLER = ("sampler", "num_sampling_steps", "eta")
+# What a .safetensors file may say of the drawing: nothing that names a file
+RECORDED = ("labels", "prompt", "samples_per_label", "columns", "enlarge", "captions", "cfg_scale", *OF_SAMPLER)
 DEFAULTS = {name: objective.default_sampler for name, objective in OBJECTIVES.items()}
 
 
@@ -212,6 +215,21 @@ class SampleConfig(DrawConfig):
             raise UserError(f"--save-trajectory {self.output}: is the file of --output too; name another")
 
 
+def recorded_drawing(values):
+    """Of the options `values` of sample.py, those of RECORDED that the file of --ckpt records; {name: value}. Raises
+    UserError."""
+    from checkpoint.opened import Checkpoint  # imports torch
+
+    if not (values["ckpt"] or "").endswith(".safetensors"):
+        return {}
+    recorded = Checkpoint.open(values["ckpt"]).drawing or {}
+    others = OF_SAMPLER if values.get("sampler") not in (None, recorded.get("sampler")) else ()  # are of another sampler
+    found = {name: value for name, value in recorded.items() if name in RECORDED and name not in others}
+    with about(f"{values['ckpt']}: its record of the drawing"):
+        SampleConfig.from_flat(found)
+    return found | ({"samples_per_label": 1} if values.get("interpolate") else {})
+
+
 @dataclass(frozen=True)
 class SetConfig(Config):
     """Which images a set holds."""
@@ -253,6 +271,7 @@ class SampleSetConfig(SetConfig, DrawConfig):
 def command(config):
     """The command line for a SampleConfig or a SampleSetConfig."""
     words, defaults = ["python", config.script], config.defaults()
+    defaults |= recorded_drawing(config.flat()) if isinstance(config, SampleConfig) else {}
     for name, value in config.flat().items():
         if value == defaults[name]:
             continue

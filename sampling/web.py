@@ -20,7 +20,7 @@ from runtime.devices import explain_out_of_memory
 from runtime.errors import UserError
 from runtime.shapes import sides
 from sampling import grid
-from sampling.config import ComputeConfig, SampleConfig, command
+from sampling.config import ComputeConfig, SampleConfig, command, recorded_drawing
 from sampling.editing import draw_noise
 from sampling.labels import choose
 from sampling.opened import Opened
@@ -50,13 +50,14 @@ def page_words():
 
 
 def find_checkpoints(first=None):
-    """Paths of `first`, if given, of the checkpoints below demo/ and results/, the newest first, and of the released ones.
-    Raises UserError where there are none."""
+    """Paths of `first`, if given, of the models in assets/, of the checkpoints below demo/ and results/, the newest first,
+    and of the released ones. Raises UserError where there are none."""
     found = [path for folder in ("demo", "results") for path in Path(folder).glob("**/checkpoints/*.pt")]
     found = [path for path in found if re.fullmatch(r"\d{7,}", path.stem) and path.is_file()]
     found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     paths = [newest_of_run(first)] if first else []
-    paths += map(str, [*found, *sorted(Path("pretrained_models").glob("*.pt"))])
+    small, released = sorted(Path("assets").glob("*.safetensors")), sorted(Path("pretrained_models").glob("*.pt"))
+    paths += map(str, [*small, *found, *released])
     if not paths:
         raise UserError("--ckpt: there is no checkpoint below demo/ or results/; run `make demo`, or name one")
     return list(dict.fromkeys(paths))
@@ -82,7 +83,7 @@ def page_config(values, compute, vae=None):
         own = {"samples_per_label": 1 if interpolate else count, "columns": columns, "captions": True, "vae": vae,
                "labels": None if prompts else labels, "prompt": prompts or None,
                "interpolate": "classes" if interpolate else None}  # fmt: skip
-        return SampleConfig.from_flat({**compute.flat(), **values, **own})
+        return SampleConfig.from_flat({**compute.flat(), **recorded_drawing(values), **values, **own})
 
 
 class Artist:
@@ -139,8 +140,10 @@ def offers(ckpt, vae=None, compute=None):
     values = {"ckpt": ckpt, "vae": vae, "cfg_scale": 1.0, **(compute or ComputeConfig()).flat()}
     opened = Opened.open(SampleConfig.from_flat(values))
     condition, objective = opened.condition, OBJECTIVES[opened.checkpoint.model_config["objective"]]
-    sampler, choices = objective.default_sampler if objective.flow else SAMPLER, condition.all()
-    settings = (*sampler, 1.0 if objective.average else CFG_SCALE)
+    (sampler, steps), choices = objective.default_sampler if objective.flow else SAMPLER, condition.all()
+    settings = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": 1.0 if objective.average else CFG_SCALE}
+    recorded = opened.checkpoint.drawing or {}
+    settings = tuple(recorded.get(name, value) for name, value in settings.items())
     if choices is None:
         return [], [], settings
     titles = zip(choices, condition.titles(choices), condition.words(choices), strict=True)

@@ -31,7 +31,7 @@ from models import DiT
 from runtime.errors import UserError
 from sampling import web
 from sampling.config import ComputeConfig
-from tools import app
+from tools import app, convert
 
 CPU = ComputeConfig(device="cpu")
 VALUES = {
@@ -78,6 +78,16 @@ def test_the_page_draws_what_sample_draws(ckpt, tmp_path):
         assert np.array_equal(pixels, drawn_by_sample(web.command(config), tmp_path)), changes
         seen.add(pixels.tobytes())
     assert len(seen) == 6, "each of the settings must count"
+
+
+def test_the_page_takes_what_a_file_records_of_its_drawing(ckpt, tmp_path):
+    file, words = tmp_path / "small.safetensors", "--samples-per-label 3 --columns 3 --sampler ddim --eta 1 --enlarge 2"
+    assert call(convert.main, ckpt, file, "--drawing", words) == 0
+    for sampler, eta in (("ddim", 1), ("unipc", 0)):
+        config, images, captions = drawn_by_page(web.Artist(), file, sampler=sampler)
+        assert config.sampler.eta == eta
+        pixels = np.asarray(web.draw_grid(config, images, captions))
+        assert np.array_equal(pixels, drawn_by_sample(web.command(config), tmp_path))
 
 
 def test_drawings_that_overlap_do_not_disturb_each_other(ckpt):
@@ -179,6 +189,9 @@ def test_checkpoints_are_found_the_newest_first(tmp_path, monkeypatch):
     assert web.find_checkpoints() == [names[1], names[0], names[2]]
     assert web.find_checkpoints("own.pt") == ["own.pt", names[1], names[0], names[2]]
     assert web.find_checkpoints(names[0]) == [names[0], names[1], names[2]]
+    Path("assets").mkdir()
+    Path("assets/small.safetensors").touch()
+    assert web.find_checkpoints() == ["assets/small.safetensors", names[1], names[0], names[2]]
 
 
 def test_classes_are_offered_by_number_and_name(ckpt, tmp_path):
@@ -186,6 +199,9 @@ def test_classes_are_offered_by_number_and_name(ckpt, tmp_path):
     assert choices == [(str(i), str(i)) for i in range(10)]
     assert default == [str(i) for i in range(8)]
     assert settings == ("dpm-solver++", 20, 4.0)
+    words = "--sampler ddim --num-sampling-steps 5 --cfg-scale 2"
+    assert call(convert.main, ckpt, tmp_path / "small.safetensors", "--drawing", words) == 0
+    assert web.offers(str(tmp_path / "small.safetensors")) == (choices, default, ("ddim", 5, 2))
     state = torch.load(ckpt, weights_only=True)
     torch.save({**state, "class_names": ["ant", *"bcdefghij"]}, tmp_path / "named.pt")
     assert web.offers(str(tmp_path / "named.pt"))[0][:2] == [("0 ant", "0"), ("1 b", "1")]

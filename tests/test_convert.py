@@ -112,6 +112,60 @@ def test_the_record_goes_along(ckpt, folder, tmp_path):
         assert len(opened.checksum) == 8
 
 
+def test_rounded_weights_are_half_as_large_and_draw_nearly_the_same(tmp_path):
+    ckpt = model_file(tmp_path / "a.pt", in_channels=1, learn_sigma=False, hidden_size=64)
+    half, full = tmp_path / "half.safetensors", tmp_path / "full.safetensors"
+    assert call(convert.main, ckpt, full) == call(convert.main, ckpt, half, "--dtype", "bfloat16") == 0
+    assert os.path.getsize(half) < 0.56 * os.path.getsize(full)
+    weights, exact = Checkpoint.open(half).weights, Checkpoint.open(full).weights
+    assert torch.equal(weights["pos_embed"], exact["pos_embed"])
+    assert all(torch.equal(w, exact[name].bfloat16()) for name, w in weights.items() if name != "pos_embed")
+    inputs = torch.randn(2, 1, 4, 4), torch.tensor([5.0, 900.0]), torch.tensor([0, 3])
+    outputs = [Checkpoint.open(path).build_model()(*inputs) for path in (half, full)]
+    assert outputs[0].dtype == torch.float32, "it computes in full"
+    torch.testing.assert_close(*outputs, rtol=0, atol=0.05)
+    assert not torch.equal(*outputs)
+
+
+def test_a_file_says_how_to_draw_and_options_win(ckpt, tmp_path, capsys):
+    file, options = tmp_path / "a.safetensors", ("--cfg-scale", 2, "--num-sampling-steps", 3)
+    words = "--labels 2 0 --samples-per-label 3 --columns 3 --enlarge 2 --cfg-scale 2 --num-sampling-steps 3"
+    assert call(convert.main, ckpt, file, "--drawing", words) == 0
+    assert call(convert.main, file, tmp_path / "copy.safetensors", "--dtype", "float32") == 0
+
+    def drawn(*words):
+        assert call(sample.main, *words, "--output", tmp_path / "a.png") == 0
+        return (tmp_path / "a.png").read_bytes()
+
+    layout = ("--labels", 2, 0, "--samples-per-label", 3, "--columns", 3, "--enlarge", 2)
+    by_hand = drawn("--ckpt", ckpt, *layout, *options)
+    assert drawn("--ckpt", file) == drawn("--ckpt", tmp_path / "copy.safetensors") == by_hand
+    other = ("--labels", 1, "--columns", 2, "--cfg-scale", 1)
+    assert drawn("--ckpt", file, *other) == drawn("--ckpt", ckpt, *layout, *options, *other)
+    assert drawn("--ckpt", file, "--interpolate", "classes")
+    capsys.readouterr()
+    assert call(convert.main, ckpt, tmp_path / "b.safetensors", "--drawing", "--cfg-scale 2 --seed 3") == 2
+    assert "--drawing --cfg-scale 2 --seed 3: --seed cannot be recorded; leave it out" in capsys.readouterr().err
+    assert call(convert.main, ckpt, tmp_path / "folder", "--drawing", "--cfg-scale 2") == 2
+    assert "--drawing: does not go with TARGET" in capsys.readouterr().err
+
+
+def test_a_file_cannot_name_other_files_or_break_a_command(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for drawing, error in (
+        ('{"output": "mine.png", "vae": "theirs"}', None),
+        ('{"cfg_scale": "large"}', "a.safetensors: its record of the drawing: 'large' is not a number"),
+        ("[1]", "a.safetensors: damaged: its drawing is [1], not of type dict"),
+    ):
+        assert call(convert.main, ckpt, "a.safetensors", "--overwrite") == 0
+        config = json.dumps(Checkpoint.open(ckpt).model_config)
+        record = {"model_config": config, "vae": '"none"', "image_size": "4", "drawing": drawing}
+        save_file(load_file("a.safetensors"), "a.safetensors", record)
+        assert call(sample.main, "--ckpt", "a.safetensors", "--num-sampling-steps", 2) == (2 if error else 0)
+        assert not os.path.exists("mine.png")
+        assert not error or error in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("change", [{"mlp_ratio": 2.0}, {"class_dropout_prob": 0.0}, {"learn_sigma": False}])
 def test_safetensors_hold_every_model(tmp_path, block, change):

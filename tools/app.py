@@ -1,7 +1,7 @@
 """Draw images in the browser: a web page for one or more visitors.
 
     pip install "gradio>=6"
-    python -m tools.app                                # the newest checkpoint below demo/ or results/
+    python -m tools.app                                # assets/mnist.safetensors; the others below demo/ and results/
     python -m tools.app --ckpt results/xl2 --precision bf16 --port 8000
 
 The page shows what sample.py draws for the same settings. Only this machine can open it, unless --host says otherwise.
@@ -41,7 +41,7 @@ class AppConfig(Config):
 
     compute: ComputeConfig
     ckpt: str | None = option(None, "the checkpoint that is chosen first, or a run's folder, for its newest one (default: "
-        "the newest below demo/ or results/)")  # fmt: skip
+        "the small model in assets/)")  # fmt: skip
     vae: str | None = option(None, "autoencoder for all checkpoints (default: the one that a checkpoint records, or mse "
         'where that is "ema" or "mse" or nothing is recorded)')  # fmt: skip
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines open the page, without a password")

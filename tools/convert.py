@@ -4,18 +4,20 @@
     python -m tools.convert my-dit.safetensors my-dit              # a folder: model_index.json, transformer/, vae/, ...
     python -m tools.convert facebook/DiT-XL-2-256 DiT-XL-2-256x256.pt
 
-The weights are the averaged ones where there are any, and every conversion is exact. docs/interchange.md tells what each
-form holds, and how the folder is used with diffusers.
+The weights are the averaged ones where there are any, and every conversion is exact but that of --dtype.
+docs/interchange.md tells what each form holds, and how the folder is used with diffusers.
 """
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.config import MAX_SIZE
-from runtime.config import Config, option
+from runtime.config import Config, flag, option
 from runtime.errors import RunError, UserError
 from runtime.parser import Parser
+from sampling.config import RECORDED, SampleConfig
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,19 @@ class ConvertConfig(Config):
         "of 4 channels without a record, ema)")  # fmt: skip
     average: str | None = option(None, "the weights of SOURCE to take: an average by its decay, such as 0.999, or model "
         "for the trained ones (default: the average of --ema-decay)")  # fmt: skip
+    dtype: str | None = option(None, "type of the numbers in a file, rounded to it; pos_embed, which is not trained, stays "
+        "as it is (default: SOURCE's)", choices=("float32", "bfloat16", "float16"))  # fmt: skip
+    drawing: str | None = option(None, "options that sample.py shall take by default for a .safetensors file, in quotes "
+        "(default: SOURCE's, if any)", metavar="'--OPTION VALUE ...'")  # fmt: skip
     num_heads: int | None = option(None, "number of attention heads, for weights without a record of it (default: "
         "SOURCE's)", low=1, high=MAX_SIZE)  # fmt: skip
 
     def check(self):
         if Path(self.target).suffix in (".bin", ".ckpt", ".pth"):
             raise UserError(f"TARGET {self.target}: name a .safetensors file, a .pt file or a folder")
+        for name, fits in (("drawing", (".safetensors",)), ("dtype", (".safetensors", ".pt"))):
+            if getattr(self, name) and Path(self.target).suffix not in fits:
+                raise UserError(f"--{name}", f"does not go with TARGET {self.target}", f"name a {fits[0]} file")
 
 
 def main(argv=None):
@@ -45,7 +54,7 @@ def main(argv=None):
     config = parser.parse(argv)
     with parser.report_errors():
         check_target(config)
-        convert(config)
+        convert(config, config.drawing and read_drawing(config.drawing))
 
 
 def check_target(config):
@@ -63,8 +72,17 @@ def check_target(config):
         raise UserError(where, "exists", "pass --overwrite to replace it")
 
 
-def convert(config):
-    """Read the source, check it, and write the target atomically."""
+def read_drawing(words):
+    """{name: value} of the options of --drawing that differ from sample.py's defaults. Raises UserError."""
+    values, defaults = Parser(SampleConfig, "").parse(shlex.split(words)).flat(), SampleConfig().flat()
+    found = {name: value for name, value in values.items() if value != defaults[name]}
+    if others := [flag(name) for name in found if name not in RECORDED]:
+        raise UserError(f"--drawing {words}", f"{others[0]} cannot be recorded", "leave it out")
+    return found
+
+
+def convert(config, drawing=None):
+    """Read the source, check it, and write the target atomically. drawing: to record in place of the source's."""
     import torch  # here and below: takes seconds to import
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -79,7 +97,11 @@ def convert(config):
     if target.suffix == ".pt" and lost:
         raise UserError(f"TARGET {target}: a .pt file of weights cannot record {lost}; write a .safetensors file")
     record = metadata.of(checkpoint, vae=None if config.vae == "none" else config.vae)
+    record |= {"drawing": drawing or record["drawing"]}
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    if config.dtype:
+        dtype = getattr(torch, config.dtype)
+        weights |= {name: tensor.to(dtype) for name, tensor in weights.items() if name != "pos_embed"}
     try:
         if target.suffix == ".pt":
             replace_file(target, lambda file: torch.save(weights, file))
