@@ -34,7 +34,7 @@ from studies.judge import Judge, RealImages
 INK = 64  # a stroke's pixels are brighter than this, of 255
 # Euclidean, of pixels in [-1, 1]; of MNIST's digits 1 % are nearer than this to one of the others
 COPY_DISTANCES = {8: 0.6, 28: 3.4}
-BOUNDS = {"class_accuracy": (">=", 0.97), "variety": (">=", 0.6), "memorised": ("<", 0.05)}
+BOUNDS = {"class_accuracy": (">=", 0.97), "variety": (">=", 0.6), "memorised": ("<", 0.05), "broken": ("<", 0.15)}
 JUDGE = Path(__file__).with_name("mnist.judge.pt")
 
 

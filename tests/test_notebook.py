@@ -27,16 +27,21 @@ def test_outputs_are_stripped_but_one_picture(notebook):
     assert {cell.execution_count for cell in code(notebook)} == {None}
 
 
+def test_it_starts_with_the_model_of_the_repository(notebook):
+    ckpt = re.search(r'^ckpt = "(.*)"$', code(notebook)[0].source, re.M)[1]
+    assert (ROOT / ckpt).is_file()
+
+
 def test_the_training_is_that_of_the_demo(notebook):
     """All but the folder and the number of steps, which are the notebook's parameters with the demo's defaults."""
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    first = code(notebook)[0].source
+    last = code(notebook)[-1].source
     source = "\n".join(cell.source for cell in code(notebook)).replace("\\\n", " ")
     demo, ours = (shlex.split(re.search(r"train\.py (--.*)", text)[1]) for text in (makefile, source))
     parameters = {"{run_dir}": "demo/run", "{max_steps}": "1600"}
     assert [parameters.get(word, word) for word in ours] == demo
-    assert 'get("DIT_RUN_DIR", "demo/run")' in first
-    assert 'get("DIT_MAX_STEPS", 1600)' in first
+    assert 'get("DIT_RUN_DIR", "demo/run")' in last
+    assert 'get("DIT_MAX_STEPS", 1600)' in last
 
 
 @pytest.mark.slow
@@ -51,4 +56,4 @@ def test_every_cell_runs(notebook, tmp_path, monkeypatch):
     client.execute()
     assert os.listdir(tmp_path / "run/checkpoints") == ["0000003.pt"]
     pictures = [output for cell in code(notebook) for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 4
+    assert len(pictures) == 5

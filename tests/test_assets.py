@@ -1,0 +1,51 @@
+"""The small model in assets/: its card tells the truth, its images stay, and README's command draws them."""
+
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from checkpoint.opened import Checkpoint
+from sampling.config import GuidanceConfig, SamplerConfig, SourceConfig
+from sampling.pipeline import Pipeline, to_uint8
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "assets/mnist.safetensors"
+
+
+def test_the_card_belongs_to_the_file():
+    card, checkpoint = MODEL.with_suffix(".md").read_text(), Checkpoint.open(MODEL)
+    assert hashlib.sha256(MODEL.read_bytes()).hexdigest() in card
+    trained = {name: tensor for name, tensor in checkpoint.weights.items() if name != "pos_embed"}
+    assert f"{sum(tensor.numel() for tensor in trained.values()):,} parameters" in card
+    assert {tensor.dtype for tensor in trained.values()} == {torch.bfloat16}
+    assert MODEL.stat().st_size < 8e6
+
+
+def test_its_images_have_not_changed_by_more_than_rounding():
+    """tests/golden/README.md says how the file was made. Other kernels than there move few pixels by a shade or two."""
+    sampler, guidance = SamplerConfig("dpm-solver++", 6), GuidanceConfig(cfg_scale=2.0)
+    pipeline = Pipeline.load(SourceConfig(ckpt=str(MODEL)), sampler, guidance)
+    pixels = to_uint8(pipeline(range(10), *pipeline.noise(seed=0, indices=range(10))))[..., 0]
+    with np.load(ROOT / "tests/golden/mnist_model.npz") as golden:
+        difference = np.abs(pixels.astype(int) - golden["pixels"])
+    assert difference.max() <= 3
+    assert (difference > 0).mean() < 0.02
+
+
+def test_the_first_command_of_the_readme_draws_a_picture(tmp_path):
+    words = shlex.split(re.search(r"^python (sample\.py --ckpt assets/\S+)", (ROOT / "README.md").read_text(), re.M)[1])
+    command = [sys.executable, str(ROOT / words[0]), *words[1:], "--output", str(tmp_path / "digits.png")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "digits.png") as drawn, Image.open(ROOT / "assets/samples.png") as shown:
+        drawn, shown = (np.asarray(picture.convert("RGB")).astype(int) for picture in (drawn, shown))
+    assert drawn.shape == shown.shape
+    assert np.abs(drawn - shown).mean() < 0.5, "the picture beside the command is what it draws"
