@@ -3,7 +3,6 @@ Python packages. load_dataset() also takes folders of stored latents."""
 
 import contextlib
 import errno
-import io
 import itertools
 import os
 import warnings
@@ -38,11 +37,11 @@ class ImageError(UserError):
 
 def open_image(file, name=None):
     """The file as an upright 8-bit RGB image: grey, 16-bit, palette, CMYK, transparent (on white) and EXIF-rotated files
-    alike. file: a path, or io.BytesIO. name: in errors. Raises ImageError where the file is no whole image, and UserError
-    where the system cannot read it."""
-    name, in_memory = name or printable(file), isinstance(file, io.BytesIO)
+    alike. file: a path, or an open file in memory. name: in errors. Raises ImageError where the file is no whole image, and
+    UserError where the system cannot read it."""
+    name = name or printable(file)
     try:
-        if not in_memory and os.path.exists(file) and not os.path.isfile(file):
+        if isinstance(file, str | os.PathLike) and os.path.exists(file) and not os.path.isfile(file):
             raise OSError("not a regular file")  # a named pipe would wait for ever
         with Image.open(file) as image:
             # of more than 8 bits, PIL would cut values off at 255: 16 bits are scaled, the range of others is not known

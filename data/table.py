@@ -6,7 +6,6 @@ listing = list_table(DataConfig("imagenet-1k/data"))
 image = open_image(listing.table.file(7), "row 7")
 """
 
-import io
 import os
 import re
 import shutil
@@ -97,11 +96,12 @@ class Table:
     (default: the only one). A copy in another process opens the files for itself."""
 
     def __init__(self, path, column=None):
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         rows = open_rows(path)
         self.path, self.features, self.columns = path, rows.features, rows.with_format("arrow")[:]  # mapped, not read
-        self.kinds = {}
+        self.kinds, self.reader = {}, pa.BufferReader
         for field in self.columns.schema:
             found = (kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, str(field.type)))
             named = hasattr(self.features[field.name], "names")  # a ClassLabel
@@ -118,9 +118,10 @@ class Table:
         return len(self.data)
 
     def file(self, row):
-        """An image as PIL opens it: its bytes, or the path of a file outside of the table."""
-        data, path = self.data[row].as_py(), self.paths and self.paths[row].as_py()
-        return path if path and not data else io.BytesIO(data or b"")
+        """An image as PIL opens it: its bytes, mapped, so that a header alone may be read; or the path of a file that the
+        table names."""
+        data, path = self.data[row].as_buffer(), self.paths and self.paths[row].as_py()
+        return path if path and not data else self.reader(data or b"")
 
     def find(self, option, given, *groups, needed=True):
         """The column that `option` has given, or the only one of the first of these groups of kinds that has any; None

@@ -6,7 +6,6 @@ for batch in images.batches(0, len(images), batch_size=64):     # uint8 (N, H, W
 
 import contextlib
 import hashlib
-import io
 import math
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -228,7 +227,7 @@ class FolderImages:
     def _check_header(self, index):
         """The format of an image."""
         file, name = self.file(index), self.path / self.names[index]
-        if not isinstance(file, io.BytesIO):
+        if isinstance(file, str | Path):
             check_file(Path(file))
         try:
             with Image.open(file) as image:
@@ -287,7 +286,7 @@ def checksum(file):
 
 def _sha256(file, progress=lambda count: None):
     digest = hashlib.sha256()
-    with file if isinstance(file, io.BytesIO) else open(file, "rb") as stream:
+    with open(file, "rb") if isinstance(file, str | Path) else file as stream:
         while chunk := stream.read(2**20):
             digest.update(chunk)
             progress(len(chunk))

@@ -92,18 +92,30 @@ def test_pictures_of_every_kind_are_made_upright_rgb(tmp_path):
     random = np.random.default_rng(0).integers(0, 256, (12, 10, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
+    colours, grey = Image.fromarray(random[..., :3]), Image.fromarray(random[..., 0])
     kinds = {
-        "a.jpg": (Image.fromarray(random[..., :3]), {"exif": exif}), "b.png": (Image.fromarray(random), {}),
-        "c.png": (Image.fromarray(random[..., 0].astype(np.uint16) * 257), {}),
-        "d.tif": (Image.new("CMYK", (9, 9), 77), {}), "e.png": (Image.fromarray(random[..., 0]).convert("P"), {}),
+        "a.jpg": (colours, {"exif": exif}), "b.png": (Image.fromarray(random), {}), "c.webp": (colours, {}),
+        "d.png": (Image.fromarray(random[..., 0].astype(np.uint16) * 257), {}), "e.png": (grey.convert("P"), {}),
+        "f.tif": (Image.new("CMYK", (9, 9)), {}), "g.tif": (colours, {"compression": "tiff_lzw"}), "h.bmp": (colours, {}),
     }  # fmt: skip
     (tmp_path / "files/ant").mkdir(parents=True)
     for name, (image, options) in kinds.items():
         image.save(tmp_path / "files/ant" / name, **options)
     write(tmp_path / "parquet", columns_of(tmp_path / "files"))
     files, rows = (load_dataset(DataConfig(str(tmp_path / kind)), 8) for kind in ("files", "parquet"))
-    assert len(files) == len(rows) == 5
-    assert all(torch.equal(files[i, 0]["image"], rows[i, 0]["image"]) for i in range(5))
+    assert len(files) == len(rows) == 8
+    assert all(torch.equal(files[i, 0]["image"], rows[i, 0]["image"]) for i in range(8))
+
+
+def test_a_header_is_read_without_the_rest(tmp_path):
+    """Sizes of all images, such as for buckets of shapes, must not cost all of their bytes."""
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 400, 3), dtype=np.uint8)).save(data, "PNG")
+    dataset = load_dataset(DataConfig(str(write(tmp_path / "data", {"image": [data.getvalue()] * 2}))), 8)
+    file = dataset.file(1)
+    with Image.open(file) as image:
+        assert image.size == (400, 600)
+        assert file.tell() < 2000 < len(data.getvalue())
 
 
 def test_a_picture_that_is_none_stops_or_is_replaced(tmp_path, image_folder):
@@ -112,8 +124,9 @@ def test_a_picture_that_is_none_stops_or_is_replaced(tmp_path, image_folder):
     columns["image"][2] = {"bytes": None, "path": str(tmp_path / "gone.png")}
     columns["image"][3] = None
     path = str(write(tmp_path / "parquet", columns))
-    with pytest.raises(UserError, match=r"parquet/0/1.png: not a readable image \(.*\); remove it$"):
+    with pytest.raises(UserError, match=r"parquet/0/1.png: not a readable image \(.*\); remove it$") as error:
         load_dataset(DataConfig(path), 8)[1, 0]
+    assert "pyarrow" not in str(error.value)
     with pytest.raises(UserError, match=r"parquet/0/gone.png: the file is gone$"):
         load_dataset(DataConfig(path), 8)[2, 0]
     item = load_dataset(DataConfig(path, flip=False, skip_bad_images=True), 8)[1, 0]
