@@ -15,6 +15,7 @@ With another `condition` y is a text or a vector in place of the class: data/con
 
 import copy
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,15 @@ def position_embedding(width, grid):
         angles = position[:, None] * 10000.0 ** -(np.arange(half) / half)
         parts += [np.sin(angles), np.cos(angles)]
     return torch.from_numpy(np.tile(np.concatenate(parts, axis=1), (math.prod(grid[:-2]), 1)))
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def positions_on(device, width, grid):
+    """`position_embedding` as float32 on a device, (T, D); of the meta device without values."""
+    if device.type == "meta":
+        return torch.empty(math.prod(grid), width, device=device)
+    return position_embedding(width, grid).float().to(device)
 
 
 def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=0):
@@ -357,7 +367,7 @@ class DiTConfig:
 
     input_size: side of a square x in latent cells (pixels / 8 for the Stable Diffusion autoencoder), or its one to three
     sides: (L,), (H, W), or (F, H, W) of a clip of F frames. patch_size: likewise. class_dropout_prob: share of labels
-    replaced by the null class in training.
+    replaced by the null class in training. other_sizes: of x that the model takes too, with positions computed for each.
     num_classes: 0 for an unconditional model. learn_sigma: also predict the interpolation of log-variances, as C more
     channels. block: one of `BLOCKS`.
 
@@ -382,6 +392,7 @@ class DiTConfig:
     predict: str = "eps"
     rope: bool = False
     time_shift: float = 1.0
+    other_sizes: tuple = ()
 
     def __post_init__(self):
         sizes = self.input_size, self.patch_size
@@ -389,14 +400,17 @@ class DiTConfig:
         sides, patch = (tuple(size) if isinstance(size, (tuple, list)) else (size,) * count for size in sizes)
         if not len(sides) == len(patch) == count in (1, 2, 3):
             raise ValueError(f"input size {sizes[0]!r:.50} and patch size {sizes[1]!r:.50} do not have 1 to 3 sides each")
+        others = tuple(tuple(size) for size in self.other_sizes)
+        values = {"input_size": sum((sides, *others), ()), "patch_size": patch}
         for name, (kind, low, high) in LIMITS.items():
-            for value in {"input_size": sides, "patch_size": patch}.get(name, (getattr(self, name),)):
+            for value in values.get(name, (getattr(self, name),)):
                 if type(value) not in (kind, int if kind is float else kind) or not low <= value <= high:
                     raise ValueError(f"{name} {value!r:.50} is no {kind.__name__} from {low} to {high}")
         if self.block not in BLOCKS:
             raise ValueError(f"block {self.block!r:.50} is not one of {', '.join(BLOCKS)}")
-        if any(side % cells for side, cells in zip(sides, patch, strict=True)):
-            raise ValueError(f"input size {sizes[0]} is not a multiple of the patch size {sizes[1]}")
+        for size, given in ((sides, sizes[0]), *zip(others, others, strict=True)):
+            if len(size) != count or any(side % cells for side, cells in zip(size, patch, strict=True)):
+                raise ValueError(f"input size {given} is not a multiple of the patch size {sizes[1]}")
         width, heads = self.hidden_size, self.num_heads
         if width % heads:
             raise ValueError(f"hidden size {width} is not a multiple of the number of heads {heads}")
@@ -413,10 +427,14 @@ class DiTConfig:
             problem = f"rotary positions need heads whose width is a multiple of {2 * count}, and no in-context block"
             raise ValueError(problem)
         # the sides of x and of a patch, always as tuples, and the tokens along each side
-        derived = {"sides": sides, "patch": patch, "grid": tuple(np.floor_divide(sides, patch).tolist())}
+        derived = {"sides": sides, "patch": patch, "other_sizes": others, "grid": self.grid_of(sides, patch)}
         for name, size in (("input_size", sides), ("patch_size", patch)):
             derived[name] = size[0] if size == size[:1] * 2 else size  # one form of each size: a square's is a number
         self.__dict__.update(derived)  # the dataclass is frozen
+
+    def grid_of(self, sides, patch=None):
+        """Tokens along each side."""
+        return tuple(np.floor_divide(sides, patch or self.patch).tolist())
 
 
 class DiT(nn.Module):
@@ -496,8 +514,12 @@ class DiT(nn.Module):
         Returns (N, 2C, H, W): eps, then the interpolation of log-variances in about [-1, 1]; with learn_sigma=False eps
         alone. Raises ValueError for other shapes, and for labels of another type."""
         self.check_shapes(x, t, y)
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        extra, frames = {}, self.sizes.grid[0] if len(self.sizes.grid) == 3 else 1  # extra: what blocks get besides x and c
+        grid, positions, other = self.sizes.grid, self.pos_embed, tuple(x.shape[2:]) in self.sizes.other_sizes
+        if other:
+            grid = self.sizes.grid_of(x.shape[2:])
+            positions = positions_on(x.device, self.hidden_size, grid).to(positions.dtype)
+        x = self.x_embedder(x) + positions  # (N, T, D)
+        extra, frames = {}, grid[0] if len(grid) == 3 else 1  # extra: what blocks get besides x and c
         if self.time_embed is not None:
             times = position_embedding(self.hidden_size, (frames,)).to(x)  # (F, D), computed here: see `TimestepEmbedder`
             x = x + self.time_embed(times).repeat_interleave(x.shape[1] // frames, dim=0)
@@ -513,7 +535,7 @@ class DiT(nn.Module):
         if design.condition_tokens:
             x = torch.cat([x, c.to(x.dtype)], dim=1)  # (N, T + 2, D), the two without a position
         if self.sizes.rope:
-            extra["rope"] = self.rotations(x.device)
+            extra["rope"] = self.rotations(x.device, grid)
         if design.needs_frames:
             extra["frames"] = frames
         for i, block in enumerate(self.blocks):
@@ -522,12 +544,14 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False, **extra)
             else:
                 x = block(x, c, **extra)
-        return self.unpatchify(self.final_layer(x[:, : self.pos_embed.shape[1]], c))  # of the image's tokens
+        x = self.final_layer(x[:, : positions.shape[-2]], c)  # of the image's tokens
+        return self.unpatchify(x, grid) if other else self.unpatchify(x)
 
     def check_shapes(self, x, t, y):
         """Raises ValueError, in a sentence, for what `forward` does not take."""
         replaced = self.pos_embed.shape[1] != math.prod(self.sizes.grid)  # by a fork, with another size's
-        wanted = (self.in_channels, *(x.shape[2:] if replaced else self.sizes.sides))
+        taken = x.shape[2:] if replaced or tuple(x.shape[2:]) in self.sizes.other_sizes else self.sizes.sides
+        wanted = (self.in_channels, *taken)
         if tuple(x.shape[1:]) != wanted or not x.is_floating_point():
             raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}, must be float (N, {', '.join(map(str, wanted))})")
         for name, values in (("t", t), ("y", y)):
@@ -536,10 +560,10 @@ class DiT(nn.Module):
                 found = f"{type(values).__name__} of shape {tuple(shape)}"
                 raise ValueError(f"{name} is a {found}, must be a tensor with one entry for each of the {len(x)} in x")
 
-    def rotations(self, device):
+    def rotations(self, device, grid=None):
         """sin and cos of rotary positions for each token and entry of a head's queries, (T, 2d) float32. Computed here: see
         `TimestepEmbedder`."""
-        grid = [*self.sizes.grid]
+        grid = [*(grid or self.sizes.grid)]
         width = 2 * (self.sizes.hidden_size // self.num_heads) // len(grid)  # which the function halves, for two sides
         return torch.cat(build_rotary_pos_embed(grid, dim=width, in_pixels=False, device=device), dim=-1)
 
@@ -547,12 +571,12 @@ class DiT(nn.Module):
         """Compile the blocks, where all the time goes, on first use: one is compiled and the others share its code, so that
         more of them take no longer. Weights and state dict stay as they are."""
         for block in self.blocks:
-            block.compile(backend=backend, dynamic=False)
+            block.compile(backend=backend, dynamic=None if self.sizes.other_sizes else False)
 
-    def unpatchify(self, x):
+    def unpatchify(self, x, grid=None):
         """(N, T, P * P * C') -> (N, C', H, W); a token's values run row in patch, column in patch, channel. A square's side
         follows from the number of tokens, so that a fork may replace `pos_embed` by that of another size."""
-        grid, patch = self.sizes.grid, self.sizes.patch
+        grid, patch = grid or self.sizes.grid, self.sizes.patch
         if x.shape[1] != math.prod(grid) and len(set(grid)) == 1:
             grid = (round(x.shape[1] ** (1 / len(grid))),) * len(grid)
         n = len(grid)

@@ -23,6 +23,9 @@ class ModelOptions(Config):
         basic=True)  # fmt: skip
     num_frames: int | None = option(None, "frames of a clip: the data are clips, and the model draws clips (default: "
         "images)", low=1, high=MAX_SIZE)  # fmt: skip
+    aspect_buckets: int | None = option(None, "train on this many shapes of about the area of --image-size, from half to "
+        "twice its width for its height, and give each image the one nearest to its own (default: one shape, that of "
+        "--image-size)", choices=(3, 5, 7, 9))  # fmt: skip
     num_classes: int | None = option(None, "number of classes; 0 is an unconditional model (default: as many as the data "
         "has)", low=0, high=10_000_000, basic=True)  # fmt: skip
     block: str | None = option(None, "how timestep and class enter the blocks (default: adaln-zero, or that of "
@@ -47,6 +50,8 @@ class ModelOptions(Config):
         "--init-from)", low=1e-3, high=1e3)  # fmt: skip
 
     def check(self):
+        if self.aspect_buckets and self.num_frames:
+            raise UserError(f"--aspect-buckets {self.aspect_buckets}", "is for images, not for clips", "leave it out")
         if self.patch_frames and not self.num_frames:
             raise UserError(f"--patch-frames {self.patch_frames}", "is for clips", "give --num-frames too")
         if self.patch_frames and self.num_frames % self.patch_frames:
@@ -67,7 +72,7 @@ class ModelOptions(Config):
 
     def overrides(self):
         """The keyword arguments of DiT that were given, on top of the named model's."""
-        others = ("model", "image_size", "num_frames", "num_classes", "patch_frames")
+        others = ("model", "image_size", "num_frames", "aspect_buckets", "num_classes", "patch_frames")
         given = {name: value for name, value in self.flat().items() if value is not None and name not in others}
         if self.objective:
             chosen = OBJECTIVES[self.objective]

@@ -167,6 +167,7 @@ def newer_options(checkpoint):
     found += ["--latent-norm channel"] if checkpoint.latents else []
     found += [] if is_square(config) else [f"--image-size {checkpoint.image_size}"]
     found += ["--label-dropout 0"] if config["num_classes"] and not config["class_dropout_prob"] else []
+    found += ["--aspect-buckets"] if config["other_sizes"] else []
     return " ".join(found + [f"--condition {record['kind']}" for record in [checkpoint.condition_record] if record])
 
 

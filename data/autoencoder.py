@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from data.pretrained import attempt
 from runtime.config import Config, option
 from runtime.errors import UserError
-from runtime.shapes import plain_size, sides
+from runtime.shapes import bucket_shapes, plain_size, sides
 
 RELEASED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -317,6 +317,16 @@ def encode_batch(space, batch, device):
     if "moments" in batch:
         return space.sample(batch["moments"].to(device, non_blocking=True))
     return space.encode(to_model_range(batch["image"].to(device, non_blocking=True)))
+
+
+def model_sizes(image_size, aspect_buckets, factor, patch_size, side=None):
+    """The arguments of `models.DiT` for images of a size, and for --aspect-buckets. Raises UserError as `latent_sides`."""
+    found = {"input_size": latent_sides(image_size, factor, patch_size, side)}
+    if aspect_buckets:
+        shapes = bucket_shapes(image_size, aspect_buckets, factor * patch_size)
+        others = [latent_sides(plain_size(shape), factor, patch_size, side) for shape in shapes]
+        found["other_sizes"] = [cells for cells in others if cells != found["input_size"]]
+    return found
 
 
 def latent_sides(image_size, factor, patch_size=1, side=None):

@@ -7,6 +7,7 @@ import itertools
 import os
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from runtime.shapes import sides
 # about metadata and palettes, which open_image deals with; set once, because warnings.catch_warnings is not safe in threads
 warnings.filterwarnings("ignore", module=r"PIL\.")
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # else a long text or colour profile would cost the pixels
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 turn the image by 90 degrees
 OF_THE_FILE = {None, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}  # error numbers; others are the system's
 
 
@@ -71,6 +73,18 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def read_ratio(file):
+    """Width over height of an upright image, by its header alone; 1 where that cannot be read: reading it will tell why."""
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            # Pillow would decode a whole PNG to look for metadata behind its pixels
+            turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(ORIENTATION) in range(5, 9)
+        return height / width if turned else width / height
+    except Exception:  # PIL raises a dozen kinds
+        return 1.0
+
+
 class ImageDataset(Dataset):
     """An image folder, or a table. Item (index, epoch) is a dict of `image` (C, H, W) uint8, `label`, `index`, `source` and
     `replaced`; whether it is flipped depends on (seed, epoch, index). With skip_bad a file that is no readable image is
@@ -78,10 +92,10 @@ class ImageDataset(Dataset):
 
     listing: the folder's, where it is known. captions: the listing's, of which an item has one as `text`, by (seed, epoch,
     index). channels: of the images. classes: a name for each label. folders: the names of their folders. notes:
-    lines to tell the user."""
+    lines to tell the user. shape_of: of each image the position in `shapes`, (N,), None where all have one shape."""
 
     channels = 3
-    in_memory = False
+    in_memory, shape_of = False, None
 
     def __init__(self, root, image_size, seed=0, flip=True, skip_bad=False, listing=None):
         listing = listing or list_images(root)
@@ -105,6 +119,24 @@ class ImageDataset(Dataset):
     def file(self, index):
         """What PIL opens: the path of an image, or its bytes."""
         return self.table.file(index) if self.table else self.path(index)
+
+    def read_ratios(self, context):
+        """Read the ratio of width to height of each image. All ranks call it; rank 0 reads, for all."""
+
+        def read():
+            with ThreadPoolExecutor(8) as threads:  # which wait for the disk, or for a network
+                return np.fromiter(threads.map(read_ratio, map(self.file, range(len(self)))), np.float32, len(self))
+
+        self.ratios = context.on_main(read)
+
+    def divide(self, shapes):
+        """Crop each image to the one of `shapes`, (height, width), whose form is nearest to its own. Returns a line that
+        counts them."""
+        forms = np.log([width / height for height, width in shapes])
+        self.shapes, self.shape_of = shapes, np.abs(np.log(self.ratios)[:, None] - forms).argmin(1).astype(np.uint8)
+        counts = np.bincount(self.shape_of, minlength=len(shapes))
+        parts = [f"{count:,} of {height}x{width}" for count, (height, width) in zip(counts, shapes, strict=True)]
+        return f"Images of each shape: {', '.join(parts)}"
 
     def fingerprint(self):
         """[number of images, CRC-32 of their names, labels and texts]: by it a resumed run knows its data."""
@@ -150,7 +182,8 @@ class ImageDataset(Dataset):
 
     def read(self, source, key):
         """Image `source` as a tensor, cropped, for the item of `key`. Raises ImageError."""
-        image = center_crop_arr(open_image(self.file(source), self.name(source)), self.image_size)
+        shape = self.image_size if self.shape_of is None else self.shapes[self.shape_of[key[0]]]
+        image = center_crop_arr(open_image(self.file(source), self.name(source)), shape)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -234,7 +234,7 @@ class StoredLatents(Dataset):
     UserError for a folder that is not complete as far as sizes tell; bytes are checked by extract_latents.py, run again."""
 
     channels = 3  # of the images
-    in_memory = False
+    in_memory, shape_of = False, None
 
     def __init__(self, folder, seed=0, flip=True):
         self.folder, self.seed, self.flip, self.shards, self.notes = Path(folder), seed, flip, {}, []

@@ -1,6 +1,8 @@
 """The order of the data and the horizontal flips: functions of (seed, epoch, image), whatever the number of processes and
 workers. And the DataLoader that reads in this order."""
 
+import heapq
+import itertools
 import multiprocessing.queues
 import os
 import re
@@ -9,6 +11,7 @@ import sys
 import tempfile
 import threading
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -28,26 +31,59 @@ class GlobalOrder(Sampler):
     b is its b-th section, of which process r takes every world_size-th image. So any number of processes sees the same
     global batches, and a run can resume anywhere. An epoch may end inside a batch; it holds every image exactly once.
 
+    With buckets, arrays of images, the images of each form such a sequence of their own. Every global batch is the next
+    section of one of them, which take turns in proportion to their numbers of images. So all images are seen equally often.
+
     batch_size: of the global batch. start, stop: positions in that sequence, in images."""
 
-    def __init__(self, num_images, batch_size, seed, rank=0, world_size=1, start=0, stop=None):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+    def __init__(self, num_images, batch_size, seed, rank=0, world_size=1, start=0, stop=None, buckets=None):
+        self.buckets, self.batch_size, self.seed = buckets or [np.arange(num_images)], batch_size, seed
         self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
 
     def __len__(self):
         return (self.stop - self.start) // self.batch_size
 
     def __iter__(self):
-        shuffled_epoch, order = None, None
-        for first in range(self.start, self.stop - self.batch_size + 1, self.batch_size):
-            batch = []
+        shuffled = {}  # bucket: (epoch, its images in the order of this epoch)
+        for bucket, number in itertools.islice(self._turns(), len(self)):
+            images, batch = self.buckets[bucket], []
+            first = number * self.batch_size + self.start % self.batch_size
             for position in range(first + self.rank, first + self.batch_size, self.world_size):
-                epoch, offset = divmod(position, self.num_images)
-                if epoch != shuffled_epoch:
-                    order = seeds.generator(self.seed, seeds.DATA_ORDER, epoch).permutation(self.num_images)
-                    shuffled_epoch = epoch
-                batch.append((int(order[offset]), epoch))
+                epoch, offset = divmod(position, len(images))
+                if bucket not in shuffled or shuffled[bucket][0] != epoch:
+                    key = (epoch, bucket) if bucket else (epoch,)
+                    order = seeds.generator(self.seed, seeds.DATA_ORDER, *key).permutation(len(images))
+                    shuffled[bucket] = epoch, images[order]
+                batch.append((int(shuffled[bucket][1][offset]), epoch))
             yield batch
+
+    def _turns(self):
+        """(bucket, number of its batch) of each global batch from `start` on, without an end. The turn of batch j of a
+        bucket with n images is at the time (j + 1/2) / n."""
+        done, sizes = self.start // self.batch_size, [*map(len, self.buckets)]
+        # these batches of each bucket are over for certain, so that nothing has to be counted from the beginning of a run
+        over = [max(0, done * size // sum(sizes) - len(sizes)) for size in sizes]
+
+        def batches(bucket):
+            return (((j + 0.5) / sizes[bucket], bucket, j) for j in itertools.count(over[bucket]))
+
+        turns = heapq.merge(*map(batches, range(len(sizes))))
+        return ((bucket, j) for _, bucket, j in itertools.islice(turns, done - sum(over), None))
+
+
+def order_of(dataset, *arguments):
+    """The GlobalOrder of a dataset, with a bucket of each shape that its images have."""
+    shape_of = dataset.shape_of
+    shapes = () if shape_of is None else np.unique(shape_of)
+    return GlobalOrder(len(dataset), *arguments, buckets=[np.flatnonzero(shape_of == shape) for shape in shapes])
+
+
+def batches_of_one_shape(dataset, indices, size):
+    """Lists of up to `size` of the indices, in their order, of images that have one shape."""
+    groups = {}
+    for index in indices:
+        groups.setdefault(0 if dataset.shape_of is None else dataset.shape_of[index], []).append(index)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 def _start_worker(worker_id):

@@ -4,7 +4,7 @@ by. They are those of draws from the posteriors, without drawing: E z = E mean a
 import torch
 
 from data.autoencoder import per_frame, to_model_range
-from data.order import make_loader, next_batch
+from data.order import batches_of_one_shape, make_loader, next_batch
 from runtime import seeds
 from runtime.errors import UserError
 
@@ -31,7 +31,7 @@ def measure(dataset, space, seed, context, num_workers=0):
     take whole batches in turn, and their sums are added in order: the number of ranks does not change a bit. All ranks call
     it. Raises UserError."""
     chosen = seeds.generator(seed, seeds.DATA_ORDER, 0).permutation(len(dataset))[:NUM_IMAGES].tolist()
-    order = [[(index, 0) for index in chosen[i : i + BATCH_SIZE]] for i in range(0, len(chosen), BATCH_SIZE)]
+    order = [[(index, 0) for index in batch] for batch in batches_of_one_shape(dataset, chosen, BATCH_SIZE)]
     mine, found, count = order[context.rank :: context.world_size], [], 0
     batches = iter(make_loader(dataset, mine, num_workers))
     with context.together():

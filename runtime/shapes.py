@@ -19,6 +19,16 @@ def sides(size):
     return int(found[1]), int(found[2] or found[1])
 
 
+def bucket_shapes(size, number, unit):
+    """At most `number` shapes (height, width) of about the area of a size, it among them, in multiples of `unit` pixels:
+    their ratios of width to height are the size's own times 1/2 to 2, in equal factors."""
+    (height, width), found = sides(size), []
+    for i in range(number):
+        stretch = 2 ** (i / (number - 1) - 0.5)
+        found.append(tuple(max(1, round(side / unit)) * unit for side in (height / stretch, width * stretch)))
+    return list(dict.fromkeys(found))
+
+
 def plain_size(sides):
     """The other way round: the form in options and records, which is a number where all sides are equal."""
     return sides[0] if len({*sides}) == 1 else "x".join(map(str, sides))

@@ -21,7 +21,7 @@ from sampling.config import DrawConfig
 # Options that do not change the images of a set
 FREE = ("ckpt", "sample_dir", "folder", "num_fid_samples", "per_proc_batch_size", "device", "text_encoder", "vector")
 # What must be the same of a model and of the weaker one that it is guided away from
-SHARED_WITH_GUIDE = ("in_channels", "input_size", "num_classes", "learn_sigma", "objective", "predict")
+SHARED_WITH_GUIDE = ("in_channels", "input_size", "num_classes", "learn_sigma", "objective", "predict", "other_sizes")
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,12 @@ def open_space(source, checkpoint, released_vae):
     return space, vae, name
 
 
+def image_sizes(checkpoint, space):
+    """The sizes in pixels that a model draws, its own first; see `runtime.shapes`."""
+    config = DiTConfig(**checkpoint.model_config)
+    return [plain_size([space.factor * side for side in cells]) for cells in (config.sides[-2:], *config.other_sizes)]
+
+
 def settle(source, checkpoint, space, vae_name="the autoencoder"):
     """The model's name, image_size and num_classes, as a dict. Raises UserError where the checkpoint, the latent space and
     the options of `source`, a SourceConfig, contradict each other."""
@@ -176,8 +182,13 @@ def settle(source, checkpoint, space, vae_name="the autoencoder"):
         raise UserError(vae_name, f"{wanted}; {path} has {config['in_channels']} and {plain_size(cells)}")
     model = checkpoint.describe()
     model = model if model in DiT_models else checkpoint.options.get("model") or model
+    if source.image_size in image_sizes(checkpoint, space):
+        size = source.image_size
     settings = {"model": model, "image_size": size, "num_classes": config["num_classes"]}
     for name, value in {**settings, "num_heads": config["num_heads"]}.items():
         if getattr(source, name) not in (None, value):
-            raise UserError(f"{flag(name)} {getattr(source, name)}: {path} holds {value}; leave the option out to use that")
+            way_out = "leave the option out to use that"
+            if name == "image_size" and len(others := image_sizes(checkpoint, space)) > 1:
+                value, way_out = ", ".join(map(str, others)), "pass one of them"
+            raise UserError(f"{flag(name)} {getattr(source, name)}", f"{path} holds {value}", way_out)
     return settings

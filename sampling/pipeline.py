@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from PIL import Image
 
+from data.autoencoder import latent_sides
 from data.condition import Classes
 from diffusion import create_diffusion, sample, samplers
 from diffusion.flow import eps_denoiser
@@ -31,9 +32,10 @@ class Pipeline:
 
     space: of `data.autoencoder`, on the model's device. sampler: a SamplerConfig (default: of the model's objective).
     guide: a weaker model for autoguidance. precision: "bf16" runs the models under autocast; else torch's settings decide
-    (`runtime.devices.set_precision`). condition: what the model draws by, on the model's device (default: its own)."""
+    (`runtime.devices.set_precision`). condition: what the model draws by, on the model's device (default: its own). sides:
+    of the latents (default: the model's input_size)."""
 
-    def __init__(self, model, space, sampler=None, guidance=None, guide=None, precision="fp32", condition=None):
+    def __init__(self, model, space, sampler=None, guidance=None, guide=None, precision="fp32", condition=None, sides=None):
         self.model, self.space, self.guide, self.precision = model, space, guide, precision
         self.condition = condition or model.condition or Classes(model.num_classes)
         self.sampler = (sampler or SamplerConfig()).completed(model.objective)
@@ -41,7 +43,7 @@ class Pipeline:
         self.guidance.check_objective(model.objective)
         self.device = next(model.parameters()).device
         self.create_diffusion = partial(create_diffusion, learn_sigma=model.learn_sigma)
-        self.shape = (model.in_channels, *model.sizes.sides)  # of one image's x_T
+        self.shape = (model.in_channels, *(sides or model.sizes.sides))  # of one image's x_T
 
     @classmethod
     def load(cls, source, sampler=None, guidance=None, compute=None, device=None, text=None):
@@ -64,7 +66,8 @@ class Pipeline:
                 space = opened.space.to(device)
             guide = opened.guide and place(opened.guide.build_model(draw_initial_weights), config.compute, device)
             condition = opened.condition.to(device)
-        return cls(model, space, config.sampler, config.guidance, guide, config.compute.products, condition)
+        sides = (*model.sizes.sides[:-2], *latent_sides(opened.settings["image_size"], space.factor))
+        return cls(model, space, config.sampler, config.guidance, guide, config.compute.products, condition, sides)
 
     def draw(self, what=None, seed=0, batch_size=32):
         """PIL images, of clips strips of their frames, one for each entry of `what`: words as --labels, --prompt or

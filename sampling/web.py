@@ -15,6 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from checkpoint.opened import newest_of_run
+from data.autoencoder import latent_sides
 from diffusion.registry import OBJECTIVES
 from runtime.devices import explain_out_of_memory
 from runtime.errors import UserError
@@ -23,7 +24,7 @@ from sampling import grid
 from sampling.config import ComputeConfig, SampleConfig, command, recorded_drawing
 from sampling.editing import draw_noise
 from sampling.labels import choose
-from sampling.opened import Opened
+from sampling.opened import Opened, image_sizes
 from sampling.pipeline import Pipeline
 
 MAX_IMAGES = 256  # of one drawing
@@ -35,7 +36,7 @@ CFG_SCALE = 4.0  # of the page, where the model has not learned its guidance
 TITLES = {
     "ckpt": "Checkpoint", "labels": "Classes", "prompt": "Prompts", "vector": "sample.py with --vector",
     "samples_per_label": "Number of images", "interpolate": "Interpolate",
-    "cfg_scale": "Guidance", "sampler": "Sampler", "num_sampling_steps": "Steps", "seed": "Seed",
+    "image_size": "Size", "cfg_scale": "Guidance", "sampler": "Sampler", "num_sampling_steps": "Steps", "seed": "Seed",
 }  # fmt: skip
 
 
@@ -109,7 +110,8 @@ class Artist:
             kept, state = self.pipeline, self.state
         generator = torch.Generator(opened.device)
         generator = generator.set_state(state) if on_cpu else generator.manual_seed(seed)
-        settings = config.sampler, config.guidance, None, kept.precision, kept.condition
+        cells = (*kept.shape[1:-2], *latent_sides(opened.settings["image_size"], kept.space.factor))
+        settings = config.sampler, config.guidance, None, kept.precision, kept.condition, cells
         return Pipeline(kept.model, kept.space, *settings), generator
 
     def draw(self, config):
@@ -135,7 +137,8 @@ class Artist:
 
 
 def offers(ckpt, vae=None, compute=None):
-    """What the page offers for a checkpoint: ([(text, word)] of its classes, default words, (sampler, steps, guidance)).
+    """What the page offers for a checkpoint: ([(text, word)] of its classes, default words, (sampler, steps, guidance),
+    sizes).
     There are no classes for a model of texts or vectors. Raises UserError."""
     values = {"ckpt": ckpt, "vae": vae, "cfg_scale": 1.0, **(compute or ComputeConfig()).flat()}
     opened = Opened.open(SampleConfig.from_flat(values))
@@ -144,11 +147,12 @@ def offers(ckpt, vae=None, compute=None):
     settings = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": 1.0 if objective.average else CFG_SCALE}
     recorded = opened.checkpoint.drawing or {}
     settings = tuple(recorded.get(name, value) for name, value in settings.items())
+    sizes = [*map(str, image_sizes(opened.checkpoint, opened.space))]
     if choices is None:
-        return [], [], settings
+        return [], [], settings, sizes
     titles = zip(choices, condition.titles(choices), condition.words(choices), strict=True)
     texts = [(str(i) if title == str(i) else f"{i} {title}", word) for i, title, word in titles]
-    return texts, condition.words(condition.default()), settings
+    return texts, condition.words(condition.default()), settings, sizes
 
 
 # ----------------------------------------------------------------------------------------------------------------------

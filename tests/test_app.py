@@ -36,7 +36,7 @@ from tools import app, convert
 CPU = ComputeConfig(device="cpu")
 VALUES = {
     "labels": ["3", "5"], "prompt": "", "samples_per_label": 2, "interpolate": False, "cfg_scale": 3.0, "sampler": "ddpm",
-    "num_sampling_steps": 4, "seed": 0,
+    "num_sampling_steps": 4, "seed": 0, "image_size": None,
 }  # fmt: skip
 
 
@@ -195,13 +195,13 @@ def test_checkpoints_are_found_the_newest_first(tmp_path, monkeypatch):
 
 
 def test_classes_are_offered_by_number_and_name(ckpt, tmp_path):
-    choices, default, settings = web.offers(str(ckpt))
+    choices, default, settings, sizes = web.offers(str(ckpt))
     assert choices == [(str(i), str(i)) for i in range(10)]
     assert default == [str(i) for i in range(8)]
-    assert settings == ("dpm-solver++", 20, 4.0)
+    assert (settings, sizes) == (("dpm-solver++", 20, 4.0), ["8"])
     words = "--sampler ddim --num-sampling-steps 5 --cfg-scale 2"
     assert call(convert.main, ckpt, tmp_path / "small.safetensors", "--drawing", words) == 0
-    assert web.offers(str(tmp_path / "small.safetensors")) == (choices, default, ("ddim", 5, 2))
+    assert web.offers(str(tmp_path / "small.safetensors")) == (choices, default, ("ddim", 5, 2), ["8"])
     state = torch.load(ckpt, weights_only=True)
     torch.save({**state, "class_names": ["ant", *"bcdefghij"]}, tmp_path / "named.pt")
     assert web.offers(str(tmp_path / "named.pt"))[0][:2] == [("0 ant", "0"), ("1 b", "1")]

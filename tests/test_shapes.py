@@ -1,9 +1,12 @@
 """Images that are no squares, through every command."""
 
 import json
+import re
+import time
 
 import numpy as np
 import pytest
+import torch
 from helpers import assert_same_state, call, latest, metrics, without_timings
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +21,12 @@ import train
 from checkpoint.config import ModelOptions
 from checkpoint.opened import Checkpoint
 from data.crop import center_crop_arr
+from data.images import ORIENTATION, Digits, ImageDataset
+from data.order import GlobalOrder, batches_of_one_shape
 from models import DiT
+from runtime import distributed
 from runtime.errors import UserError
-from runtime.shapes import ImageSize, plain_size, sides
+from runtime.shapes import ImageSize, bucket_shapes, plain_size, sides
 from sampling import web
 from sampling.config import ComputeConfig
 from tools import complexity, convert, likelihood
@@ -58,7 +64,8 @@ def test_the_crop_has_the_size_and_loses_one_direction_alone(numbers):
     for axis, whole in ((0, height * crop_width <= width * crop_height), (1, height * crop_width >= width * crop_height)):
         # the middle stays in the middle, and of the direction that is kept as a whole both ends are there
         values = crop[..., axis].astype(float) / 6
-        assert abs(values.mean() - ((height, width)[axis] - 1) / 2) <= 1, "the centre"
+        step = min(height / crop_height, width / crop_width)  # of the crop's pixels, in the image's
+        assert abs(values.mean() - ((height, width)[axis] - 1) / 2) <= max(1, step), "the centre"
         if whole and (crop_height, crop_width)[axis] >= 2 * (height, width)[axis]:
             assert (values.min(), values.max()) == pytest.approx((0, (height, width)[axis] - 1), abs=0.5)
 
@@ -200,3 +207,244 @@ def test_its_cost_is_counted(image_folder, capsys):
     assert macs[128] - once == 2 * (macs[64] - once) + 2 * depth * width * (128**2 - 2 * 64**2)
     assert call(train.main, *WIDE, "--data-path", image_folder, "--max-steps", 4, "--dry-run") == 0
     assert ", 24 tokens" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Buckets of shapes
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=5), st.sampled_from([1, 2, 3]), st.integers(1, 4), st.integers(0, 9)
+)
+@settings(deadline=None, max_examples=60)
+def test_every_batch_has_one_shape_and_every_image_is_seen_as_often(sizes, world_size, per_rank, seed):
+    buckets = np.split(np.random.default_rng(seed).permutation(sum(sizes)), np.cumsum(sizes)[:-1])
+    size, steps = world_size * per_rank, 40
+    named = {"buckets": buckets, "stop": steps * size}
+    whole = list(GlobalOrder(sum(sizes), size, seed, **named))
+    bucket_of = {int(image): number for number, bucket in enumerate(buckets) for image in bucket}
+    shapes = [{bucket_of[image] for image, _ in batch} for batch in whole]
+    assert [len(batch) for batch in whole] == [size] * steps
+    assert all(len(shape) == 1 for shape in shapes)
+    for done in range(1, steps + 1):  # shares are never off by more than a few batches, whatever the step
+        for number, n in enumerate(sizes):
+            assert abs(sum(shape == {number} for shape in shapes[:done]) - done * n / sum(sizes)) <= len(sizes)
+    for number, bucket in enumerate(buckets):  # nothing is left out: an epoch of a shape holds each of its images once
+        keys = [key for batch, shape in zip(whole, shapes, strict=True) if shape == {number} for key in batch]
+        for epoch in range(len(keys) // len(bucket)):
+            assert sorted(image for image, e in keys if e == epoch) == sorted(bucket)
+    shares = [list(GlobalOrder(sum(sizes), size, seed, rank, world_size, **named)) for rank in range(world_size)]
+    for i, batch in enumerate(whole):
+        assert sorted(batch) == sorted(key for share in shares for key in share[i]), "processes share each batch"
+    for done in (1, 7, 39):
+        assert list(GlobalOrder(sum(sizes), size, seed, start=done * size, **named)) == whole[done:], "it resumes"
+
+
+def test_a_long_run_resumes_at_once():
+    buckets = [np.arange(1000), np.arange(1000, 1003)]
+    start = time.perf_counter()
+    for done in (10**6, 10**12):
+        first = next(iter(GlobalOrder(1003, 4, 0, start=4 * done, stop=4 * done + 40, buckets=buckets)))
+        assert 0.99 < first[0][1] / (4 * done / 1003) < 1.01, "the epoch"
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(("size", "unit"), [("256", 16), ("32", 4), ("24x32", 8), ("512", 32), ("8", 8)])
+def test_shapes_have_about_one_area(size, unit):
+    for number in (3, 5, 7, 9):
+        shapes = bucket_shapes(size, number, unit)
+        assert sides(size) in shapes
+        assert len(set(shapes)) == len(shapes) <= number
+        assert all(side % unit == 0 for shape in shapes for side in shape)
+        if unit * 8 <= min(sides(size)):
+            assert all(0.85 < h * w / np.prod(sides(size)) < 1.15 for h, w in shapes)
+            ratios = [w / h for h, w in shapes]
+            assert (min(ratios), max(ratios)) == pytest.approx((0.5, 2), rel=0.15)
+
+
+def test_a_model_takes_all_of_its_sizes_as_one_made_for_each():
+    for extra in ({}, {"rope": True}, {"block": "cross-attention"}, {"block": "in-context"}):
+        model = DiT(**{**SMALL, "input_size": 8, **extra}, other_sizes=[(4, 16), (16, 4)]).eval()
+        for parameter in model.parameters():
+            if parameter is not model.pos_embed:
+                torch.nn.init.normal_(parameter, std=0.1)
+        assert model.state_dict().keys() == DiT(**{**SMALL, "input_size": 8, **extra}).state_dict().keys()
+        t, y = torch.tensor([3.0, 500.0]), torch.tensor([1, 2])
+        for size in ((8, 8), (4, 16), (16, 4)):
+            alone = DiT(**{**SMALL, **extra, "input_size": size}).eval()
+            alone.load_state_dict({**model.state_dict(), "pos_embed": alone.pos_embed})
+            x = torch.randn(2, 4, *size)
+            assert torch.equal(model(x, t, y), alone(x, t, y)), size
+        with pytest.raises(ValueError, match=r"x is torch.float32 of shape \(2, 4, 8, 16\), must be float \(N, 4, 8, 8\)"):
+            model(torch.randn(2, 4, 8, 16), t, y)
+    for wrong in ([(4, 15)], [(4, 4, 4)], [(0, 4)], [(4.0, 4)], [3], 3):
+        with pytest.raises((ValueError, TypeError)):
+            DiT(**SMALL, other_sizes=wrong)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes: wide, tall and square pictures, one that EXIF data turn, one panorama, and a file that is no picture.
+    A picture's colour tells its class, and a white frame shows what was cropped."""
+    folder = tmp_path_factory.mktemp("photos")
+    forms = [(60, 40)] * 5 + [(40, 60)] * 4 + [(40, 40)] * 3 + [(200, 20)]
+    for label, name in enumerate(["ant", "bee"]):
+        (folder / name).mkdir()
+        for i, (width, height) in enumerate(forms):
+            pixels = np.full((height, width, 3), 255, np.uint8)
+            pixels[2:-2, 2:-2] = (40 + i, 200 * label, 90)
+            Image.fromarray(pixels).save(folder / name / f"{i:02d}.jpg", quality=95)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (60, 40)).save(folder / "ant/99.jpg", exif=exif)
+    (folder / "bee/99.png").write_bytes(b"no picture")
+    return folder
+
+
+BUCKETS = "--vae none --image-size 12 --aspect-buckets 3 --hidden-size 16 --depth 1 --num-heads 2 --global-batch-size 4 "
+BUCKETS = (BUCKETS + "--lr 1e-3 --device cpu --log-every 2 --patch-size 2 --num-workers 0 --skip-bad-images --rope").split()
+
+
+def test_images_go_to_the_nearest_shape(photos):
+    photographs = ImageDataset(photos, 12, flip=False, skip_bad=True)
+    photographs.read_ratios(distributed.setup("cpu"))
+    line = photographs.divide([(16, 8), (12, 12), (8, 16)])
+    assert line == "Images of each shape: 9 of 16x8, 7 of 12x12, 12 of 8x16"
+    found = [photographs[index, 0]["image"] for index in range(len(photographs))]
+    assert [tuple(image.shape[1:]) for image in found[:14]] == [(8, 16)] * 5 + [(16, 8)] * 4 + [(12, 12)] * 3 + [
+        (8, 16), (16, 8)]  # fmt: skip
+    assert found[-1].shape[1:] == (12, 12), "of the file that is replaced, whatever takes its place"
+    for dataset in (Digits(8), photographs):
+        batches = batches_of_one_shape(dataset, range(20), 3)
+        assert sorted(index for batch in batches for index in batch) == list(range(20))
+        shapes = [{tuple(dataset[index, 0]["image"].shape) for index in batch} for batch in batches]
+        assert all(len(shape) == 1 for shape in shapes)
+
+
+@pytest.fixture(scope="module")
+def bucketed(tmp_path_factory, photos):
+    """A run that is stopped twice and resumed; an undisturbed one; and one of gradients accumulated in parts."""
+    folder = tmp_path_factory.mktemp("bucketed")
+    watch = ["--val-every", 3, "--val-data-path", photos, "--sample-every", 12, "--sample-sampling-steps", 2]
+    command = [*BUCKETS, "--data-path", photos, *watch, "--run-dir"]
+    for name, steps, extra in (("parts", 4, ()), ("parts", 7, ()), ("parts", 12, ()), ("whole", 12, ()),
+                               ("accumulated", 12, ("--grad-accum", 3))):  # fmt: skip
+        assert call(train.main, *command, folder / name, "--max-steps", steps, *extra) == 0
+    return folder
+
+
+def test_a_run_on_buckets_resumes_bit_for_bit(bucketed):
+    assert_same_state(latest(bucketed / "parts"), latest(bucketed / "whole"))
+    whole, accumulated = latest(bucketed / "whole"), latest(bucketed / "accumulated")
+    for name, value in whole["model"].items():
+        torch.testing.assert_close(accumulated["model"][name], value, rtol=1e-3, atol=1e-5)
+    log = (bucketed / "whole/log.txt").read_text()
+    assert "Images of each shape: 12 of 8x16, 7 of 12x12, 9 of 16x8" in log
+    rows = [row for row in metrics(bucketed / "whole") if "val_loss" in row]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    for row in rows:
+        parts = [row[f"val_loss_{shape}"] * n for shape, n in (("16x8", 9), ("12x12", 7), ("8x16", 12))]
+        assert sum(parts) / 28 == pytest.approx(row["val_loss"], rel=1e-5)
+    assert re.search(r"Validation Loss: \d.*at t 750-999, \d\.\d+ at 8x16", log)
+
+
+def test_processes_agree_on_buckets(bucketed, photos, tmp_path, ranks):
+    """Noise belongs to a process, so the weights are compared between two runs of two, one of which was stopped."""
+    command = [*BUCKETS, "--data-path", photos, "--val-every", 3, "--val-data-path", photos]
+    for steps, name in ((12, "whole"), (5, "parts"), (12, "parts")):
+        run = ranks(train.main, [*command, "--max-steps", steps, "--run-dir", tmp_path / name], 2)
+        assert run.wait() == [0, 0], run.text()
+    assert_same_state(latest(tmp_path / "parts"), latest(tmp_path / "whole"))
+    names = {name for row in metrics(tmp_path / "whole") for name in row}
+    assert {"val_loss_16x8", "val_loss_12x12", "val_loss_8x16"} <= names
+
+
+def test_every_recorded_shape_is_drawn(bucketed, tmp_path, capsys):
+    ckpt = bucketed / "whole"
+    sizes = {"12": (12, 12), "8x16": (8, 16), "16x8": (16, 8)}
+    for size, (height, width) in sizes.items():
+        argv = ["--ckpt", ckpt, *DRAW, "--image-size", size]
+        assert call(sample.main, *argv, "--labels", 0, 1, "--output", tmp_path / f"{size}.png") == 0
+        with Image.open(tmp_path / f"{size}.png") as grid:
+            assert grid.size == (2 + 2 * (width + 2), 2 + height + 2)
+        assert call(sample_ddp.main, *argv, "--num-fid-samples", 3, "--sample-dir", tmp_path) == 0
+        (npz,) = tmp_path.glob(f"*-size-{size}-*.npz")
+        with np.load(npz) as file:
+            assert file["arr_0"].shape == (3, height, width, 3)
+    assert call(sample.main, "--ckpt", ckpt, *DRAW, "--labels", 0, 1, "--output", tmp_path / "own.png") == 0
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "12.png").read_bytes()
+    capsys.readouterr()
+    assert call(sample.main, "--ckpt", ckpt, *DRAW, "--image-size", "8x12", "--output", tmp_path / "bad.png") == 2
+    assert f"--image-size 8x12: {ckpt}/checkpoints/0000012.pt holds 12, 16x8, 8x16; pass one of" in capsys.readouterr().err
+
+
+def test_the_page_offers_the_shapes(bucketed):
+    ckpt = str(bucketed / "whole/checkpoints/0000012.pt")
+    assert web.offers(ckpt)[3] == ["12", "16x8", "8x16"]
+    values = {"ckpt": ckpt, "labels": ["0"], "interpolate": False, "samples_per_label": 2, "cfg_scale": 1.0,
+              "num_sampling_steps": 2, "seed": 0, "sampler": "ddim"}  # fmt: skip
+    artist = web.Artist()
+    for size in ("8x16", "12", "16x8"):
+        *_, (config, _, images, _) = artist.draw(
+            web.page_config({**values, "image_size": size}, ComputeConfig(device="cpu"))
+        )
+        assert images.shape[1:3] == sides(size)
+        assert f"--image-size {size}" in web.command(config)
+
+
+def test_weights_keep_the_shapes(bucketed, tmp_path, capsys):
+    source = bucketed / "whole/checkpoints/0000012.pt"
+    assert call(convert.main, source, tmp_path / "a.safetensors") == 0
+    for ckpt, output in ((source, "a.png"), (tmp_path / "a.safetensors", "b.png")):
+        argv = ["--ckpt", ckpt, *DRAW, "--image-size", "8x16", "--labels", 0, "--output", tmp_path / output]
+        assert call(sample.main, *argv) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert call(convert.main, source, tmp_path / "a.pt") == 2
+    assert "cannot record --rope True --aspect-buckets" in capsys.readouterr().err
+
+
+def test_a_square_goes_on_with_buckets(photos, tmp_path):
+    run = [*BUCKETS, "--data-path", photos, "--max-steps", 1, "--run-dir"]
+    square = [word for word in run if word not in ("--aspect-buckets", "3")]
+    assert call(train.main, *square, tmp_path / "square") == 0
+    assert call(train.main, *run, tmp_path / "run", "--init-from", tmp_path / "square") == 0
+    assert call(train.main, *square, tmp_path / "run") == 2, "it is another model"
+
+
+def test_latents_of_buckets_and_what_they_are_normalised_by(photos, small_vae, tmp_path):
+    """Each shape is encoded by itself: with --latent-norm channel too, which measures batches of the data."""
+    run = [*BUCKETS, "--data-path", photos, "--max-steps", 2, "--run-dir", tmp_path / "run", "--latent-norm", "channel"]
+    for option, value in (("--vae", small_vae), ("--image-size", 64), ("--patch-size", 1)):
+        run[run.index(option) + 1] = value
+    assert call(train.main, *run) == 0
+    config = Checkpoint.open(tmp_path / "run").model_config
+    assert (config["input_size"], config["other_sizes"]) == (8, ((11, 6), (6, 11)))
+
+
+def test_plans_and_costs_tell_the_shapes(photos, tmp_path, capsys):
+    assert call(train.main, *BUCKETS, "--data-path", photos, "--max-steps", 4, "--dry-run", "--global-batch-size", 8) == 0
+    output = capsys.readouterr().out
+    assert "Images of each shape: 12 of 8x16, 7 of 12x12, 9 of 16x8" in output
+    assert "Warning: Of the shapes 12x12 there are fewer images than --global-batch-size" in output
+    assert re.search(r"of other shapes +0.00 of 16x8, 0.00 of 8x16 latent cells", output)
+    argv = ["--model", "DiT-S/2", "--aspect-buckets", 3, "--json"]
+    assert call(complexity.main, *argv) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["forward_macs_by_latent_size"].keys() == {"46x22", "22x46"}
+    for macs in counted["forward_macs_by_latent_size"].values():
+        assert macs == pytest.approx(counted["forward_macs_per_image"], rel=0.1)
+
+
+def test_data_of_one_shape_are_refused(tmp_path, image_folder, small_vae, capsys):
+    run = [*BUCKETS, "--max-steps", 1, "--run-dir", tmp_path / "run", "--data-path"]
+    run[run.index("--image-size") + 1] = 8
+    assert call(train.main, *run, "digits") == 2
+    assert "--aspect-buckets 3: digits holds images of one shape; leave the option out" in capsys.readouterr().err
+    latents = ["--out", tmp_path / "latents", "--vae", small_vae, "--image-size", 16, "--device", "cpu", "--num-workers", 0]
+    assert call(extract_latents.main, "--data-path", image_folder, *latents) == 0
+    words = [word for word in run if word != "--skip-bad-images"]
+    words[words.index("--image-size") + 1], words[words.index("--vae") + 1] = 16, small_vae
+    assert call(train.main, *words, tmp_path / "latents") == 2
+    assert "latents holds images of one shape; leave the option out" in capsys.readouterr().err
+    assert call(train.main, *run, image_folder, "--aspect-buckets", 4) == 2
+    assert "4 is not one of 3, 5, 7, 9" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def build_page(config):
     from sampling import web
 
     artist, first, titles = web.Artist(), web.find_checkpoints(config.ckpt), web.TITLES
-    choices, labels, (sampler, steps, scale) = web.offers(first[0], config.vae)
+    choices, labels, (sampler, steps, scale), sizes = web.offers(first[0], config.vae)
 
     @contextlib.contextmanager
     def messages():
@@ -114,6 +114,10 @@ def build_page(config):
         """Updates of the fields for classes and prompts, one of which is shown."""
         return gr.update(choices=choices, value=labels, visible=bool(choices)), gr.update(value=prompt, visible=not choices)
 
+    def shapes(sizes, size):
+        """The values of the field for the size, which is shown where there are several."""
+        return {"choices": sizes, "value": str(size) if len(sizes) > 1 else None, "visible": len(sizes) > 1}
+
     @messages()
     def offer_checkpoints():
         return gr.update(choices=web.find_checkpoints(config.ckpt))
@@ -121,8 +125,8 @@ def build_page(config):
     @messages()
     def offer(ckpt):
         """Updates of the fields that depend on the checkpoint."""
-        choices, labels, settings = web.offers(ckpt, config.vae)
-        return *conditions(choices, labels), *settings
+        choices, labels, settings, sizes = web.offers(ckpt, config.vae)
+        return *conditions(choices, labels), *settings, gr.update(**shapes(sizes, sizes[0]))
 
     def draw(*values):
         """Yields updates: {component: value}."""
@@ -145,7 +149,8 @@ def build_page(config):
         values = web.read_settings(path)
         if values["ckpt"] not in web.find_checkpoints(config.ckpt):
             raise UserError(f"Checkpoint: {values['ckpt']}, which drew this picture, is not there")
-        known, *_ = web.offers(values["ckpt"], config.vae)
+        known, *_, sizes = web.offers(values["ckpt"], config.vae)
+        values["image_size"] = gr.update(**shapes(sizes, values["image_size"] or sizes[0]))
         values["labels"], values["prompt"] = conditions(known, values["labels"], values["prompt"])
         return [values[name] for name in controls]
 
@@ -164,6 +169,8 @@ def build_page(config):
                         info="Of each class or prompt, or of a row from a class to the next."),
                     "interpolate": gr.Checkbox(False, label=titles["interpolate"],
                         info="Draw rows of images from each class to the next."),
+                    "image_size": gr.Dropdown(**shapes(sizes, sizes[0]), label=titles["image_size"],
+                        info="Height by width, in pixels."),
                     "sampler": gr.Dropdown([*SAMPLERS], value=sampler, label=titles["sampler"]),
                 }  # fmt: skip
                 with gr.Row():
@@ -181,7 +188,7 @@ def build_page(config):
                     download = gr.DownloadButton("Download all", interactive=False)
                     load = gr.UploadButton("Settings from a picture", file_types=[".png"])
         page.load(offer_checkpoints, outputs=controls["ckpt"], show_progress="hidden")
-        names = ("labels", "prompt", "sampler", "num_sampling_steps", "cfg_scale")  # what `offer` returns
+        names = ("labels", "prompt", "sampler", "num_sampling_steps", "cfg_scale", "image_size")  # what `offer` returns
         offered = [controls[name] for name in names]
         controls["ckpt"].input(offer, controls["ckpt"], offered)
         shown = [status, picture, singles, command, download]

@@ -82,7 +82,7 @@ TOLERANCE = {256: 0.03, 512: 0.07}  # GMACs by image size: the paper's own count
 
 def cost(config):
     """The cost of one model, as a dict. Raises UserError for one that cannot be built or counted."""
-    from data.autoencoder import latent_sides, load_space  # here and below: PyTorch takes seconds to import
+    from data.autoencoder import load_space, model_sizes  # here and below: PyTorch takes seconds to import
 
     name, size, num_classes = config.model.model or DEFAULT, config.model.image_size, config.model.num_classes
     factor, channels = 8, 4  # of the released autoencoders, which need not be here
@@ -96,9 +96,10 @@ def cost(config):
         condition = Texts(config.text_width, config.text_length).model_arguments()
         texts = {"text_width": config.text_width, "text_length": config.text_length}
     design = {"block": "adaln-zero", **config.model.overrides()}
-    cells = latent_sides(size, factor, config.model.patch_size or int(name.partition("/")[2]))
+    patch_size = config.model.patch_size or int(name.partition("/")[2])
+    sizes = model_sizes(size, config.model.aspect_buckets, factor, patch_size)
     try:
-        model = build(name, input_size=cells, in_channels=config.channels or channels, **condition, **design)
+        model = build(name, **sizes, in_channels=config.channels or channels, **condition, **design)
         counted = count(model, config.batch_size, config.precision, config.shard)
     except ValueError as error:
         raise UserError(f"--model {name} with these sizes", error) from None

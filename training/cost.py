@@ -10,6 +10,7 @@ import math
 import re
 
 from diffusion.registry import OBJECTIVES
+from runtime.shapes import plain_size
 
 # PyTorch and the models take seconds to import: functions import them, so that complexity.py starts fast
 
@@ -24,9 +25,9 @@ def build(name, **arguments):
         return DiT_models[name](**arguments)
 
 
-def inputs(model, batch_size):
-    """x, t, y of a batch."""
-    x = model.pos_embed.new_empty(batch_size, model.in_channels, *model.sizes.sides)
+def inputs(model, batch_size, sides=None):
+    """x, t, y of a batch. sides: of x (default: the model's input_size)."""
+    x = model.pos_embed.new_empty(batch_size, model.in_channels, *(sides or model.sizes.sides))
     t = x.new_empty(batch_size)
     return x, t, model.condition.blank(batch_size).to(x.device) if model.condition else t.long()
 
@@ -35,13 +36,13 @@ def trainable(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def forward_macs(model):
-    """Multiply-accumulates of a forward pass of one image."""
+def forward_macs(model, sides=None):
+    """Multiply-accumulates of a forward pass of one image. sides: as of `inputs`."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs(model, 1))
+        model(*inputs(model, 1, sides))
     return counter.get_total_flops() // 2
 
 
@@ -118,6 +119,8 @@ def count(model, batch_size, precision, num_shards=1, num_averages=1, guidance=1
     """The cost of training a model on the meta device, a dict of numbers; see `training_memory` and `training_flops`."""
     macs, memory = forward_macs(model), training_memory(model, batch_size, precision, num_shards, num_averages)
     found = {"tokens": model.pos_embed.shape[1], "parameters": trainable(model), "forward_macs_per_image": macs}
+    if model.sizes.other_sizes:
+        found["forward_macs_by_latent_size"] = {plain_size(s): forward_macs(model, s) for s in model.sizes.other_sizes}
     return found | {"training_flops_per_image": training_flops(model, macs, guidance), "training_memory_bytes": memory}
 
 
@@ -125,9 +128,11 @@ def rows(cost, free=None):
     """What is printed of a cost: pairs of a title and a text. free: bytes that the device has, if that is known."""
     memory = {f"memory: {part}": gib(nbytes) for part, nbytes in cost["training_memory_bytes"].items()}
     in_all = f"{memory.pop('memory: total')} on each device" + (f", of {gib(free)} free" if free else "")
+    others = ", ".join(f"{macs / 1e9:,.2f} of {size}" for size, macs in cost.get("forward_macs_by_latent_size", {}).items())
     return [
         ("parameters", f"{cost['parameters']:,} trainable"),
         ("forward pass", f"{cost['forward_macs_per_image'] / 1e9:,.2f} GMACs an image"),
+        *([("of other shapes", f"{others} latent cells")] if others else []),
         ("training step", f"{cost['training_flops_per_image'] / 1e9:,.2f} GFLOP an image"),
         *memory.items(),
         ("memory in all", in_all),

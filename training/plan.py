@@ -16,14 +16,14 @@ from data.autoencoder import LatentSpace
 from data.clips import ClipDataset
 from data.condition import open_condition
 from data.images import ImageDataset, MapDataset
-from data.order import GlobalOrder, make_loader, next_batch
+from data.order import make_loader, next_batch, order_of
 from runtime.devices import precision_warning, set_precision
 from runtime.errors import UserError
 from runtime.shapes import sides
 from training import finetune, resume
 from training.cost import count, gib, rows
 from training.meter import peak_memory
-from training.setup import build_model, class_notes, load_data
+from training.setup import build_model, class_notes, divide, load_data
 from training.trainer import Trainer
 
 FEW_IMAGES = 50  # of a class
@@ -45,6 +45,7 @@ def show(config, context, dataset=None):
     condition = open_condition(config.data, dataset, options.num_classes)  # not on the meta device: it has values
     with torch.device("meta"):
         model = build_model(options, recipe, space, condition)
+    shapes = divide(dataset, model.sizes, space.factor, images)
     finetune.freeze(model, config.finetune)
     model.gradient_checkpointing, num_shards = compute.grad_checkpoint, 1
     if compute.shard:
@@ -59,6 +60,7 @@ def show(config, context, dataset=None):
     disk, disk_warning = checkpoints(config.run, model, len(recipe.ema_decays), done, total_steps)
     plan = [
         ("data", f"{len(dataset):,} images of {len(dataset.classes):,} classes from {config.data.data_path}"),
+        *[("shapes", line) for line in shapes[:1]],
         ("model", f"{name_of(model.config)} ({model.block}), {cost['tokens']:,} tokens"),
         *rows(cost, free),
         ("checkpoints", disk),
@@ -70,7 +72,7 @@ def show(config, context, dataset=None):
         also = "" if compute.shard else ", or --shard with several processes"
         way_out = f"lower --global-batch-size, or pass --grad-accum or --grad-checkpoint{also}"
         warnings.append(f"the device has {gib(free)} free, of {gib(needed)} needed; {way_out}")
-    warnings += [disk_warning, precision_warning(compute.precision, context.device)]
+    warnings += [*shapes[1:], disk_warning, precision_warning(compute.precision, context.device)]
 
     rate = product_rate(context.device, compute.precision)
     seconds, how = flops / context.world_size / rate, f"at least, at {rate / 1e12:,.2f} TFLOP/s of its matrix products"
@@ -182,7 +184,7 @@ def product_rate(device, precision):
 def measure(trainer, dataset, num_workers):
     """(seconds of an update, bytes of memory at most) of a few real updates, data included, after one to warm up."""
     context, size, seed = trainer.context, trainer.recipe.global_batch_size, trainer.recipe.global_seed
-    order = GlobalOrder(len(dataset), size, seed, context.rank, context.world_size, 0, (1 + STEPS) * size)
+    order = order_of(dataset, size, seed, context.rank, context.world_size, 0, (1 + STEPS) * size)
     batches, times = iter(make_loader(dataset, order, num_workers)), []
     for _ in range(1 + STEPS):
         start = time.perf_counter()

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from checkpoint import files as checkpoint_files
 from checkpoint.opened import name_of, record_of
 from checkpoint.saver import BackgroundSaver
-from data.order import GlobalOrder, make_loader, next_batch
+from data.order import make_loader, next_batch, order_of
 from runtime.config import flag
 from runtime.devices import precision_warning
 from runtime.errors import RunError, UserError
@@ -128,7 +128,7 @@ class Run:
         recipe, context, seen = self.config.recipe, self.context, self.trainer.images_seen
         size, seed = recipe.global_batch_size, recipe.global_seed
         end = seen + (self.total_steps - self.trainer.steps_made) * size
-        order = GlobalOrder(len(self.dataset), size, seed, context.rank, context.world_size, seen, end)
+        order = order_of(self.dataset, size, seed, context.rank, context.world_size, seen, end)
         return make_loader(self.dataset, order, self.config.data.num_workers, pin_memory=context.device.type == "cuda")
 
     def _due(self, every):

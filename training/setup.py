@@ -3,10 +3,11 @@
 import dataclasses
 import math
 
+import numpy as np
 import torch
 
 from checkpoint.config import DEFAULT
-from data.autoencoder import LatentSpace, latent_sides
+from data.autoencoder import LatentSpace, model_sizes
 from data.condition import Classes, open_condition
 from data.images import MapDataset, load_dataset
 from data.latents import StoredLatents, read_statistics
@@ -60,12 +61,17 @@ def load_data(data, model, recipe, context, dataset=None):
             dataset.check_sides(model.image_size)
         dataset = dataset or load_dataset(data, model.image_size, recipe.global_seed, context, model.num_frames)
         found = len(dataset.classes)
+        if model.aspect_buckets and (dataset.in_memory or isinstance(dataset, StoredLatents)):
+            problem = f"{data.data_path} holds images of one shape"
+            raise UserError(f"--aspect-buckets {model.aspect_buckets}", problem, "leave the option out")
         if model.num_classes and found > model.num_classes:
             way_out = f"pass --num-classes {found}, or 0 to ignore them"
             raise UserError(f"--num-classes {model.num_classes}", f"{data.data_path} has {found} classes", way_out)
         if (images := recipe.epochs * len(dataset)) < (size := recipe.global_batch_size):
             problem = f"more than the {images} images of all epochs"
             raise UserError(f"--global-batch-size {size}", problem, "lower it, or raise --epochs")
+    if model.aspect_buckets:
+        dataset.read_ratios(context)
     return dataset, dataclasses.replace(model, num_classes=found if model.num_classes is None else model.num_classes)
 
 
@@ -84,6 +90,7 @@ def prepare(config, context, dataset, source=None):
     if (scale := config.recipe.guidance_in_target) != 1 and not OBJECTIVES[model.objective].average:
         raise UserError(f"--guidance-in-target {scale}", "is for --objective meanflow", "leave it out")
     lines = [*dataset.notes, *class_notes(dataset.classes, config.model.num_classes)]
+    lines += divide(dataset, model.sizes, space.factor, config.recipe.global_batch_size)
     lines += [f"Conditioned on {condition.describe()}"]
     if model.time_shift != 1:
         lines += [f"The time of the flow is shifted by {model.time_shift:.4g} (--time-shift), recorded for sampling"]
@@ -122,6 +129,19 @@ def normalise(config, context, dataset, space, source=None):
     return [f"Latents are normalised by each channel's mean and standard deviation, of {origin}"]
 
 
+def divide(dataset, model_sizes, factor, batch_size=1):
+    """Crop the dataset's images to the shapes of a model, a DiTConfig. factor: pixels of a latent cell. Returns lines."""
+    if not model_sizes.other_sizes:
+        return []
+    sizes = sorted((model_sizes.sides, *model_sizes.other_sizes))
+    lines = [dataset.divide([tuple(side * factor for side in size) for size in sizes])]
+    few = [shape for shape, n in zip(*np.unique(dataset.shape_of, return_counts=True), strict=True) if n < batch_size]
+    if few:
+        names = ", ".join("{}x{}".format(*dataset.shapes[shape]) for shape in few)
+        lines += [f"Of the shapes {names} there are fewer images than --global-batch-size, so a batch repeats them"]
+    return lines
+
+
 def class_notes(names, num_classes=0):
     """Lines where a class is called by a number that is not its own, so that --labels would mean another one, and where
     the model has more classes than the data, which has `names`."""
@@ -141,8 +161,8 @@ def build_model(options, recipe, space, condition=None):
     overrides, name = options.overrides(), options.model or DEFAULT
     constructor = DiT_models[name]
     patch_size, side = overrides.get("patch_size", constructor.keywords["patch_size"]), getattr(space, "side", None)
-    cells = latent_sides(options.image_size, space.factor, patch_size, side)
-    arguments = {"input_size": cells, "in_channels": space.channels, **overrides}
+    sizes = model_sizes(options.image_size, options.aspect_buckets, space.factor, patch_size, side)
+    arguments, cells = {**sizes, "in_channels": space.channels, **overrides}, sizes["input_size"]
     if frames := options.num_frames:
         arguments |= {"input_size": (frames, *cells), "patch_size": (options.patch_frames or 1, patch_size, patch_size)}
     if OBJECTIVES[options.objective or "diffusion"].flow and space.factor > 1:

@@ -19,7 +19,8 @@ from data.autoencoder import encode_batch
 from data.condition import EXAMPLES
 from data.config import COLUMNS
 from data.images import load_dataset
-from data.order import make_loader
+from data.latents import StoredLatents
+from data.order import batches_of_one_shape, make_loader
 from data.table import is_table
 from diffusion.registry import OBJECTIVES
 from runtime import seeds
@@ -28,6 +29,7 @@ from runtime.shapes import sides
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.grid import as_pictures, draw_grid
 from sampling.pipeline import Pipeline, to_uint8
+from training.setup import divide
 
 GRID_SAMPLER = ("dpm-solver++", 20)  # of all but flows: a twelfth of the time of DDPM's 250 steps
 SEED = 0  # of the noise: the same in all runs, so that their grids can be compared
@@ -123,48 +125,59 @@ class Validation:
             space = held_out.open_space(vae)
             if statistics := getattr(trainer.space, "statistics", None):
                 space.normalise_by(statistics)
+            if trainer.model.sizes.other_sizes and not isinstance(held_out, StoredLatents):
+                held_out.read_ratios(context)
+                divide(held_out, trainer.model.sizes, space.factor)
             self.read(held_out, space.to(context.device), condition.for_data(held_out, data).to(context.device))
 
     def read(self, dataset, space, condition):
         """This rank's part: the images' numbers, x_0 (N, C, h, w) and y (N, ...)."""
         chosen = seeds.generator(0, seeds.VALIDATION).permutation(len(dataset))[:MAX_IMAGES]
         self.indices = chosen[self.context.rank :: self.context.world_size].tolist()
-        batches = [self.indices[i : i + self.batch_size] for i in range(0, len(self.indices), self.batch_size)]
+        self.batches = batches_of_one_shape(dataset, self.indices, self.batch_size)
+        several = dataset.shape_of is not None
+        self.shape_of = [dataset.shape_of[batch[0]] if several else 0 for batch in self.batches]
+        self.shapes = ["{}x{}".format(*shape) for shape in dataset.shapes] if several else [""]
         # the encoder's posterior is sampled from torch's stream, which each training step sets anew
         torch.manual_seed(seeds.torch_seed(0, seeds.VALIDATION, self.context.rank))
-        loader, device = make_loader(dataset, [[(index, 0) for index in batch] for batch in batches]), self.context.device
-        pairs = [(encode_batch(space, batch, device).cpu(), condition.y(batch, device).cpu()) for batch in loader]
-        self.x_0, self.y = (torch.cat(parts) for parts in zip(*pairs, strict=True)) if pairs else (None, None)
+        order, device = [[(index, 0) for index in batch] for batch in self.batches], self.context.device
+        self.held_out = [
+            (encode_batch(space, batch, device).cpu(), condition.y(batch, device).cpu())
+            for batch in make_loader(dataset, order)
+        ]
 
     def __call__(self, trainer):
-        parts = self.losses(trainer)
-        return {"val_loss": sum(parts.values()) / len(parts)} | {f"val_loss_t_{name}": v for name, v in parts.items()}
+        return {f"val_loss{name}": loss for name, loss in self.losses(trainer).items()}
 
     def line(self, values):
         values = dict(values)
         mean = values.pop("val_loss")
-        ranges = (f"{loss:.4f} at t {name.removeprefix('val_loss_t_').replace('_', '-')}" for name, loss in values.items())
-        return f"Validation Loss: {mean:.4f} ({', '.join(ranges)})"
+        names = (name.removeprefix("val_loss_").replace("t_", "t ").replace("_", "-") for name in values)
+        parts = (f"{loss:.4f} at {name}" for name, loss in zip(names, values.values(), strict=True))
+        return f"Validation Loss: {mean:.4f} ({', '.join(parts)})"
 
     @torch.no_grad()
     def losses(self, trainer):
-        """The mean loss over all images for each range of t: {"0_249": loss, ...}, on all ranks."""
+        """Mean losses over all images, on all ranks: of all t "", of each range "_t_0_249", and of each shape "_256x384",
+        where there are several."""
         model = trainer.averaged(self.average) if self.average else trainer.full(trainer.model)
-        width = NUM_TIMESTEPS // NUM_RANGES
-        sums = torch.zeros(NUM_RANGES, dtype=torch.float64)
+        width, counts = NUM_TIMESTEPS // NUM_RANGES, [0] * len(self.shapes)
+        sums = torch.zeros(NUM_RANGES, len(self.shapes), dtype=torch.float64)
         for part in range(NUM_RANGES):
-            for first in range(0, len(self.indices), self.batch_size):
-                batch = slice(first, first + self.batch_size)
-                x_0 = self.x_0[batch]
-                random = [seeds.generator(0, seeds.VALIDATION, 1 + part, index) for index in self.indices[batch]]
+            for batch, shape, (x_0, y) in zip(self.batches, self.shape_of, self.held_out, strict=True):
+                random = [seeds.generator(0, seeds.VALIDATION, 1 + part, index) for index in batch]
                 t = torch.tensor([part * width + int(generator.integers(width)) for generator in random])
                 noise = [torch.from_numpy(generator.standard_normal(x_0.shape[1:], "float32")) for generator in random]
                 noise = torch.stack(noise)
-                x_0, t, noise, y = (values.to(trainer.device) for values in (x_0, t, noise, self.y[batch]))
+                x_0, t, noise, y = (values.to(trainer.device) for values in (x_0, t, noise, y))
                 with trainer.autocast:
                     found = trainer.objective.training_losses(model, x_0, t, {"y": y}, noise)
-                sums[part] += found["loss"].cpu().double().sum()
-        gathered = self.context.all_gather((sums.tolist(), len(self.indices)))
-        number = sum(count for _, count in gathered)
-        totals = (sum(column) / number for column in zip(*(values for values, _ in gathered), strict=True))
-        return {f"{part * width}_{(part + 1) * width - 1}": total for part, total in enumerate(totals)}
+                sums[part, shape] += found["loss"].cpu().double().sum()
+                counts[shape] += len(batch)
+        gathered = self.context.all_gather((sums, torch.tensor(counts) / NUM_RANGES))
+        sums, counts = (sum(parts) for parts in zip(*gathered, strict=True))
+        totals = (sums.sum(1) / counts.sum()).tolist()
+        found = {"": sum(totals) / NUM_RANGES}
+        found |= {f"_t_{part * width}_{(part + 1) * width - 1}": total for part, total in enumerate(totals)}
+        of_shapes = zip(self.shapes, (sums.mean(0) / counts).tolist(), counts, strict=True)
+        return found | {f"_{shape}": loss for shape, loss, count in of_shapes if shape and count}
