@@ -348,6 +348,7 @@ def test_an_embedder_of_slower_time_imitates_a_smooth_one():
     ("command", "words", "message"),
     [
         (train.main, [*TINY, "--guidance-in-target", "2"], "--guidance-in-target 2.0: is for --objective meanflow"),
+        (train.main, [*MEANFLOW, "--num-classes", "0"], "--guidance-in-target 2.0: is for --objective meanflow with"),
         (train.main, [*MEANFLOW, "--label-dropout", "0"], "--guidance-in-target 2.0: guidance needs null labels"),
         (train.main, [*MEANFLOW, "--guidance-in-target", "0.5"], "--guidance-in-target"),
         (train.main, [*MEANFLOW, "--loss-weight", "min-snr"], "--loss-weight min-snr"),

@@ -87,8 +87,9 @@ def prepare(config, context, dataset, source=None):
     except ValueError as error:
         problem = f"is defined for other objectives than {model.objective} ({error})"
         raise UserError(f"--loss-weight {config.recipe.loss_weight}", problem, "leave it out") from None
-    if (scale := config.recipe.guidance_in_target) != 1 and not OBJECTIVES[model.objective].average:
-        raise UserError(f"--guidance-in-target {scale}", "is for --objective meanflow", "leave it out")
+    guidable = OBJECTIVES[model.objective].average and (model.num_classes or model.condition)
+    if (scale := config.recipe.guidance_in_target) != 1 and not guidable:
+        raise UserError(f"--guidance-in-target {scale}", "is for --objective meanflow with classes", "leave it out")
     lines = [*dataset.notes, *class_notes(dataset.classes, config.model.num_classes)]
     lines += divide(dataset, model.sizes, space.factor, config.recipe.global_batch_size)
     lines += [f"Conditioned on {condition.describe()}"]

@@ -38,7 +38,7 @@ MAX_IMAGES = 512  # of a larger folder of held-out images, chosen at random
 NUM_TIMESTEPS, NUM_RANGES = 1000, 4  # each held-out image is seen once in each range of t
 
 
-def choose_sampler(kind, objective, name, steps, cfg_scale):
+def choose_sampler(kind, objective, name, steps, cfg_scale=1.0):
     """The SamplerConfig of --{kind}-sampler and --{kind}-sampling-steps, whose defaults are the objective's own. Raises
     UserError for a sampler that cannot draw so, or not with --{kind}-cfg-scale."""
     with about(f"--{kind}-cfg-scale", option="--cfg-scale"):
