@@ -286,7 +286,10 @@ def load_autoencoder(name):
         parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
         values = {p.name: p.default for p in parameters if p.default is not p.empty} | found
         values |= {"patch_size": 1, "image_size": None} | AUTOENCODERS[kind].renamed(values)
-        return kind, AutoencoderConfig.from_flat(values)
+        try:
+            return kind, AutoencoderConfig.from_flat(values)
+        except UserError as error:  # names keys of the file as if they were options
+            raise ValueError(error) from None
 
     kind, config = attempt_vae(name, read)
     return AUTOENCODERS[kind](name, kind, config)
