@@ -46,7 +46,8 @@ demo: setup
 # Captions in place of classes: the text encoder is all-MiniLM-L6-v2, whose weights a package of `make setup` holds
 TEXT := demo/text
 PROMPTS := --prompt "a handwritten zero" "the number 3, drawn by hand" "a seven" "the digit 8 in pencil" \
-    "please draw me a two" "five in black ink" "this is what a 9 looks like" "a handwritten digit"
+    "please draw me a two" "five in black ink" "this is what a 9 looks like" "a handwritten digit" \
+    "look, sevens" "VII"
 
 demo-text: setup
 	$(VENV)/python train.py --data-path digits --vae none --image-size 8 --text-encoder minilm --text-length 16 \
