@@ -37,9 +37,10 @@ def sweep(config, context):
     def claim_folder():
         """Lock the folder until this function ends. Returns what the rows are made with, and those that there are."""
         locks.append(files.lock_folder(config.output))
-        if path.exists() and files.read_json(path, list) is None:
+        rows = files.read_json(path, list) if path.exists() else []
+        if rows is None or not all(isinstance(row, dict) and {"made_with", "networks"} <= row.keys() for row in rows):
             raise UserError(path, "damaged", "delete it, or choose another --output")
-        return [measurer.key(one) for one in opened.values()], files.read_json(path, list) or []
+        return [measurer.key(one) for one in opened.values()], rows
 
     keys, rows = context.on_main(claim_folder)
     options = [one.config.flat() for one in opened.values()]
@@ -48,7 +49,7 @@ def sweep(config, context):
     titles, found = [*map(flag, names), *numbers, "seconds", "images/s"], {}
     context.print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for (setting, one), key in zip(opened.items(), keys, strict=True):
-        row = next((row for row in rows if row.get("made_with") == key), None)
+        row = next((row for row in rows if row["made_with"] == key), None)
         if row is None:
             row = {"made_with": key, "command": command(setting), **measurer.measure(one)}
             rows.append(row)

@@ -219,7 +219,7 @@ def test_mistakes_get_one_line_before_anything_is_drawn(lively, reference, tmp_p
     np.savez("large.npz", np.zeros((4, 16, 16, 3), np.uint8))
     np.savez("statistics.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged/results.json").write_text("{")
+    (tmp_path / "damaged/results.json").write_text("[{}]")
     assert call(sweep.main, *command(lively, reference, tmp_path / "sweep"), *extra) == 2
     captured = capfd.readouterr()
     assert what in captured.err.strip().splitlines()[-1]
