@@ -70,10 +70,8 @@ def open_rows(path):
         return split or ("train" if "train" in splits else min(splits))
 
     def read(_):
-        if not os.path.lexists(base):
-            return datasets.load_dataset(base, split=choose(datasets.get_dataset_split_names(base)))
         if not (sources := parquet_files(base)):
-            rows = datasets.load_from_disk(base)
+            rows = datasets.load_from_disk(base) if os.path.lexists(base) else datasets.load_dataset(base)
             return rows[choose(rows)] if isinstance(rows, dict) else rows
         builder = datasets.load_dataset_builder("parquet", data_files=sources[choose(sources)])
         cache, needed = datasets.config.HF_DATASETS_CACHE, sum(map(os.path.getsize, sources[choose(sources)]))
@@ -183,9 +181,9 @@ def list_table(config):
         names = [f"{classes[number]}/{name}" for number, name in zip(labels, names, strict=True)]
     used = {"images": table.column, "labels": label, "texts": text}
     used = ", ".join(f"{what} {printable(name)}" for what, name in used.items() if name)
-    sizes = (
-        () if all(paths) else map(str, pc.binary_length(table.data).to_pylist())
-    )  # rows without names are told apart by these
+    sizes = []  # which tell rows apart that have no names
+    if not all(paths):
+        sizes = map(str, pc.binary_length(table.data).to_pylist())
     listing = make_listing(names, labels, classes, [f"Columns of {config.data_path}: {used}"], sizes)
     listing.table, listing.captions = table, table.captions(text) if text else None
     return listing
