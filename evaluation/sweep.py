@@ -223,6 +223,7 @@ def curves(networks, listed, found, names):
                 right.annotate(f"{scale:g}", place, (4, 4), textcoords="offset points", fontsize=7)
         left.set(xlabel="guidance scale", ylabel=f"FD of {network}")
         right.set(xlabel="recall", ylabel="precision", title="beside the points: guidance scales")
+        right.margins(0.12)  # room for the numbers
         left.grid(alpha=0.3), right.grid(alpha=0.3)
     if len(lines) > 1:
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
