@@ -448,3 +448,15 @@ def test_data_of_one_shape_are_refused(tmp_path, image_folder, small_vae, capsys
     assert "latents holds images of one shape; leave the option out" in capsys.readouterr().err
     assert call(train.main, *run, image_folder, "--aspect-buckets", 4) == 2
     assert "4 is not one of 3, 5, 7, 9" in capsys.readouterr().err
+
+
+def test_compiled_and_sharded_models_take_all_shapes(photos, tmp_path, ranks):
+    command = [*BUCKETS, "--data-path", photos, "--max-steps", 6, "--run-dir"]
+    for name, world_size, extra in (("plain", 2, ()), ("sharded", 2, ("--shard",)), ("one", 1, ()),
+                                    ("compiled", 1, ("--compile", "aot_eager"))):  # fmt: skip
+        run = ranks(train.main, [*command, tmp_path / name, *extra], world_size)
+        assert run.wait() == [0] * world_size, run.text()
+    for one, other in (("plain", "sharded"), ("one", "compiled")):
+        weights = latest(tmp_path / one)["model"]
+        for name, value in latest(tmp_path / other)["model"].items():
+            torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-5)
