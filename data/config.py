@@ -28,7 +28,7 @@ class DataConfig(Config):
         basic=True,
     )
     flip: bool = option(True, "flip each image horizontally with probability 1/2, anew in every epoch")
-    frame_stride: int = option(1, "of clips, take every N-th frame", low=1, high=MAX_SIDE, metavar="N")
+    frame_stride: int = option(1, "take every N-th frame of clips", low=1, high=MAX_SIDE, metavar="N")
     num_workers: int = option(min(4, CORES), "number of processes that read images, for each process that computes "
         "(default: 4, or the number of cores if that is less)", low=0, high=1024, changeable=True)  # fmt: skip
     skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can", changeable=True)
