@@ -20,7 +20,7 @@ from runtime import files
 from runtime.config import combinations, flag
 from runtime.devices import explain_out_of_memory
 from runtime.errors import UserError
-from sampling.config import GuidanceConfig, SampleSetConfig, command
+from sampling.config import GuidanceConfig, SampleConfig, SampleSetConfig, command
 from sampling.labels import SetLabels, choices_of_set
 from sampling.opened import Opened
 from sampling.pipeline import Pipeline
@@ -43,8 +43,8 @@ def sweep(config, context):
         return [measurer.key(one) for one in opened.values()], rows
 
     keys, rows = context.on_main(claim_folder)
-    options = [one.config.flat() for one in opened.values()]
-    names = [name for name in options[0] if len({json.dumps(values[name]) for values in options}) > 1]
+    options = {setting: {**one.config.flat(), **one.settings} for setting, one in opened.items()}
+    names = [name for name in config.flat() if len({json.dumps(values.get(name)) for values in options.values()}) > 1]
     numbers = [title for network in config.features for title in (f"FD of {network}", "precision", "recall")]
     titles, found = [*map(flag, names), *numbers, "seconds", "images/s"], {}
     context.print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
@@ -54,12 +54,12 @@ def sweep(config, context):
             row = {"made_with": key, "command": command(setting), **measurer.measure(one)}
             rows.append(row)
             context.on_main(write, path, lambda: files.write_json(path, rows))
-        cells = [text_of(one.config.flat()[name]) for name in names]
+        cells = [text_of(options[setting][name]) for name in names]
         cells += [cell(of, name, 3) for of in row["networks"].values() for name in ("fd", "precision", "recall")]
         context.print(f"| {' | '.join([*cells, *(f'{row[n]:.1f}' for n in ('seconds', 'images_per_second'))])} |")
         found[setting] = row
     for network in config.features if context.is_main else ():
-        print(describe_best(network, found, {s: one.config.flat() for s, one in opened.items()}, names))
+        print(describe_best(network, found, options, names))
     if context.is_main:
         picture, figure = path.with_name("curves.png"), curves(config.features, listed, found, names)
         write(picture, lambda: files.replace_file(picture, lambda file: figure.savefig(file, format="png", dpi=130)))
@@ -189,8 +189,8 @@ def text_of(value):
 
 
 def describe_best(network, found, options, names):
-    """The setting with the lowest distance, and the command that draws it. found: {setting: row}. options: {setting:
-    options}. names: of the options in which the settings differ."""
+    """The setting with the lowest distance, the command that draws its images, and one that draws a few. found: {setting:
+    row}. options: {setting: options}. names: of the options in which the settings differ."""
     numbers = {setting: row["networks"][network] for setting, row in found.items()}
     setting = min(numbers, key=lambda setting: numbers[setting]["fd"])
     best, others, close = numbers[setting], [x for key, x in numbers.items() if key != setting], ""
@@ -198,7 +198,10 @@ def describe_best(network, found, options, names):
         count = sum(x["fd"] - best["fd"] <= 2 * max(error, x["standard_errors"]["fd"]) for x in others)
         close = f"; {count} of {len(others)} others within two standard errors"
     given = " ".join(f"{flag(name)} {text_of(options[setting][name])}" for name in names)
-    return f"Best FD of {network}: {cell(best, 'fd', 3)}, {given or 'the only setting'}{close}\n    {command(setting)}"
+    lines = [f"Best FD of {network}: {cell(best, 'fd', 3)}, {given or 'the only setting'}{close}", command(setting)]
+    if not setting.prompts:  # of which sample.py takes no file; its own autoencoder is another one
+        lines.append(command(SampleConfig.from_flat({**setting.flat(), "vae": options[setting]["vae"]})))
+    return "\n    ".join(lines)
 
 
 def curves(networks, listed, found, names):

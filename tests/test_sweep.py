@@ -13,6 +13,7 @@ from reference import fill
 from sklearn.datasets import load_digits
 
 import evaluate
+import sample
 import sample_ddp
 from checkpoint import files
 from checkpoint.opened import Checkpoint
@@ -99,6 +100,10 @@ def test_each_setting_is_what_its_command_draws_and_evaluate_measures(lively, re
         (name, scale) for name in names for scale in (1, 3)
     ]
     monkeypatch.chdir(tmp_path)
+    python, script, *words = shlex.split(out.splitlines()[-2])
+    assert (python, script) == ("python", "sample.py")
+    assert call(sample.main, *words) == 0
+    assert (tmp_path / "sample.png").exists()
     for row, drawn in zip(rows, images, strict=True):
         assert row["command"] in out or row is not min(rows, key=lambda row: row["networks"]["cells"]["fd"])
         python, script, *words = shlex.split(row["command"])
@@ -192,6 +197,7 @@ def test_the_best_is_named_with_what_cannot_be_told_from_it():
     assert text.splitlines() == [
         "Best FD of net: 9.000 +- 0.200, --cfg-scale 3.0; 1 of 3 others within two standard errors",
         "    python sample_ddp.py --ckpt 'a b.pt' --cfg-scale 3.0",
+        "    python sample.py --ckpt 'a b.pt' --cfg-scale 3.0",
     ]
     alone = {scales[1]: found[scales[1]]}
     text = describe_best("net", alone, {scales[1]: scales[1].flat()}, [])
