@@ -70,8 +70,13 @@ class TrainConfig(Config):
                 raise UserError(f"{flag(name)} {scale}: guidance needs null labels, and --label-dropout is 0; pass 1")
 
 
+def make_parser():
+    """The parser of a TrainConfig, which knows what --recipe stands for."""
+    return Parser(TrainConfig, __doc__, presets={"recipe": PRESETS})
+
+
 def main(argv=None):
-    parser = Parser(TrainConfig, __doc__, presets={"recipe": PRESETS})
+    parser = make_parser()
     config = parser.parse(argv)
     signals = StopSignals()  # before the slow imports: a signal that comes during them is not lost
     with parser.report_errors():

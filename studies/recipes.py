@@ -190,7 +190,7 @@ def time_steps(run):
 
 def resolve(words):
     """(TrainConfig, the Checkpoint of --init-from or None, the processes) of train.py's words. Raises UserError."""
-    options = Parser(train.TrainConfig, "").parse(words)
+    options = train.make_parser().parse(words)
     context = distributed.setup(options.compute.device)
     return *setup.resolve(options, context), context
 

@@ -27,7 +27,6 @@ from data.latents import StoredLatents, read_settings
 from data.order import GlobalOrder
 from runtime import files as runtime_files
 from runtime.distributed import Context
-from runtime.parser import Parser
 from training import setup
 
 SHARDS = [f"shard-{number:05d}.safetensors" for number in range(4)]
@@ -230,7 +229,7 @@ def test_processes_and_workers_share_the_latents_of_each_batch(
 def test_training_holds_no_autoencoder_unless_it_evaluates(undisturbed, small_vae, tmp_path, monkeypatch):
     def space(data_path, vae, *extra):
         argv = [*TRAIN, "--data-path", data_path, "--vae", vae, *extra]
-        config = Parser(train.TrainConfig, "").parse([str(word) for word in argv])
+        config = train.make_parser().parse([str(word) for word in argv])
         context = Context(0, 0, 1, torch.device("cpu"))
         config, _ = setup.resolve(config, context)
         dataset, _ = setup.load_data(config.data, config.model, config.recipe, context)

@@ -39,7 +39,6 @@ from diffusion.registry import OBJECTIVES, Objective
 from models import DiT
 from runtime import distributed
 from runtime.files import lock_folder
-from runtime.parser import Parser
 from training import run_folder, setup
 from training.signals import StopSignals
 from training.trainer import Trainer
@@ -588,7 +587,7 @@ def test_a_run_from_python_takes_a_dataset_and_watchers(tmp_path, image_folder):
 
 
 def make_trainer(extra=(), **model_options):
-    config = Parser(train.TrainConfig, "").parse([*TINY, *extra])
+    config = train.make_parser().parse([*TINY, *extra])
     model = DiT(**{**SMALL, **model_options})
     return Trainer(config.recipe, config.compute, distributed.setup("cpu"), model, Pixels(4))
 

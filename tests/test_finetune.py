@@ -21,7 +21,6 @@ from checkpoint import files
 from checkpoint.opened import Checkpoint
 from models import DiT, DiT_models, position_embedding
 from runtime import distributed
-from runtime.parser import Parser
 from studies import finetune as benchmark
 from tools import convert
 from training import finetune, setup
@@ -52,7 +51,7 @@ def source(tmp_path_factory):
 
 def prepare(argv):
     """(config, model, notes) as the command makes them before the first update."""
-    config = Parser(train.TrainConfig, "").parse([str(word) for word in argv])
+    config = train.make_parser().parse([str(word) for word in argv])
     context = distributed.setup("cpu")
     config, opened = setup.resolve(config, context)
     dataset, options = setup.load_data(config.data, config.model, config.recipe, context)

@@ -11,7 +11,6 @@ from PIL import Image
 
 import train
 from runtime import distributed
-from runtime.parser import Parser
 from studies import judge, paper
 from studies.paper import SHAPES, PaperConfig, Results
 from studies.scaling import SCALING
@@ -63,7 +62,7 @@ def test_the_models_have_the_proportions_of_the_papers():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_train_py_takes_the_options_of_every_model(name):
-    config, _ = setup.resolve(Parser(train.TrainConfig, "").parse(PaperConfig().words(name)), distributed.setup("cpu"))
+    config, _ = setup.resolve(train.make_parser().parse(PaperConfig().words(name)), distributed.setup("cpu"))
     assert {key: getattr(config.model, key) for key in SHAPES[name]} == SHAPES[name]
     assert (config.model.predict, config.recipe.global_batch_size, config.data.data_path) == ("v", 16, "digits")
 

@@ -353,3 +353,9 @@ def test_the_time_to_the_baselines_distance_is_interpolated():
     assert share(10 / math.sqrt(2)) == "0.71", "distances fall as 1 / time"
     assert share(2) == "< 0.25"
     assert share(11) == "-"
+
+
+def test_a_recipe_of_train_py_means_the_same_in_a_study():
+    words = "--data-path digits --vae none --image-size 8 --recipe fast --device cpu"
+    options, _, _ = recipes.resolve(words.split())
+    assert (options.model.objective, options.recipe.timestep_sampling) == ("flow", "logit-normal")
