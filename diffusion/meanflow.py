@@ -50,7 +50,7 @@ class MeanFlow(Flow):
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """As `Flow.training_losses`; t: (N, 2), t and r, or (N,), where r = t. `loss` is log(mse + c), whose gradient is
-        that of mse with the adaptive weight 1 / (mse + c) (Geng et al. 2025, eq. 22 with p = 1)."""
+        that of mse with the adaptive weight 1 / (mse + c) (Geng et al. 2025, with p = 1)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         t, r = t.unbind(1) if t.ndim == 2 else (t, t)
         y = model_kwargs["y"]

@@ -110,7 +110,7 @@ def flow_sde(process, denoise, x, steps, noise):
 
 @torch.no_grad()
 def meanflow(process, denoise, x, steps, noise):
-    """Steps of the average velocity u over [r, s]: Geng et al. 2025, eq. 12. One step is x_0 = eps - u(eps, 0, 1). The
+    """Steps of the average velocity u over [r, s]: Geng et al. 2025. One step is x_0 = eps - u(eps, 0, 1). The
     yielded `pred_xstart` goes on to s = 0 with the u of the step."""
     for i in steps:
         (_, s), (_, r) = process.alpha_sigma(i), process.alpha_sigma(i - 1)
