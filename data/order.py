@@ -1,6 +1,7 @@
 """The order of the data and the horizontal flips: functions of (seed, epoch, image), whatever the number of processes and
 workers. And the DataLoader that reads in this order."""
 
+import contextlib
 import heapq
 import itertools
 import multiprocessing.queues
@@ -100,6 +101,22 @@ def _end_worker(error, batch):
     os._exit(1)
 
 
+@contextlib.contextmanager
+def _without_ctrl_c():
+    """Handle Ctrl-C after the block in which processes are forked: Python drops what is raised by the hooks of a fork."""
+    handler, pressed = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *details: pressed.append(details))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(*pressed[0])
+
+
 def _unchanged(batch):
     return batch
 
@@ -116,7 +133,8 @@ def make_loader(dataset, order, num_workers=0, pin_memory=False):
     options = {"num_workers": num_workers, "pin_memory": pin_memory, "worker_init_fn": _start_worker}
     batches = DataLoader(dataset, batch_sampler=order, collate_fn=collate, **options)
     try:
-        batches = iter(batches)
+        with _without_ctrl_c():
+            batches = iter(batches)
         # PyTorch would raise a worker's death anywhere, in the middle of an update too; next_batch notices it by itself
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

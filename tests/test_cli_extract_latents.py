@@ -552,3 +552,17 @@ def test_ctrl_c_ends_it_without_a_traceback(undisturbed, image_folder, small_vae
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == SHARDS[:1]
     assert call(extract_latents.main, *command(image_folder, small_vae, tmp_path / "out")) == 0
     assert files(tmp_path / "out") == files(undisturbed)
+
+
+def interrupted_in_forks(argv):
+    os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))  # Python drops what a hook raises
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    extract_latents.main(argv)
+
+
+def test_ctrl_c_while_workers_are_started_is_not_lost(image_folder, small_vae, tmp_path, ranks):
+    run = ranks(interrupted_in_forks, command(image_folder, small_vae, tmp_path / "out", "--num-workers", 2))
+    assert run.wait() == [130], run.text()
+    assert "Exception ignored" not in run.text()
+    assert "Traceback" not in run.text()
+    assert not list((tmp_path / "out").glob("*.safetensors"))
