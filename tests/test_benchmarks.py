@@ -20,7 +20,7 @@ import benchmarks.__main__
 import models
 from benchmarks import gpu, sampling, timing, train_step
 from runtime.errors import RunError
-from studies import digits, scaling
+from studies import digits, latents, scaling
 
 # ----------------------------------------------------------------------------------------------------------------------
 # timing.py, train_step.py, sampling.py
@@ -527,3 +527,19 @@ def test_files_without_digits_are_refused(content, tmp_path, capsys):
         path.write_bytes(content)
     assert call(digits.main, path) == 2
     assert f"{path}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [("colours", {"kind": "AutoencoderTiny"}), ("shift", {"shift": 2.0, "seed": 0})],
+)
+def test_latents_of_small_autoencoders_and_shifts_are_compared(what, found, image_folder, tmp_path):
+    argv = [what, "--data-path", image_folder, "--output", tmp_path / "out", "--kinds", "AutoencoderTiny", "--shifts", 2]
+    argv += ["--autoencoder-steps", 1, "--steps", 1, "--num-samples", 2]
+    assert call(latents.main, *argv) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert found.items() <= rows[0].items()
+    assert rows[0]["distance"] > 0
+    (picture,) = (tmp_path / "out").glob("*.png")
+    with Image.open(picture) as image:
+        assert image.width >= 8 * 64 if what == "colours" else image.width >= 2 * 64
