@@ -28,7 +28,7 @@ from sampling.pipeline import Pipeline
 from studies.gaussian import ALPHA_BAR, MU, S, alpha_bar_at, denoiser, velocity
 from tools import convert
 from training.config import PRESETS, ComputeConfig, RecipeConfig
-from training.setup import build_model
+from training.setup import build_model, default_time_shift
 from training.trainer import Trainer
 
 X_T = normal("flow", 400, 1, 4, 4)
@@ -86,6 +86,30 @@ def test_a_time_shift_moves_the_levels_as_published_and_one_changes_no_bit():
     assert levels == pytest.approx([0.75 / 1.5, 1.5 / 2, 2.25 / 2.5, 1.0])
     ratios = [s / (1 - s) for s in levels[:3]]  # noise to signal: three times as much at each level
     assert ratios == pytest.approx([3 * s / (1 - s) for s in (0.25, 0.5, 0.75)])
+
+
+def test_the_default_shift_keeps_the_error_of_what_many_numbers_have_in_common():
+    """Gaussian data of d numbers that share half of their variance: the exact velocity is known for their scaled mean, of
+    variance (d + 1) / 2, and for the rest, of variance 1/2. After 20 steps the mean's spread is too small."""
+
+    def spread(numbers, time_shift):
+        """Standard deviation over its true value: (of what is in common, of the rest)."""
+        variances = torch.tensor([(numbers + 1) / 2, 0.5], dtype=torch.float64)
+
+        def velocity(x, t):
+            s = t / 1000
+            return (s - (1 - s) * variances) / ((1 - s) ** 2 * variances + s**2) * x
+
+        drawn = sample("flow-heun", velocity, torch.ones(1, 2, dtype=torch.float64), 20, time_shift=time_shift)
+        return (samplers.last(drawn) / variances.sqrt())[0].tolist()
+
+    common, rest = spread(4096, 1.0)
+    assert (common, rest) == pytest.approx((0.554, 0.998), abs=1e-3)
+    for numbers, without in ((16384, 0.308), (196608, 0.092)):
+        shifted, rest = spread(numbers, default_time_shift(numbers))
+        assert spread(numbers, 1.0)[0] == pytest.approx(without, abs=1e-3)
+        assert shifted == pytest.approx(common, abs=0.01)
+        assert rest > 0.88, "the steps that are left for it are longer"
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
