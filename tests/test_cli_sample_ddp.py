@@ -337,7 +337,8 @@ def test_the_npz_is_written_in_constant_memory(tiny_checkpoint, tmp_path):
             os.link(folder / "000000.png", folder / f"{i:06d}.png")
         script = (
             "import resource; from pathlib import Path; from sampling.image_set import write_npz\n"
-            f"assert write_npz(Path({str(folder)!r} + '.npz'), Path({str(folder)!r}), ({number}, 32, 32, 3), lambda index: 0)\n"
+            f"folder, shape = Path({str(folder)!r}), ({number}, 32, 32, 3)\n"
+            "assert write_npz(folder.with_suffix('.npz'), folder, shape, lambda index: 0)\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         root = Path(sample_ddp.__file__).parent
