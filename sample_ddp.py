@@ -68,7 +68,7 @@ def sample(config, context):
         if warning := precision_warning(config.compute.precision, context.device):
             context.print(warning)
         sampler = pipeline.sampler
-        context.print(f"{opened.settings['model']}, {sampler.num_sampling_steps} steps of {sampler.sampler}, "
+        context.print(f"{opened.checkpoint.describe()}, {sampler.num_sampling_steps} steps of {sampler.sampler}, "
                       f"{number:,} images to {folder}, {context.describe()}")  # fmt: skip
         try:
             written = False
@@ -130,11 +130,11 @@ def draw(config, context, pipeline, labels, folder, batches):
 
 
 def default_name(config, opened):
-    """The name of the set's folder, as published; it says the sampler where that is not the published one, and
-    --average where it is given."""
+    """The name of the set's folder, as published: it says the model by its own sizes, the sampler where that is not the
+    published one, and --average where it is given."""
     settings, sampler = opened.settings, opened.config.sampler
     checkpoint = Path(opened.checkpoint.path).stem if config.source.ckpt else "pretrained"
-    model, vae = settings["model"].replace("/", "-"), settings["vae"].strip("/").replace("/", "-")
+    model, vae = opened.checkpoint.describe().replace("/", "-"), settings["vae"].strip("/").replace("/", "-")
     name = f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{config.guidance.cfg_scale}"
     name += "" if sampler.sampler == "ddpm" else f"-{sampler.sampler}-{sampler.num_sampling_steps}"
     name += f"-average-{config.source.average}" if config.source.average else ""

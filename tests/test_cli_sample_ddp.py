@@ -158,7 +158,7 @@ def test_the_folder_is_named_after_the_settings(tiny_checkpoint, tmp_path):
     argv = command(tiny_checkpoint, tmp_path, "--cfg-scale", 2, "--global-seed", 7)
     argv.remove("--folder"), argv.remove("set")
     assert call(sample_ddp.main, *argv) == 0
-    assert (tmp_path / "DiT-XL-2-0000004-size-8-vae-none-cfg-2.0-seed-7.npz").is_file()
+    assert (tmp_path / "DiT-1x16-2-0000004-size-8-vae-none-cfg-2.0-seed-7.npz").is_file()
 
 
 @pytest.mark.parametrize("change", [["--cfg-scale", 3], ["--num-sampling-steps", 4], ["--global-seed", 1]])
