@@ -115,8 +115,8 @@ def list_images(root, loose=False, clips=False):
     notes = notes_of(root, left_out | {f"{what} in no class's folder": [f"{stray:,}"] if stray else []})
     if not names:
         problem = f"no {what} in any of its {len(empty)} folders" if empty else "holds no folders"
-        way_out = "" if clips else ", or for clips pass --num-frames"
-        way_out = f"put each class's {what} into one of its own{way_out}"
+        others = "" if clips else "; clips are read by train.py and extract_latents.py with --num-frames"
+        way_out = f"put each class's {what} into one of its own{others}"
         raise UserError(f"--data-path {root}", problem, "; ".join([way_out, *notes]))
     return make_listing(names, labels, classes, notes)
 

