@@ -6,6 +6,7 @@ listing = list_table(DataConfig("imagenet-1k/data"))
 image = open_image(listing.table.file(7), "row 7")
 """
 
+import io
 import os
 import re
 import shutil
@@ -119,7 +120,8 @@ class Table:
         """An image as PIL opens it: its bytes, mapped, so that a header alone may be read; or the path of a file that the
         table names."""
         data, path = self.data[row].as_buffer(), self.paths and self.paths[row].as_py()
-        return path if path and not data else self.reader(data or b"")
+        # buffered: some of Pillow's formats, which are tried for every image once all are loaded, read lines
+        return path if path and not data else io.BufferedReader(self.reader(data or b""))
 
     def find(self, option, given, *groups, needed=True):
         """The column that `option` has given, or the only one of the first of these groups of kinds that has any; None

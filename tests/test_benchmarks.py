@@ -427,7 +427,7 @@ def test_pictures_that_cannot_be_written_are_refused(path, words, tmp_path, caps
         ('{"model": ["DiT-S/8"], "fid": 3}', "['DiT-S/8'] is not text"),
         ('{"model": "DiT-S/8", "fid": 3, "num_heads": 7}', "number of heads 7"),
         ('{"model": "DiT-S/8", "fid": 3, "num_heads": 0}', "--num-heads: 0 is not a whole number"),
-        ('{"model": "DiT-S/8", "fid": 3, "image_size": 1e9}', "1000000000.0 is not a whole number"),
+        ('{"model": "DiT-S/8", "fid": 3, "image_size": 1e9}', "'1000000000.0' is not the side of a square"),
         (
             '{"model": "DiT-S/2", "fid": 3, "image_size": 65536, "patch_size": 1, "hidden_size": 65536, "num_heads": 8192}',
             "overflow",

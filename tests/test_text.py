@@ -731,7 +731,7 @@ def test_the_page_draws_what_sample_draws(text_checkpoint, tmp_path):
         assert call(sample.main, *words, "--output", tmp_path / "a.png") == 0
         assert np.array_equal(np.asarray(web.draw_grid(config, images, captions)), pixels(tmp_path / "a.png"))
     path, _, _ = web.write_pictures(tmp_path, config, images, captions)
-    assert web.read_settings(path) == {**values, "prompt": "a nine"}
+    assert web.read_settings(path) == {**values, "prompt": "a nine", "image_size": None}
     with pytest.raises(UserError, match="write Prompts for a model of texts"):
         web.page_config({**values, "prompt": " \n"}, ComputeConfig(device="cpu"))
 
