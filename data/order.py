@@ -93,6 +93,8 @@ def _start_worker(worker_id):
     for name in {"SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"}.intersection(dir(signal)):  # Windows has two of them
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
+    # called by the thread that hands over files, where the training process, which tells what is wrong, has none left
+    sys.excepthook = lambda *error: None
     # a thread hands over the batches; without the one that it could not hand over, the training process would wait for ever
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
 

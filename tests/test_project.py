@@ -125,3 +125,11 @@ def test_options_and_files_that_pages_name_exist():
 def test_links_lead_to_files_that_exist(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+
+
+def test_tests_that_the_page_on_reliability_names_exist():
+    named = set(re.findall(r"(\w+)::(\w+)", (ROOT / "docs/reliability.md").read_text()))
+    there = {(path.stem, name) for path in ROOT.glob("tests/test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}  # fmt: skip
+    assert len(named) > 50
+    assert not named - there, "docs/reliability.md names tests that do not exist"
