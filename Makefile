@@ -28,13 +28,13 @@ setup: .venv/.complete
 # ddim with noise in each step: it corrects errors of earlier steps, and strokes have fewer gaps (docs/laptop.md)
 SAMPLER ?= ddim --eta 1
 STEPS ?= 20
-DEMO_CKPT := demo/run/checkpoints/0001600.pt
+DEMO_CKPT := demo/run/checkpoints/0002400.pt
 DRAW := --ckpt $(DEMO_CKPT) --cfg-scale 2 --sampler $(SAMPLER) --num-sampling-steps $(STEPS)
 
 demo: setup
 	$(VENV)/python train.py --data-path mnist --vae none --image-size 28 --num-classes 10 --run-dir demo/run \
-	    --model DiT-S/2 --hidden-size 160 --depth 6 --num-heads 4 --patch-size 7 --global-batch-size 64 --lr 4e-3 \
-	    --lr-warmup-steps 100 --lr-schedule cosine --ema-warmup --recipe fast --max-steps 1600
+	    --model DiT-S/2 --hidden-size 96 --depth 4 --num-heads 4 --patch-size 7 --global-batch-size 64 --lr 1e-2 \
+	    --lr-warmup-steps 100 --lr-schedule cosine --ema-warmup --recipe fast --max-steps 2400
 	$(VENV)/python sample.py $(DRAW) --output demo/samples.png \
 	    --labels 0 1 2 3 4 5 6 7 8 9 --samples-per-label 8 --columns 8 --enlarge 3 --captions
 	rm -rf demo/samples demo/samples.npz

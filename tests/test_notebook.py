@@ -38,7 +38,7 @@ def test_the_training_is_that_of_the_demo(notebook):
     last = code(notebook)[-1].source
     source = "\n".join(cell.source for cell in code(notebook)).replace("\\\n", " ")
     demo, ours = (shlex.split(re.search(r"train\.py (--.*)", text)[1]) for text in (makefile, source))
-    parameters = {"{run_dir}": "demo/run", "{max_steps}": "1600"}
+    parameters = {"{run_dir}": "demo/run", "{max_steps}": "2400"}
     assert [parameters.get(word, word) for word in ours] == demo
     assert 'get("DIT_RUN_DIR", "demo/run")' in last
     assert 'get("DIT_MAX_STEPS", 1600)' in last
