@@ -41,7 +41,7 @@ def test_the_training_is_that_of_the_demo(notebook):
     parameters = {"{run_dir}": "demo/run", "{max_steps}": "2400"}
     assert [parameters.get(word, word) for word in ours] == demo
     assert 'get("DIT_RUN_DIR", "demo/run")' in last
-    assert 'get("DIT_MAX_STEPS", 1600)' in last
+    assert 'get("DIT_MAX_STEPS", 2400)' in last
 
 
 @pytest.mark.slow
