@@ -96,8 +96,10 @@ def train(config, signals=None, dataset=None, watchers=()):
     from training.run_folder import run_folder
     from training.trainer import Trainer
 
-    advice = f"lower --global-batch-size {config.recipe.global_batch_size}, or pass --grad-accum or --grad-checkpoint"
-    advice += "" if config.compute.shard else ", or --shard with several processes"
+    shard = "" if config.compute.shard else ", or --shard with several processes"
+    # what may change on resuming comes first
+    advice = f"pass --grad-accum or --grad-checkpoint{shard}; in a new run, "
+    advice += f"lower --global-batch-size {config.recipe.global_batch_size}"
     with processes(config.compute.device, config.timeout) as context, explain_out_of_memory(advice):
         config, source = setup.resolve(config, context)
         if config.run.dry_run:

@@ -122,7 +122,8 @@ class LikelihoodConfig(SourceConfig):
     batch_size: int = option(32, "images per process and forward pass of the model", low=1)
     seed: int = option(0, "seed of the choice of images and of the noise of each image", low=0)
     output: str | None = option(None, "file of the report; the plot is written beside it, as .png (default: the "
-        "name of the checkpoint's file with .likelihood.json, beside it)", metavar="FILE")  # fmt: skip
+        "name of the checkpoint's file with .likelihood.json, beside it; of a run's folder likelihood.json in it)",
+        metavar="FILE")  # fmt: skip
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
@@ -131,6 +132,7 @@ class LikelihoodConfig(SourceConfig):
 
     @property
     def report(self):
-        """The report's path. What is no file, such as a hub name, may be no place to write to: then in this folder."""
+        """The report's path: beside the checkpoint, in a run's folder, or, of a name on the hub, in this folder."""
         ckpt = Path(self.ckpt)
-        return Path(self.output or (ckpt.with_suffix(".likelihood.json") if ckpt.is_file() else "likelihood.json"))
+        beside = ckpt / "likelihood.json" if ckpt.is_dir() else "likelihood.json"
+        return Path(self.output or (ckpt.with_suffix(".likelihood.json") if ckpt.is_file() else beside))

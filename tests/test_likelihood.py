@@ -17,6 +17,7 @@ from data.config import DataConfig
 from data.images import load_dataset
 from diffusion import create_diffusion
 from evaluation import likelihood
+from evaluation.config import LikelihoodConfig
 from models import DiT
 from tools import likelihood as command
 
@@ -211,6 +212,8 @@ def test_weights_without_a_record_need_the_options(capfd, tmp_path, tiny_checkpo
     assert "but records no --vae; if it works on pixels, pass --vae none" in refused(capfd, *known)
     assert call(command.main, *known, "--vae", "none", "--num-timesteps", 2, "--num-images", 2, "--device", "cpu") == 0
     assert (tmp_path / "bare.likelihood.json").is_file()
+    of_a_run = LikelihoodConfig(ckpt=str(tmp_path), data_path="digits")
+    assert of_a_run.report == tmp_path / "likelihood.json", "not in the current folder"
     assert (tmp_path / "bare.likelihood.png").is_file()
 
 
