@@ -189,7 +189,8 @@ class Checkpoint:
                 raise CheckpointError(f"{where}: holds another model")
             return lora.merge(base.weights, own)
         except CheckpointError as error:
-            raise CheckpointError(f"{problem}: {error}; name it, with --ckpt beside --lora or with --init-from") from None
+            way_out = "put it there, or name it: sample.py --ckpt beside --lora, train.py --init-from"
+            raise CheckpointError(f"{problem}: {error}; {way_out}") from None
 
     @property
     def _found(self):
@@ -251,7 +252,9 @@ class Checkpoint:
         num_heads = recorded if recorded is not None else self._num_heads or in_table
         if num_heads is None:
             problem = f"a DiT of width {hidden_size} and depth {depth} without a record of its heads"
-            raise CheckpointError(self.path, problem, "pass --num-heads")
+            # a guide, or the page, has no such option
+            way_out = "pass --num-heads, or record it in a .safetensors file with python -m tools.convert --num-heads"
+            raise CheckpointError(self.path, problem, way_out)
         recorded = self._recorded("label_dropout", int | float, self.options)
         dropout = 0.1 if recorded is None else recorded
         mlp_ratio = mlp_size / max(hidden_size, 1)

@@ -90,17 +90,40 @@ def open_rows(path):
     return attempt("--data-path", base, "table of images", "check the path, or the name on the hub", read, datasets, cached)
 
 
+class MappedBytes(io.RawIOBase):
+    """Bytes as a file, of which no more is read than is asked for. Unlike in Arrow's own, one can seek past the end: once
+    all of Pillow's formats are loaded, as by writing a grid, each is tried for every image, and some do."""
+
+    def __init__(self, data):
+        self.data, self.position = memoryview(data).cast("B"), 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self.position = max(0, offset + (0, self.position, len(self.data))[whence])
+        return self.position
+
+    def readinto(self, out):
+        part = self.data[self.position : self.position + len(out)]
+        out[: len(part)] = part
+        self.position += len(part)
+        return len(part)
+
+
 class Table:
     """The columns of a table. kinds: {column: what it holds, a key of KINDS or "classes"}. column: that of the images
     (default: the only one). A copy in another process opens the files for itself."""
 
     def __init__(self, path, column=None):
-        import pyarrow as pa
         import pyarrow.compute as pc
 
         rows = open_rows(path)
         self.path, self.features, self.columns = path, rows.features, rows.with_format("arrow")[:]  # mapped, not read
-        self.kinds, self.reader = {}, pa.BufferReader
+        self.kinds = {}
         for field in self.columns.schema:
             found = (kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, str(field.type)))
             named = hasattr(self.features[field.name], "names")  # a ClassLabel
@@ -120,8 +143,7 @@ class Table:
         """An image as PIL opens it: its bytes, mapped, so that a header alone may be read; or the path of a file that the
         table names."""
         data, path = self.data[row].as_buffer(), self.paths and self.paths[row].as_py()
-        # buffered: some of Pillow's formats, which are tried for every image once all are loaded, read lines
-        return path if path and not data else io.BufferedReader(self.reader(data or b""))
+        return path if path and not data else io.BufferedReader(MappedBytes(data or b""))
 
     def find(self, option, given, *groups, needed=True):
         """The column that `option` has given, or the only one of the first of these groups of kinds that has any; None

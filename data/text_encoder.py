@@ -61,7 +61,8 @@ class TextEncoder:
         config = getattr(self.config, "text_config", self.config)
         limit = min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
         if length and length > limit:
-            raise UserError(f"--text-length {length}", f"--text-encoder {name} takes up to {limit} tokens", "lower it")
+            problem, way_out = f"--text-encoder {name} takes up to {limit} tokens", "lower it, or name another encoder"
+            raise UserError(f"--text-length {length}", problem, way_out)
         self.width, self.length = config.hidden_size, length or min(LENGTH, limit)
 
     def _attempt(self, read):

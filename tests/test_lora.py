@@ -76,7 +76,7 @@ def test_a_base_that_has_moved_is_named_and_another_one_is_refused(tiny_checkpoi
     base.rename(moved)
     assert call(sample.main, "--ckpt", tmp_path / "run", *argv, tmp_path / "b.png") == 2
     assert f"{base}: " in (error := capfd.readouterr().err)
-    assert "name it, with --ckpt beside --lora or with --init-from" in error
+    assert "put it there, or name it: sample.py --ckpt beside --lora, train.py --init-from" in error
     assert call(sample.main, "--ckpt", moved, "--lora", tmp_path / "run", *argv, tmp_path / "b.png") == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert run(moved, tmp_path / "run", "--max-steps", 3) == 0, "resumed from there"
