@@ -29,7 +29,7 @@ from evaluation.metrics import Statistics, frechet_distance, standard_errors
 from runtime.config import Config, option
 from runtime.errors import UserError
 from runtime.parser import Parser
-from studies.judge import Judge, RealImages
+from studies.judge import Judge, RealImages, compare
 
 INK = 64  # a stroke's pixels are brighter than this, of 255
 # Euclidean, of pixels in [-1, 1]; of MNIST's digits 1 % are nearer than this to one of the others
@@ -169,11 +169,9 @@ def main(argv=None):
     (values, errors), met = measure(images, labels, errors=True), True
     print(f"{'':17} {len(images):>7} samples{'real digits, held out':>25}")
     for name, value in values.items():
-        sign, bound = BOUNDS.get(name, ("", 0))
-        good = {">=": value >= bound, "<": value < bound, "": True}[sign]
-        met &= good
-        limit = f"   bound: {sign} {bound}{'' if good else ', MISSED'}" if sign else ""
-        print(f"{name:17} {value:7.3f} ± {errors[name]:.3f} {real[name]:15.3f} ± {real_errors[name]:.3f}{limit}")
+        kept, words = compare(value, BOUNDS.get(name))
+        met &= kept
+        print(f"{name:17} {value:7.3f} ± {errors[name]:.3f} {real[name]:15.3f} ± {real_errors[name]:.3f}{words}")
     sys.exit(0 if met else 1)
 
 

@@ -144,6 +144,15 @@ def train_classifier(images, progress=True):
     return network.eval().requires_grad_(False)
 
 
+def compare(value, bound):
+    """(whether the value keeps its bound, words about it). bound: (">=" or "<", number), or None."""
+    if bound is None:
+        return True, ""
+    sign, limit = bound
+    kept = value >= limit if sign == ">=" else value < limit
+    return kept, f"   bound: {sign} {limit}{'' if kept else ', MISSED'}"
+
+
 class Judge:
     """Measures images against the real ones. accuracy: the classifier's share of right test images.
 
