@@ -36,12 +36,6 @@ class TrainConfig(Config):
     monitor: MonitorConfig
     vae: str = option("ema", 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
         'autoencoder of diffusers, or "none" for pixels', basic=True)  # fmt: skip
-    latent_norm: str | None = option(None, "how latents are normalised: by the autoencoder's factor, or by each channel's "
-        "mean and standard deviation on the data (default: factor, or as the model of --init-from)",
-        choices=("factor", "channel"))  # fmt: skip
-    timeout: float | None = option(None, "seconds that a process waits for the others before it gives up; more than it "
-        "takes to list the data, to save or to measure FID (default: 1800, and 600 in the exchange of gradients of GPUs)",
-        above=0, high=1e6, changeable=True)  # fmt: skip
 
     def check(self):
         if self.data.kind != "classes" and self.model.num_classes:
@@ -57,8 +51,8 @@ class TrainConfig(Config):
             raise UserError("--vae: the digits are 8x8 pixels, too small for an autoencoder; pass --vae none")
         if self.finetune.lora_rank and self.compute.shard:
             raise UserError(f"--lora-rank {self.finetune.lora_rank}", "does not go with --shard", "leave one of them out")
-        if self.latent_norm and self.vae == "none":
-            raise UserError(f"--latent-norm {self.latent_norm}", "pixels are no latents", "leave the option out")
+        if self.recipe.latent_norm and self.vae == "none":
+            raise UserError(f"--latent-norm {self.recipe.latent_norm}", "pixels are no latents", "leave the option out")
         if self.monitor.watch_average not in (None, *self.recipe.ema_decays):
             problem = f"the averages of this run are {', '.join(self.recipe.ema_decays)}"
             raise UserError(
@@ -100,7 +94,7 @@ def train(config, signals=None, dataset=None, watchers=()):
     # what may change on resuming comes first
     advice = f"pass --grad-accum or --grad-checkpoint{shard}; in a new run, "
     advice += f"lower --global-batch-size {config.recipe.global_batch_size}"
-    with processes(config.compute.device, config.timeout) as context, explain_out_of_memory(advice):
+    with processes(config.compute.device, config.compute.timeout) as context, explain_out_of_memory(advice):
         config, source = setup.resolve(config, context)
         if config.run.dry_run:
             from training import plan

@@ -17,7 +17,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """Training data"""
+    """training data"""
 
     data_path: str = option(
         help="a folder with one folder of images per class; or a folder of Parquet files, or one that save_to_disk of the "

@@ -101,7 +101,8 @@ class Parser(argparse.ArgumentParser):
         self.everyday, self.other = self.add_argument_group("everyday options"), self.add_argument_group("options")
         self.usage = "%(prog)s [options]"  # of 70 options argparse would make forty lines
         self._add_options(config_class, self.other)
-        self.other.add_argument("-h", "--help", action="help", help="show this help and exit")
+        first = self.everyday if any(field.metadata["basic"] for field in config_class.all_fields()) else self.other
+        first.add_argument("-h", "--help", action="help", help="show this help and exit")
 
     def _add_options(self, config_class, topic):
         for field in dataclasses.fields(config_class):
@@ -121,7 +122,7 @@ class Parser(argparse.ArgumentParser):
             words = {"help": text, "required": required, "default": None if required else default}
             if kind is bool:
                 # of an option that is off, nobody types the --no- form, which is understood
-                words["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+                words["action"] = argparse.BooleanOptionalAction if default else "store_true"
             else:
                 words |= {"type": self._converter(kind, field.metadata), "metavar": field.metadata["metavar"]}
                 if field.metadata["choices"] and not words["metavar"]:
@@ -134,7 +135,7 @@ class Parser(argparse.ArgumentParser):
                     words |= {"nargs": "?", "const": field.metadata["const"]}
             group = self.everyday if field.metadata["basic"] else topic
             option = group.add_argument(flag(field.name), **words)
-            if kind is bool and default is False:
+            if kind is bool and not default:
                 hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS, "dest": field.name}
                 group.add_argument(f"--no-{flag(field.name)[2:]}", action="store_false", **hidden)
             if required:

@@ -25,7 +25,7 @@ class SourceConfig(Config):
 
     ckpt: str | None = option(None, "a checkpoint of train.py or of the original release; a run's folder, for the newest "
         "checkpoint; weights as .safetensors; or a folder or hub name in diffusers' format (default: the released DiT-XL/2 "
-        "for --image-size 256 or 512, downloaded when missing)")  # fmt: skip
+        "for --image-size 256 or 512, downloaded when missing)", basic=True)  # fmt: skip
     lora: str | None = option(None, "LoRA weights, a checkpoint of train.py --lora-rank or its run's folder, for the model "
         "--ckpt; needed where that is no longer where it was in training (default: those that --ckpt holds)")  # fmt: skip
     average: str | None = option(None, "weights to draw from: an average by its decay, such as 0.999, or model for the "
@@ -51,9 +51,10 @@ class SamplerConfig(Config):
 
     sampler: str | None = option(None, "; ".join(f"{s.name}: {s.help}" for s in SAMPLERS.values())
         + f" (default: {', '.join(f'{name} for a {kind}' for kind, (name, _) in DEFAULTS.items())})",
-        choices="diffusion.registry:SAMPLERS")  # fmt: skip
+        choices="diffusion.registry:SAMPLERS", basic=True)  # fmt: skip
     num_sampling_steps: int | None = option(None, "number of sampling steps (default: "
-        f"{', '.join(f'{steps} for a {kind}' for kind, (_, steps) in DEFAULTS.items())})", low=1, high=1000)  # fmt: skip
+        f"{', '.join(f'{steps} for a {kind}' for kind, (_, steps) in DEFAULTS.items())})", low=1, high=1000,
+        basic=True)  # fmt: skip
     eta: float = option(0.0, "noise in each step of ddim, from 0 (none) to 1 (about as in ddpm)", low=0, high=1)
     spacing: str | None = option(None, "how the timesteps of dpm-solver++, unipc, heun and euler are spaced (default: "
         "linspace)", choices=SPACINGS)  # fmt: skip
@@ -84,7 +85,7 @@ class SamplerConfig(Config):
 class GuidanceConfig(Config):
     """guidance"""
 
-    cfg_scale: float = option(1.5, "scale of classifier-free guidance; 1 is no guidance", low=0)
+    cfg_scale: float = option(1.5, "scale of classifier-free guidance; 1 is no guidance", low=0, basic=True)
     cfg_channels: str | None = option(None, "how many channels are guided (default: 3 of 4 channels with the paper's "
         "objective, as in the published results; else all)", choices=("3", "all"))  # fmt: skip
     guidance_interval: tuple[float, float] | None = option(None, "guide only where LO <= t / 1000 <= HI, and save the "
@@ -185,14 +186,14 @@ class SampleConfig(DrawConfig):
     script, released_vae = "sample.py", "mse"
 
     labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number (default: 207 360 387 974 88 "
-        "979 417 279, or the first eight of a model with other classes)", metavar="CLASS")  # fmt: skip
+        "979 417 279, or the first eight of a model with other classes)", metavar="CLASS", basic=True)  # fmt: skip
     prompt: tuple[str, ...] | None = option(None, "what to draw, for a model of texts, in place of --labels; may be given "
-        "several times (default: none)", metavar="TEXT", repeatable=True)  # fmt: skip
+        "several times (default: none)", metavar="TEXT", repeatable=True, basic=True)  # fmt: skip
     vector: tuple[str, ...] | None = option(None, "what to draw, for a model of vectors, in place of --labels: .npy files "
         "with one vector or (N, size) of them (default: none)", path="file", metavar="FILE", repeatable=True)  # fmt: skip
-    seed: int = option(0, "seed of all random numbers", low=0, high=MAX_SEED)
-    samples_per_label: int = option(1, "images of each label", low=1, high=10_000)
-    output: str = option("sample.png", "file of the grid of images", path="output", metavar="FILE")
+    seed: int = option(0, "seed of all random numbers", low=0, high=MAX_SEED, basic=True)
+    samples_per_label: int = option(1, "images of each label", low=1, high=10_000, basic=True)
+    output: str = option("sample.png", "file of the grid of images", path="output", metavar="FILE", basic=True)
     columns: int = option(4, "images in a row of the grid", low=1, high=10_000)
     enlarge: int = option(1, "repeat each pixel this many times in both directions", low=1, high=64)
     captions: bool = option(False, "write the class or the prompt under each image")
@@ -234,9 +235,9 @@ def recorded_drawing(values):
 class SetConfig(Config):
     """Which images a set holds."""
 
-    num_fid_samples: int = option(50_000, "number of images", low=1, high=10**8)
-    per_proc_batch_size: int = option(32, "images that each process draws at once", low=1, high=1_000_000)
-    global_seed: int = option(0, "seed of labels and noise", low=0, high=MAX_SEED)
+    num_fid_samples: int = option(50_000, "number of images", low=1, high=10**8, basic=True)
+    per_proc_batch_size: int = option(32, "images that each process draws at once", low=1, high=1_000_000, basic=True)
+    global_seed: int = option(0, "seed of labels and noise", low=0, high=MAX_SEED, basic=True)
     balanced_labels: bool = option(False, "give image i the class i modulo the number of classes, not a random one")
     labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number: image i is of the class at "
         "position i modulo their number (default: a random class for each image)", metavar="CLASS")  # fmt: skip
@@ -259,7 +260,7 @@ class SampleSetConfig(SetConfig, DrawConfig):
 
     script = "sample_ddp.py"
 
-    sample_dir: str = option("samples", "folder in which the folder of images and the .npz file are made")
+    sample_dir: str = option("samples", "folder in which the folder of images and the .npz file are made", basic=True)
     folder: str | None = option(None, "name of the folder of images (default: made of the settings)")
 
     def check(self):

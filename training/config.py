@@ -52,6 +52,9 @@ class RecipeConfig(Config):
     global_batch_size: int = option(256, "images in an update, over all processes", low=1, high=10_000_000, basic=True)
     global_seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
     lr: float = option(1e-4, "learning rate of AdamW", above=0, basic=True)
+    latent_norm: str | None = option(None, "how latents are normalised: by the autoencoder's factor, or by each channel's "
+        "mean and standard deviation on the data (default: factor, or as the model of --init-from)",
+        choices=("factor", "channel"))  # fmt: skip
     lr_warmup_steps: int = option(0, "raise the learning rate linearly to --lr over so many updates", low=0)
     lr_schedule: str = option("constant", "learning rate after the warm-up: constant, or a cosine that falls to 0 at the "
         "end of the run, which --max-steps or --epochs sets", choices=("constant", "cosine"))  # fmt: skip
@@ -116,6 +119,9 @@ class ComputeConfig(Config):
         "exactly an uninterrupted one; slower on GPUs, without effect on CPUs", changeable=True)  # fmt: skip
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"),
         changeable=True)  # fmt: skip
+    timeout: float | None = option(None, "seconds that a process waits for the others before it gives up; more than it "
+        "takes to list the data, to save or to measure FID (default: 1800, and 600 in the exchange of gradients of GPUs)",
+        above=0, high=1e6, changeable=True)  # fmt: skip
 
     def check(self):
         if self.shard and self.ddp_comm != "fp32":

@@ -99,7 +99,7 @@ def prepare(config, context, dataset, source=None):
         words, dropout = config.finetune.keep_classes, config.recipe.label_dropout
         rows = finetune.label_rows(source, words, config.model.num_classes, dropout, dataset.classes)
         lines += finetune.load_into(model, source, rows)
-        ignored = RecipeConfig.changeable() | {"global_seed", "global_batch_size", "label_dropout"}
+        ignored = RecipeConfig.changeable() | {"global_seed", "global_batch_size", "label_dropout", "latent_norm"}
         if changed := differences(source.options, config.recipe.flat(), ignored):
             lines += [f"The weights were trained with {'; '.join(changed)}"]
     return space, condition, model, lines + finetune.freeze(model, config.finetune, source)
@@ -110,9 +110,9 @@ def normalise(config, context, dataset, space, source=None):
     keeps those of its checkpoint. Returns lines for the log. All ranks call it. Raises UserError."""
     with context.together():
         resumed = resume.peek(config.run)
-        before = (resumed or source) if config.latent_norm is None else resumed
+        before = (resumed or source) if config.recipe.latent_norm is None else resumed
         statistics, origin = before and before.latents, before and before.path
-        if config.latent_norm == "factor" or not (statistics or config.latent_norm):
+        if config.recipe.latent_norm == "factor" or not (statistics or config.recipe.latent_norm):
             return []
         if not isinstance(space, LatentSpace):
             problem = f"--vae {config.vae} gives no latents of diffusers' autoencoders"
