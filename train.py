@@ -109,8 +109,8 @@ def train(config, signals=None, dataset=None, watchers=()):
                 space, condition = space.to(context.device), condition.to(context.device)
             lines += setup.normalise(config, context, dataset, space, source)
             source = None  # frees the memory: its weights have been copied
-            total_steps, precision = config.recipe.total_steps(len(dataset)), config.compute.precision
-            trainer = Trainer(config.recipe, config.compute, context, model, space, precision, total_steps, condition)
+            total_steps = config.recipe.total_steps(len(dataset))
+            trainer = Trainer(config.recipe, config.compute, context, model, space, total_steps, condition)
             watchers = [*make_watchers(config, trainer, dataset, signals), *watchers]
             run = Run(config, context, folder, trainer, dataset, watchers, signals)
             run.introduce(lines)
@@ -135,8 +135,7 @@ def make_watchers(config, trainer, dataset, signals):
 
         named, scale = (evaluation.eval_sampler, evaluation.eval_sampling_steps), evaluation.eval_cfg_scale
         sampler = choose_sampler("eval", trainer.model.objective, *named, scale)
-        drawn = (trainer.context, trainer.space, size, trainer.condition, trainer.part_size, config.recipe.global_seed)
-        watchers.append(FID(evaluation, *drawn, sampler, signals, monitor.watch_average, config.model.num_frames))
+        watchers.append(FID(evaluation, trainer, size, sampler, signals, monitor.watch_average))
     return watchers
 
 

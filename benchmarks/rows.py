@@ -381,7 +381,7 @@ def text_step(config, step, name):
     if name == "texts":
         lengths = torch.randint(5, condition.length + 1, (size,))
         batch |= {"text_tokens": torch.randn(int(lengths.sum()), condition.width).half(), "text_lengths": lengths}
-    trainer = Trainer(step.recipe, step.compute, context, model, SPACE, step.compute.precision, condition=condition)
+    trainer = Trainer(step.recipe, step.compute, context, model, SPACE, condition=condition)
     return lambda: trainer.step(batch)
 
 

@@ -102,7 +102,7 @@ def make_trainer(config):
     compute, context = config.compute, distributed.setup(config.compute.device)
     with context.device:  # where drawing the first weights of XL/2 takes no time
         model = build_model(config)
-    trainer = Trainer(config.recipe, compute, context, model, SPACE, compute.precision)
+    trainer = Trainer(config.recipe, compute, context, model, SPACE)
     mean, label = random_batch(config, model)
     batch = {"moments": torch.stack([mean, torch.rand_like(mean)], dim=1).half(), "label": label}
     if trainer.device.type == "cuda":

@@ -2,14 +2,13 @@
 samples, rank 0 compares them with the reference.
 
 config = EvalConfig(eval_every=1000, eval_reference="reference.npz")
-fid = FID(config, context, space, 256, Classes(1000), 32, seed=0, sampler=SamplerConfig())
-fid.measure(ema.module)
+fid = FID(config, trainer, 256, SamplerConfig())
+fid.measure(trainer.averaged())
 """
 
 import torch
 from tqdm.auto import tqdm
 
-from data.autoencoder import latent_sides
 from evaluation.extraction import extract_all, gather_statistics, gaussians
 from evaluation.features import load_network
 from evaluation.image_sets import need_images, open_reference
@@ -29,19 +28,18 @@ def name_of(network):
 class FID:
     """Measures FID of the averaged weights as an EvalConfig says; a watcher of `training.watchers`.
 
-    space: of the model's x_0. image_size: of the images in pixels. condition: what the model draws by. batch_size:
-    images that a process draws at once, at most MAX_BATCH. sampler: SamplerConfig. signals: StopSignals, which end a
-    measurement. average: the trainer's to measure, by its name. num_frames: of clips, all of whose frames are compared with
-    the reference's images. Image i depends on (seed, i) alone, so that the number of ranks changes the result by rounding
-    at most. torch's random state and its precision settings stay as they are. All ranks make one, which measures the
-    reference, and call it. Raises UserError for a reference or weights that cannot be used."""
+    image_size: of the images in pixels. sampler: SamplerConfig. signals: StopSignals, which end a measurement. average: the
+    trainer's to measure, by its name. Of clips all frames are compared with the reference's images. Image i depends on
+    (--global-seed, i) alone, so that the number of ranks changes the result by rounding at most. torch's random state and
+    its precision settings stay as they are. All ranks make one, which measures the reference, and call it. Raises UserError
+    for a reference or weights that cannot be used."""
 
     slow = True
 
-    def __init__(self, config, context, space, image_size, condition, batch_size, seed, sampler, signals=None, average=None,
-                 num_frames=None):  # fmt: skip
-        self.every, self.config, self.context, self.space = config.eval_every, config, context, space
-        self.condition, self.batch_size, self.seed = condition, min(batch_size, MAX_BATCH), seed
+    def __init__(self, config, trainer, image_size, sampler, signals=None, average=None):
+        context, space, self.every, self.config = trainer.context, trainer.space, config.eval_every, config
+        self.context, self.space, self.condition = context, space, trainer.condition
+        self.batch_size, self.seed = min(trainer.part_size, MAX_BATCH), trainer.recipe.global_seed
         self.sampler, self.signals, self.average = sampler, signals, average
         self.guidance = GuidanceConfig(cfg_scale=config.eval_cfg_scale)
         with context.together():
@@ -55,9 +53,9 @@ class FID:
         features = extract_all(missing, reference, context, self.batch_size, title) if missing else {}
         self.references = {name: gaussians(reference, features.get(name), context.device, network.published)
                            for name, network in self.networks.items() if context.is_main}  # fmt: skip
-        cells = (num_frames, *latent_sides(image_size, space.factor))[num_frames is None :]
+        shape = (self.batch_size, space.channels, *trainer.model.sizes.sides)
         with torch.no_grad():  # of stored latents nothing was decoded yet: now, rather than after thousands of steps
-            space.decode(torch.zeros(self.batch_size, space.channels, *cells, device=context.device))
+            space.decode(torch.zeros(shape, device=context.device))
 
     def __call__(self, trainer):
         with about("--eval-cfg-scale", option="--cfg-scale"):

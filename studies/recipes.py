@@ -203,7 +203,7 @@ def begin(words, space, number, classes=()):
     if source:
         kept, dropout = options.finetune.keep_classes, recipe.label_dropout
         finetune.load_into(model, source, finetune.label_rows(source, kept, given.num_classes, dropout, classes))
-    return options, Trainer(recipe, compute, context, model, space, compute.precision, recipe.total_steps(number))
+    return options, Trainer(recipe, compute, context, model, space, recipe.total_steps(number))
 
 
 class Run:

@@ -26,6 +26,7 @@ from runtime import distributed
 from runtime.errors import UserError
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, to_uint8
+from training.config import RecipeConfig
 from training.meter import Meter
 
 
@@ -101,7 +102,13 @@ def make_fid(reference, weights, context, batch_size=2, signals=None, **changes)
     options = {"eval_samples": 4, "eval_cfg_scale": 1.5} | changes
     config = EvalConfig(eval_every=1, eval_reference=str(reference), inception_weights=str(weights), **options)
     sampler = SamplerConfig(sampler="ddpm", num_sampling_steps=2)
-    return FID(config, context, load_space("none", 1), 8, Classes(10), batch_size, 0, sampler, signals)
+    return FID(config, fake_trainer(context, load_space("none", 1), (8, 8), batch_size), 8, sampler, signals)
+
+
+def fake_trainer(context, space, sides, batch_size):
+    model = SimpleNamespace(sizes=SimpleNamespace(sides=sides))
+    parts = {"condition": Classes(10), "part_size": batch_size, "recipe": RecipeConfig()}
+    return SimpleNamespace(context=context, space=space, model=model, **parts)
 
 
 def measure(argv):
@@ -175,8 +182,7 @@ def test_images_are_drawn_in_batches_that_the_decoder_has_seen(statistics_file, 
     seen = []
     space = SimpleNamespace(channels=4, factor=2, decode=lambda x: seen.append(x.shape))
     config = EvalConfig(eval_every=1, eval_reference=str(statistics_file), inception_weights=str(inception_file))
-    context, sampler = distributed.setup("cpu"), SamplerConfig()
-    fid = FID(config, context, space, 8, Classes(10), 1000, 0, sampler)
+    fid = FID(config, fake_trainer(distributed.setup("cpu"), space, (4, 4), 1000), 8, SamplerConfig())
     assert (fid.batch_size, seen) == (32, [(32, 4, 4, 4)])
 
 

@@ -58,7 +58,7 @@ def make_trainer(model, device, precision="fp32", world_size=1, **compute):
     """Of a copy of the model."""
     place = torch.device(device, 0) if device == "cuda" else torch.device(device)
     context, recipe = distributed.Context(0, 0, world_size, place), RecipeConfig(global_batch_size=IMAGES, ema_decay=0.9)
-    return Trainer(recipe, ComputeConfig(**compute), context, copy.deepcopy(model), SPACE, precision)
+    return Trainer(recipe, ComputeConfig(precision=precision, **compute), context, copy.deepcopy(model), SPACE)
 
 
 def make_steps(trainer, number):

@@ -84,7 +84,7 @@ def show(config, context, dataset=None):
         model = build_model(options, recipe, space, condition)
         finetune.freeze(model, config.finetune)
         space, condition = space.to(context.device), condition.to(context.device)
-        trainer = Trainer(recipe, compute, context, model, space, compute.precision, total_steps, condition)
+        trainer = Trainer(recipe, compute, context, model, space, total_steps, condition)
         seconds, peak = measure(trainer, dataset, config.data.num_workers)
         how = f"measured, {images / seconds:,.1f} images a second"
         if context.device.type == "cuda":

@@ -31,14 +31,15 @@ class StepResult:
 class Trainer:
     """The weights, their EMA and the optimizer, and the update of all three.
 
-    recipe: RecipeConfig. compute: ComputeConfig. precision: "fp32", "tf32" or "bf16". space: the latent space of batches.
-    total_steps: of the run, for a cosine learning rate. condition: what the model draws by (default: its classes); both on
-    the device. Parameters that require no gradient are not trained. steps_made, images_seen: position of the run."""
+    recipe: RecipeConfig. compute: ComputeConfig, whose precision is fp32 where it names none. space: the latent space of
+    batches. total_steps: of the run, for a cosine learning rate. condition: what the model draws by (default: its classes);
+    both on the device. Parameters that require no gradient are not trained. steps_made, images_seen: position of the run.
+    """
 
-    def __init__(self, recipe, compute, context, model, space, precision="fp32", total_steps=None, condition=None):
+    def __init__(self, recipe, compute, context, model, space, total_steps=None, condition=None):
         self.recipe, self.compute, self.context, self.space = recipe, compute, context, space
         self.condition = condition or model.condition or Classes(model.num_classes)
-        self.total_steps = total_steps
+        self.total_steps, precision = total_steps, compute.precision or "fp32"
         if compute.deterministic:
             use_deterministic_kernels()
         self.device = device = context.device
