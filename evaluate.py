@@ -17,15 +17,10 @@ from runtime.parser import Parser
 
 
 def main(argv=None):
-    parser = Parser(EvaluateConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
-        # imported after parsing, because torch and SciPy take seconds
+    with Parser(EvaluateConfig, __doc__).processes(argv) as (config, context):
         from evaluation.comparison import compare, table
-        from runtime.distributed import processes
 
-        with processes(config.device) as context:
-            report, output = compare(config, context)
+        report, output = compare(config, context)
         if report:
             for line in report["warnings"]:
                 print(f"warning: {line}", file=sys.stderr)

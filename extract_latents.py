@@ -11,15 +11,10 @@ from runtime.parser import Parser
 
 
 def main(argv=None):
-    parser = Parser(ExtractConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
-        # imported after the command line is parsed, because PyTorch takes seconds to import
+    with Parser(ExtractConfig, __doc__).processes(argv) as (config, context):
         from data.extraction import extract
-        from runtime.distributed import processes
 
-        with processes(config.device) as context:
-            extract(config, context)
+        extract(config, context)
 
 
 if __name__ == "__main__":

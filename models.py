@@ -432,6 +432,11 @@ class DiTConfig:
             derived[name] = size[0] if size == size[:1] * 2 else size  # one form of each size: a square's is a number
         self.__dict__.update(derived)  # the dataclass is frozen
 
+    @property
+    def frames(self):
+        """Of a clip x, in latent cells; None for other x."""
+        return self.sides[0] if len(self.sides) == 3 else None
+
     def grid_of(self, sides, patch=None):
         """Tokens along each side."""
         return tuple(np.floor_divide(sides, patch or self.patch).tolist())

@@ -25,18 +25,13 @@ ELSEWHERE = "choose another --sample-dir or --folder"
 
 
 def main(argv=None):
-    parser = Parser(SampleSetConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
-        from runtime.distributed import processes  # here and below: torch takes seconds to import
-
-        with processes(config.compute.device) as context:
-            sample(config, context)
+    with Parser(SampleSetConfig, __doc__).processes(argv) as (config, context):
+        sample(config, context)
 
 
 def sample(config, context):
     """Draw the images that are missing in the set's folder, and write all of them to the .npz file."""
-    from runtime.devices import precision_warning
+    from runtime.devices import precision_warning  # here and below: torch takes seconds to import
     from sampling import image_set
     from sampling.labels import SetLabels, choices_of_set
     from sampling.opened import Opened

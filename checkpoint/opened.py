@@ -131,7 +131,7 @@ class Checkpoint:
     @property
     def image_size(self):
         """Size of the images in pixels: see `runtime.shapes`."""
-        return self._recorded_size or plain_size([FACTOR * side for side in DiTConfig(**self.model_config).sides[-2:]])
+        return self._recorded_size or plain_size([FACTOR * side for side in self.sizes.sides[-2:]])
 
     @property
     def _recorded_size(self):
@@ -213,9 +213,14 @@ class Checkpoint:
                 return self._tensors({key.removeprefix(prefix): value for key, value in tensors.items()})
         return tensors
 
-    @functools.cached_property
+    @property
     def model_config(self):
-        """The keyword arguments of DiT: as recorded, or inferred from the shapes of the weights."""
+        """The keyword arguments of DiT."""
+        return dataclasses.asdict(self.sizes)
+
+    @functools.cached_property
+    def sizes(self):
+        """The model's DiTConfig: as recorded, or inferred from the shapes of the weights."""
         recorded = self.state.get("model_config", self.metadata.get("model_config"))
         if recorded is None:
             recorded = self._inferred_config()
@@ -223,7 +228,7 @@ class Checkpoint:
             raise self._damaged(f"its model_config is a {type(recorded).__name__}, not a dict")
         known = {field.name for field in dataclasses.fields(DiTConfig)}
         try:
-            return dataclasses.asdict(DiTConfig(**{name: value for name, value in recorded.items() if name in known}))
+            return DiTConfig(**{name: value for name, value in recorded.items() if name in known})
         except (ValueError, TypeError) as error:
             raise self._damaged(f"its record of the model: {error}") from None
 

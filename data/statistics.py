@@ -44,6 +44,4 @@ def measure(dataset, space, seed, context, num_workers=0):
                 moments = per_frame(space.moments, to_model_range(batch["image"].to(context.device)))
             found.append(channel_sums(moments))
             count += len(moments) * moments[0, 0, 0].numel()
-    parts, counts = zip(*context.all_gather((found, count)), strict=True)
-    sums = sum(parts[i % context.world_size][i // context.world_size] for i in range(len(order)))
-    return channel_statistics(sums, sum(counts)), len(chosen)
+    return channel_statistics(sum(context.all_in_turn(found)), sum(context.all_gather(count))), len(chosen)

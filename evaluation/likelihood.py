@@ -18,7 +18,6 @@ from data.order import make_loader
 from diffusion import create_diffusion
 from diffusion.flow import flow_log_likelihood, likelihood_levels
 from diffusion.registry import OBJECTIVES
-from models import DiTConfig
 from runtime import files, seeds
 from runtime.devices import explain_out_of_memory, set_precision
 from runtime.errors import RunError, UserError
@@ -37,8 +36,7 @@ def measure_likelihood(config, context):
         image_size = settle(config, checkpoint, pixel_space(config, checkpoint))["image_size"]
         encoder = config.text_encoder or checkpoint.condition.record().get("name")  # of a model of texts
         data = DataConfig(data_path=config.data_path, flip=False, text_encoder=encoder)
-    frames = next(iter(DiTConfig(**checkpoint.model_config).sides[:-2]), None)  # of a model of clips
-    dataset = load_dataset(data, image_size, context=context, num_frames=frames)
+    dataset = load_dataset(data, image_size, context=context, num_frames=checkpoint.sizes.frames)
     with context.together():
         if dataset.channels != channels:
             problem = f"images of {dataset.channels} channels, {config.ckpt} works on {channels}"
@@ -98,8 +96,7 @@ def measure(model, terms, dataset, condition, indices, config, context):
 
             x_0 = to_model_range(batch["image"].to(context.device))
             rows.append(terms(denoise, x_0, config.seed, batch["index"].tolist()))
-    gathered = context.all_gather(rows)
-    return torch.cat([gathered[b % context.world_size][b // context.world_size] for b in range(len(batches))])
+    return torch.cat(context.all_in_turn(rows))
 
 
 def bound(diffusion, denoise, x_0, seed, indices):

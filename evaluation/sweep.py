@@ -157,14 +157,11 @@ class Measurer:
 
     def pipeline(self, opened):
         """Of a setting; the last model is kept while its weights are wanted."""
-        config = opened.config
-        if self.built != weights_of(config):
-            self.last, self.built = None, weights_of(config)  # frees the memory before the next model needs it
+        if self.built != weights_of(opened.config):
+            self.last, self.built = None, weights_of(opened.config)  # frees the memory before the next model needs it
             with self.context.together():
                 self.last = Pipeline.build(opened, self.context.device)
-        last = self.last
-        guided = config.guidance, last.guide, last.precision, last.condition
-        return Pipeline(last.model, last.space, config.sampler, *guided)
+        return self.last.vary(opened)
 
     def complete(self, features, images):
         device = self.context.device

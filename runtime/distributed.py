@@ -60,6 +60,11 @@ class Context:
             dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def all_in_turn(self, items):
+        """The items of all ranks, in order, on every rank, where rank r has those numbered r, r + world_size, ..."""
+        parts = self.all_gather(items)
+        return [parts[i % self.world_size][i // self.world_size] for i in range(sum(map(len, parts)))]
+
     def broadcast(self, value, nested=False):
         """Rank 0's picklable value, on every rank."""
         self._check_exchange(nested)

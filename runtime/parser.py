@@ -89,15 +89,14 @@ def spin_briefly():
 class Parser(argparse.ArgumentParser):
     """The parser of a command whose options are the fields of `config_class`; a nested config is a group of options.
 
-    description: the command's docstring. defaults: {field name: default} where a command's differs from the config's.
-    presets: {field name: {value of that field: other defaults}}, for options that stand for several; in place of the inner
-    dict a function of all values that returns the other defaults, and may raise UserError."""
+    description: the command's docstring. presets: {field name: {value of that field: other defaults}}, for options that
+    stand for several; in place of the inner dict a function of all values that returns the other defaults, and may raise
+    UserError."""
 
-    def __init__(self, config_class, description, defaults=None, presets=None):
+    def __init__(self, config_class, description, presets=None):
         # abbreviations would change their meaning with every new option
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False, add_help=False)
-        self.config_class, self.defaults = config_class, {**config_class.defaults(), **(defaults or {})}
-        self.presets = presets or {}
+        self.config_class, self.defaults, self.presets = config_class, config_class.defaults(), presets or {}
         self.everyday, self.other = self.add_argument_group("everyday options"), self.add_argument_group("options")
         self.usage = "%(prog)s [options]"  # of 70 options argparse would make forty lines
         self._add_options(config_class, self.other)
@@ -181,6 +180,17 @@ class Parser(argparse.ArgumentParser):
             if launched()[0] == 0:  # on another host there may be nothing; what reads the data there says so
                 config.check_paths()
             return config
+
+    @contextlib.contextmanager
+    def processes(self, argv=None):
+        """Parse, and join the other processes of the command: the block gets (config, Context), and its errors are
+        reported. It imports what it needs itself: torch takes seconds, and by then the command line is checked."""
+        config = self.parse(argv)
+        with self.report_errors():
+            from runtime.distributed import processes
+
+            with processes(config.flat()["device"]) as context:
+                yield config, context
 
     def error(self, message, status=UserError.status, every_rank=False):
         if every_rank or speaks():

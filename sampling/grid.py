@@ -88,14 +88,20 @@ def write_picture(path, picture, **options):
         replace_file(path, lambda file: file.write(content.getbuffer()))
 
 
+def write_animation(path, frames, duration=DURATION, last_duration=None):
+    """Write PIL images as an animation without an end. duration, last_duration: of a frame and of the last one, in
+    milliseconds."""
+    options = {"lossless": True} if image_format(path) == "WEBP" else {}
+    durations = [duration] * (len(frames) - 1) + [last_duration or duration]
+    write_picture(path, frames[0], save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
+
+
 def write_images(path, images, columns, enlarge=1, titles=None):
     """Write images (N, H, W, 3) uint8 as a grid; clips (N, F, H, W, 3) as a grid of strips, or to a file that can hold an
     animation, .gif or .webp, as one."""
     if images.ndim == 4 or image_format(path) not in ANIMATED:
         return write_picture(path, draw_grid(as_pictures(images), columns, enlarge, titles))
-    first, *others = [draw_grid(images[:, i], columns, enlarge, titles) for i in range(images.shape[1])]
-    options = {"lossless": True} if image_format(path) == "WEBP" else {}
-    write_picture(path, first, save_all=True, append_images=others, duration=DURATION, loop=0, **options)
+    write_animation(path, [draw_grid(images[:, i], columns, enlarge, titles) for i in range(images.shape[1])])
 
 
 def write_trajectory(path, decode, predictions, columns, enlarge):
@@ -106,9 +112,7 @@ def write_trajectory(path, decode, predictions, columns, enlarge):
     count = min(len(predictions), FRAMES if animated else STEPS)
     frames = [as_pictures(decode(predictions[round(i)])) for i in np.linspace(0, len(predictions) - 1, count)]
     if animated:
-        first, *others = [draw_grid(images, columns, enlarge) for images in frames]
-        durations = [DURATION] * len(others) + [LAST_DURATION]
-        write_picture(path, first, save_all=True, append_images=others, duration=durations, loop=0)
+        write_animation(path, [draw_grid(images, columns, enlarge) for images in frames], last_duration=LAST_DURATION)
     else:
         rows = np.stack(frames, axis=1)  # (N, count, H, W, 3)
         write_picture(path, draw_grid(rows.reshape(-1, *rows.shape[2:]), count, enlarge))

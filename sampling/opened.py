@@ -8,9 +8,9 @@ from torch import nn
 
 import download
 from checkpoint.opened import Checkpoint
-from data.autoencoder import RELEASED, LatentSpace, load_space
+from data.autoencoder import RELEASED, LatentSpace, latent_sides, load_space
 from data.condition import Condition
-from models import DiT_models, DiTConfig
+from models import DiT_models
 from runtime.config import flag
 from runtime.devices import check_compile, check_memory, pick_device, set_precision
 from runtime.errors import UserError, about
@@ -78,16 +78,21 @@ class Opened:
     @property
     def frames(self):
         """Of a clip, where the model draws clips; else None."""
-        return next(iter(DiTConfig(**self.checkpoint.model_config).sides[:-2]), None)
+        return self.checkpoint.sizes.frames
+
+    @property
+    def sides(self):
+        """Of the latents that are drawn: those of image_size."""
+        return (*self.checkpoint.sizes.sides[:-2], *latent_sides(self.settings["image_size"], self.space.factor))
 
     def check_memory(self, number, advice):
         """Raises OutOfMemoryError where the memory of a CPU cannot hold `number` images that are drawn at once: six
         activations of each token in a block, with guidance, and the images. advice: how to need less."""
         if self.device.type == "cpu":
-            model = self.checkpoint.model_config
-            tokens = 2 * math.prod(DiTConfig(**model).grid)
+            model = self.checkpoint.sizes
+            tokens = 2 * math.prod(model.grid)
             pixels = math.prod(sides(self.settings["image_size"])) * (self.frames or 1)
-            check_memory(4 * number * (6 * tokens * model["hidden_size"] + 9 * pixels), advice)
+            check_memory(4 * number * (6 * tokens * model.hidden_size + 9 * pixels), advice)
 
 
 def place(model, compute, device):
@@ -162,15 +167,15 @@ def open_space(source, checkpoint, released_vae):
 
 def image_sizes(checkpoint, space):
     """The sizes in pixels that a model draws, its own first; see `runtime.shapes`."""
-    config = DiTConfig(**checkpoint.model_config)
-    return [plain_size([space.factor * side for side in cells]) for cells in (config.sides[-2:], *config.other_sizes)]
+    sizes = checkpoint.sizes
+    return [plain_size([space.factor * side for side in cells]) for cells in (sizes.sides[-2:], *sizes.other_sizes)]
 
 
 def settle(source, checkpoint, space, vae_name="the autoencoder"):
     """The model's name, image_size and num_classes, as a dict. Raises UserError where the checkpoint, the latent space and
     the options of `source`, a SourceConfig, contradict each other."""
     path, config = checkpoint.path, checkpoint.model_config
-    cells = DiTConfig(**config).sides[-2:]  # of a frame, where it draws clips
+    cells = checkpoint.sizes.sides[-2:]  # of a frame, where it draws clips
     if len(cells) != 2:
         problem = "its x has one side, the commands draw images and clips"
         raise UserError(path, problem, "draw with sampling.pipeline.Pipeline")

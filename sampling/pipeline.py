@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from PIL import Image
 
-from data.autoencoder import latent_sides
 from data.condition import Classes
 from diffusion import create_diffusion, sample, samplers
 from diffusion.flow import eps_denoiser
@@ -66,8 +65,12 @@ class Pipeline:
                 space = opened.space.to(device)
             guide = opened.guide and place(opened.guide.build_model(draw_initial_weights), config.compute, device)
             condition = opened.condition.to(device)
-        sides = (*model.sizes.sides[:-2], *latent_sides(opened.settings["image_size"], space.factor))
-        return cls(model, space, config.sampler, config.guidance, guide, config.compute.products, condition, sides)
+        return cls(model, space, config.sampler, config.guidance, guide, config.compute.products, condition, opened.sides)
+
+    def vary(self, opened):
+        """A pipeline of the same weights with the sampler, the guidance and the size of another `Opened`."""
+        config = opened.config.sampler, opened.config.guidance
+        return Pipeline(self.model, self.space, *config, self.guide, self.precision, self.condition, opened.sides)
 
     def draw(self, what=None, seed=0, batch_size=32):
         """PIL images, of clips strips of their frames, one for each entry of `what`: words as --labels, --prompt or

@@ -15,7 +15,6 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from checkpoint.opened import newest_of_run
-from data.autoencoder import latent_sides
 from diffusion.registry import OBJECTIVES
 from runtime.devices import explain_out_of_memory
 from runtime.errors import UserError
@@ -99,7 +98,7 @@ class Artist:
 
         On a CPU this stream begins with the model's initial weights, so that a new seed builds the model again; on a GPU
         the noise has a stream of its own."""
-        checkpoint, config, on_cpu = opened.checkpoint, opened.config, opened.device.type == "cpu"
+        checkpoint, on_cpu = opened.checkpoint, opened.device.type == "cpu"
         key = (checkpoint.path, *map(os.path.getmtime, checkpoint.files), seed if on_cpu else None)
         with self.lock:
             if key != self.key:
@@ -110,9 +109,7 @@ class Artist:
             kept, state = self.pipeline, self.state
         generator = torch.Generator(opened.device)
         generator = generator.set_state(state) if on_cpu else generator.manual_seed(seed)
-        cells = (*kept.shape[1:-2], *latent_sides(opened.settings["image_size"], kept.space.factor))
-        settings = config.sampler, config.guidance, None, kept.precision, kept.condition, cells
-        return Pipeline(kept.model, kept.space, *settings), generator
+        return kept.vary(opened), generator
 
     def draw(self, config):
         """Draw the images of a `page_config`: an iterator of (config, step, images, titles). The images (N, H, W, 3) are

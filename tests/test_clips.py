@@ -255,7 +255,7 @@ def test_an_image_models_weights_draw_still_clips_as_images(block, patch_frames)
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
     clip = DiT(input_size=(4, 8, 8), patch_size=(patch_frames, 4, 4), block=block, **sizes).eval()
-    weights = inflate(image.state_dict(), image.config, clip)
+    weights = inflate(image.state_dict(), image.sizes, clip)
     clip.load_state_dict({**weights, "pos_embed": clip.pos_embed})
     x, t, y = torch.randn(2, 2, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 2])
     still = x[:, :, None].expand(-1, -1, 4, -1, -1)

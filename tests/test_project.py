@@ -123,8 +123,14 @@ def test_options_and_files_that_pages_name_exist():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_lead_to_files_that_exist(page):
-    for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-        assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+        target = page.parent / link if link else page
+        assert target.exists(), f"{page.name} links to {link}, which is not there"
+        if anchor:
+            text = target.read_text()
+            titles = [re.sub(r"[^\w -]", "", title.lower()) for title in re.findall(r"^#+ (.*)", text, re.M)]
+            known = {*(title.replace(" ", "-") for title in titles), *re.findall(r'<a name="(.*?)">', text)}
+            assert anchor in known, f"{page.name} links to {link}#{anchor}, a heading that is not there"
 
 
 def test_tests_that_the_page_on_reliability_names_exist():

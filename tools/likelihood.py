@@ -14,16 +14,10 @@ from runtime.parser import Parser
 
 
 def main(argv=None):
-    parser = Parser(LikelihoodConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
-        # imported after parsing, because torch takes seconds
+    with Parser(LikelihoodConfig, __doc__).processes(argv) as (config, context):
         from evaluation.likelihood import describe, measure_likelihood, write_report
-        from runtime.distributed import processes
 
-        with processes(config.device) as context:
-            report = measure_likelihood(config, context)
-        if report:
+        if report := measure_likelihood(config, context):
             print(describe(report))
             write_report(report, config.report)
             print(f"written to {config.report}")

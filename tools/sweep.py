@@ -15,15 +15,10 @@ from runtime.parser import Parser
 
 
 def main(argv=None):
-    parser = Parser(SweepConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
-        # imported after parsing, because torch takes seconds
+    with Parser(SweepConfig, __doc__).processes(argv) as (config, context):
         from evaluation.sweep import sweep
-        from runtime.distributed import processes
 
-        with processes(config.compute.device) as context:
-            sweep(config, context)
+        sweep(config, context)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from checkpoint import lora
 from checkpoint.config import DEFAULT, MODELS
 from checkpoint.opened import Checkpoint, check_shapes
 from data.condition import comparable
-from models import DiT_models, DiTConfig, TimestepEmbedder
+from models import DiT_models, TimestepEmbedder
 from runtime.config import flag
 from runtime.errors import UserError, about
 from runtime.files import reason
@@ -49,7 +49,7 @@ def resolve(options, config, peek):
 
 def sizes_of(checkpoint, options):
     """The checkpoint's values of the design in ModelOptions. Raises UserError where the command line contradicts them."""
-    patch = DiTConfig(**checkpoint.model_config).patch
+    patch = checkpoint.sizes.patch
     found, given = {**checkpoint.model_config, "patch_size": patch[-1]}, options.overrides()
     if len(patch) == 3:  # of clips
         found["patch_frames"] = patch[0]
@@ -79,9 +79,9 @@ def load_into(model, source, rows):
         problem = f"a model of {old['in_channels']} channels, those of this run's images are {model.in_channels}"
         raise UserError(where, problem, "pass the autoencoder that it was trained with as --vae")
     source.check_weights()
-    weights = inflate(weights, old, model)
+    weights = inflate(weights, source.sizes, model)
     new = model.state_dict()  # its tensors share the memory of the model's parameters
-    width, (before, now) = old["hidden_size"], [DiTConfig(**config).grid for config in (old, model.config)]
+    width, (before, now) = old["hidden_size"], [sizes.grid for sizes in (source.sizes, model.sizes)]
     # what belongs to a condition that the other model does not have
     other = source.condition.kind != (model.condition.kind if model.condition else "classes")
     own = {name for name in weights.keys() ^ new.keys() if other and ("text" in name or name.startswith("y_embedder."))}
@@ -127,11 +127,11 @@ def load_into(model, source, rows):
     return lines
 
 
-def inflate(weights, config, model):
-    """The weights of a model of images, of this config, as those of a model of clips: each frame is seen as the image was,
-    and predicted alike. Positions in time start at zero, and so does the attention over time of the block `space-time`.
-    Other weights, or for another model, stay as they are."""
-    if len(DiTConfig(**config).sides) == len(model.sizes.sides) or len(model.sizes.sides) != 3:
+def inflate(weights, sizes, model):
+    """The weights of a model of images as those of a model of clips: each frame is seen as the image was, and predicted
+    alike. Positions in time start at zero, and so does the attention over time of the block `space-time`. Other weights, or
+    for another model, stay as they are. sizes: DiTConfig of the weights."""
+    if sizes.frames or not model.sizes.frames:
         return weights
     new, frames = model.state_dict(), model.sizes.patch[0]
     found = {**weights, "time_embed.weight": new["time_embed.weight"]}

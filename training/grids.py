@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from runtime.errors import UserError
 from runtime.files import check_regular
-from sampling.grid import DURATION, LAST_DURATION, write_picture
+from sampling import grid as pictures
 from training.trackers import image_paths
 
 MAX_FRAMES = 200  # of an animation
@@ -31,7 +31,5 @@ def write_animation(run_dir, output):
         center = grid.width / 2, TITLE_HEIGHT / 2
         ImageDraw.Draw(frame).text(center, f"step {int(paths[i].stem):,}", "black", font, anchor="mm")
         frames += [frame] if not frames or frame.size == frames[0].size else []
-    first, *others = reversed(frames)
-    durations = [DURATION * 3] * len(others) + [LAST_DURATION]
-    write_picture(output, first, save_all=True, append_images=others, duration=durations, loop=0)
+    pictures.write_animation(output, frames[::-1], 3 * pictures.DURATION, pictures.LAST_DURATION)
     return len(frames)
