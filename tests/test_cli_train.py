@@ -19,12 +19,12 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed.run
 from conftest import TINY
-from helpers import assert_same_state, call, flat, latest, metrics, to_the_end, wait_for, without_timings
+from helpers import assert_same_state, call, flat, latest, metrics, paced, to_the_end, wait_for, without_timings
 from PIL import Image
 from reference import assert_golden, fill, golden, training_batch
 from test_models import SMALL
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm.auto import tqdm
 
 import train
@@ -137,7 +137,7 @@ def test_a_signal_to_any_rank_saves_and_exits_cleanly(tmp_path, image_folder, ra
     command = [*FOLDER, "--data-path", image_folder, "--num-workers", 1, "--log-every", 1, "--run-dir"]
     step = 0
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        run = ranks(train.main, [*command, tmp_path / "parts", "--max-steps", 100_000], 2)
+        run = ranks(paced, [*command, tmp_path / "parts", "--max-steps", 100_000], 2)
         wait_for(lambda: metrics(tmp_path / "parts")[-1]["step"] > step + 2)  # noqa: B023
         os.kill(run.processes[1].pid, number)
         assert run.wait() == [0, 0], run.text()
@@ -152,7 +152,7 @@ def test_a_signal_to_any_rank_saves_and_exits_cleanly(tmp_path, image_folder, ra
 
 def test_a_killed_run_goes_on_and_a_second_run_is_refused(tmp_path, image_folder, ranks, capfd):
     command = [*FOLDER, "--data-path", image_folder, "--num-workers", 2, "--log-every", 1, "--ckpt-every", 2, "--run-dir"]
-    run = ranks(train.main, [*command, tmp_path / "parts", "--max-steps", 100_000])
+    run = ranks(paced, [*command, tmp_path / "parts", "--max-steps", 100_000])
     wait_for(lambda: len(metrics(tmp_path / "parts")) > 5)
     assert call(train.main, *command, tmp_path / "parts") == 2
     assert "another run is writing here" in capfd.readouterr().err
@@ -220,7 +220,7 @@ def test_a_course_that_was_left_is_not_resumed(tmp_path):
 
 def test_a_killed_rank_does_not_leave_the_other_waiting(tmp_path, image_folder, ranks):
     command = [*FOLDER, "--data-path", image_folder, "--num-workers", 1, "--log-every", 1, "--max-steps", 100_000]
-    run = ranks(train.main, [*command, "--ckpt-every", 2, "--run-dir", tmp_path], 2)
+    run = ranks(paced, [*command, "--ckpt-every", 2, "--run-dir", tmp_path], 2)
     wait_for(lambda: len(metrics(tmp_path)) > 3)
     os.kill(run.processes[1].pid, signal.SIGKILL)
     assert run.wait(timeout=60)[1] == -9
@@ -520,7 +520,7 @@ def test_a_lack_of_files_or_a_long_folder_for_sockets_ends_a_run_that_is_saved(
     tmp_path, image_folder, ranks, monkeypatch, capfd
 ):
     command = [*FOLDER, "--data-path", image_folder, "--num-workers", 4, "--log-every", 1, "--run-dir", tmp_path / "run"]
-    run = ranks(functools.partial(to_the_end, train.main), [*command, "--max-steps", 100_000])
+    run = ranks(functools.partial(to_the_end, paced), [*command, "--max-steps", 100_000])
     wait_for(lambda: len(metrics(tmp_path / "run")) > 2)
     files = {*range(1000)}  # those that stay open; batches on their way need others
     for _ in range(100):
@@ -738,7 +738,7 @@ def test_a_checkpoint_of_the_original_release_resumes(tmp_path, tiny_checkpoint)
 def test_files_that_go_bad_while_training_are_named_and_the_work_is_saved(tmp_path, image_folder, ranks):
     shutil.copytree(image_folder, tmp_path / "images")
     command = [*FOLDER, "--data-path", tmp_path / "images", "--num-workers", 2, "--log-every", 1, "--run-dir"]
-    run = ranks(train.main, [*command, tmp_path / "run", "--max-steps", 100_000], 2)
+    run = ranks(paced, [*command, tmp_path / "run", "--max-steps", 100_000], 2)
     wait_for(lambda: len(metrics(tmp_path / "run")) > 2)
     (tmp_path / "images/bee/1.png").unlink()
     assert run.wait() == [2, 2], run.text()
@@ -750,7 +750,7 @@ def test_files_that_go_bad_while_training_are_named_and_the_work_is_saved(tmp_pa
 
 def test_a_dead_data_worker_is_reported(tmp_path, image_folder, ranks):
     command = [*FOLDER, "--data-path", image_folder, "--num-workers", 1, "--log-every", 1, "--max-steps", 100_000]
-    run = ranks(train.main, [*command, "--run-dir", tmp_path / "run"])
+    run = ranks(paced, [*command, "--run-dir", tmp_path / "run"])
     wait_for(lambda: len(metrics(tmp_path / "run")) > 2)
     children = Path(f"/proc/{run.processes[0].pid}/task/{run.processes[0].pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
@@ -810,20 +810,20 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused_once(ranks):
     assert run.text(1) == "", "rank 0 alone prints the line"
 
 
-def torchrun(argv):
+def elastic(argv):
+    """The launcher behind torchrun's command line, with forked workers, whose imports it has made."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]  # as a shell starts it
-    torch.distributed.run.main(argv)
+    where = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=1, start_method="fork", **where)
+    elastic_launch(config, paced)(argv)
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_a_hang_up_is_saved(tmp_path, image_folder, ranks):
-    """The real launcher: two workers, one of them killed; --max-restarts starts both again, and they go on. Then the
-    terminal is closed."""
-    script = Path(train.__file__)
+    """Two workers, one of them killed; both are started again, and they go on. Then the terminal is closed."""
     options = [*FOLDER, "--data-path", image_folder, "--num-workers", "0", "--log-every", "1", "--ckpt-every", "5"]
-    command = ["--nproc_per_node=2", "--max-restarts=1", "--standalone", script, *options, "--run-dir", tmp_path / "run"]
-    run = ranks(torchrun, [*command, "--max-steps", "100000"])
+    run = ranks(elastic, [*options, "--run-dir", tmp_path / "run", "--max-steps", 100_000])
     launcher = run.processes[0].pid
     wait_for(lambda: len(metrics(tmp_path / "run")) > 8, seconds=120)
     workers = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_same_state, call, latest, wait_for
+from helpers import ROOT, assert_same_state, call, latest, paced, wait_for
 from PIL import Image
 
 import extract_latents
@@ -29,6 +29,12 @@ TINY = (
     "--num-heads 2 --patch-size 8 --global-batch-size 6 --lr 1e-3 --device cpu --log-every 2 --num-workers 0 --recipe fast"
 ).split()
 DRAW = ["--sampler", "flow-heun", "--num-sampling-steps", 2, "--cfg-scale", 2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits():
+    """Read here, so that forked processes need not."""
+    MovingDigits.load()
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +205,7 @@ def test_a_run_that_is_killed_three_times_is_an_undisturbed_one(tmp_path, ranks)
     status = ranks(train.main, [*options, "--run-dir", tmp_path / "whole"], 2).wait()
     assert status == [0, 0]
     for step in (2, 4, 6):
-        killed = ranks(train.main, [*options, "--run-dir", tmp_path / "killed"], 2)
+        killed = ranks(paced, [*options, "--run-dir", tmp_path / "killed"], 2)
         wait_for(lambda step=step: (tmp_path / f"killed/checkpoints/{step:07d}.pt").exists())
         for process in killed.processes:
             os.kill(process.pid, signal.SIGKILL)

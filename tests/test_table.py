@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_state, call, latest, metrics, wait_for, without_timings
+from helpers import assert_same_state, call, latest, metrics, paced, wait_for, without_timings
 from PIL import Image
 
 import evaluate
@@ -282,7 +282,7 @@ def test_a_run_that_is_killed_three_times_is_the_undisturbed_one(tables, tmp_pat
     command += [tmp_path / "killed", "--val-data-path", tables["files"], "--val-every", 5]
     command += ["--image-column", "image", "--max-steps"]  # of the rows alone
     for steps in (3, 9, 15):
-        run = ranks(train.main, [*command, 100_000])
+        run = ranks(paced, [*command, 100_000])
         wait_for(lambda: metrics(tmp_path / "killed")[-1]["step"] > steps)  # noqa: B023
         os.kill(run.processes[0].pid, signal.SIGKILL)
         assert run.wait() == [-signal.SIGKILL]
