@@ -821,7 +821,7 @@ def elastic(argv):
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_a_hang_up_is_saved(tmp_path, image_folder, ranks):
-    """Two workers, one of them killed; both are started again, and they go on. Then the terminal is closed."""
+    """With --max-restarts of two workers, one is killed; both are started again and go on. Then the terminal is closed."""
     options = [*FOLDER, "--data-path", image_folder, "--num-workers", "0", "--log-every", "1", "--ckpt-every", "5"]
     run = ranks(elastic, [*options, "--run-dir", tmp_path / "run", "--max-steps", 100_000])
     launcher = run.processes[0].pid
