@@ -96,7 +96,7 @@ def test_every_command_that_the_docs_show_has_these_options(command):
 
 # Options of other programs that pages name: Docker, hf, pip, sbatch, srun, torchrun, ruff, TensorBoard; --num-s is refused
 OTHERS = set(
-    "--account --cpus-per-task --fix --gpus-per-node --gres --ipc --kill-on-bad-exit --local-dir --logdir "
+    "--account --cpus-per-task --fix --gpus-per-node --gres --ipc --kill-on-bad-exit --local-dir --logdir --max-restarts "
     "--nnodes --no-deps --nodes --nproc_per_node --ntasks-per-node --num-s --open-mode --partition --repo-type "
     "--requeue --resolution --shm-size --signal --signals-to-handle --time".split()
 )
