@@ -87,15 +87,13 @@ def video_frames(path, wanted):
 class MovingDigits(Mnist):
     """MNIST digits of 16x16 pixels that move through a window of 32x32, straight and at a constant speed, and bounce off
     its sides. Clip i shows digit i mod 5000; where it starts and how it moves, by whole pixels, is a function of (seed, i).
-    """
+    Without num_frames images: the first frames."""
 
     source, title, side, per_digit = "moving-mnist", "the moving digits", SIDE, 4
     in_memory, captions, channels = True, None, 1
 
     def __init__(self, image_size, seed=0, num_frames=None):
         self.check_side(image_size)
-        if not num_frames:
-            raise UserError(f"--data-path {self.source}", f"{self.title} are clips", "give --num-frames, such as 8")
         values, labels = self.load()
         self.digits = [shrink(digit) for digit in values]
         self.labels, self.classes = np.tile(labels, self.per_digit), [str(label) for label in range(10)]
@@ -105,10 +103,10 @@ class MovingDigits(Mnist):
     def read(self, index):
         random = seeds.generator(self.seed, seeds.CLIP, index)
         start, speed = random.integers(0, SIDE - DIGIT + 1, 2), SPEEDS[random.integers(len(SPEEDS))]
-        frames = np.zeros((1, self.num_frames, SIDE, SIDE), np.uint8)
-        for frame, (y, x) in zip(frames[0], bounce(start, speed, self.num_frames), strict=True):
+        frames = np.zeros((1, self.num_frames or 1, SIDE, SIDE), np.uint8)
+        for frame, (y, x) in zip(frames[0], bounce(start, speed, frames.shape[1]), strict=True):
             frame[y : y + DIGIT, x : x + DIGIT] = self.digits[index % len(self.digits)]
-        return {"image": torch.from_numpy(frames), "label": int(self.labels[index])}
+        return {"image": torch.from_numpy(frames if self.num_frames else frames[:, 0]), "label": int(self.labels[index])}
 
 
 def shrink(digit):

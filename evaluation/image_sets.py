@@ -79,13 +79,14 @@ def check_file(path):
 
 
 class NpzImages:
-    """`arr_0` uint8 (N, H, W, 3), optionally labels `arr_1` (N,), and precomputed `mu`, `sigma`, `mu_s`, `sigma_s`.
+    """`arr_0` uint8 (N, H, W, 3), or clips (N, F, H, W, 3), whose frames are the images; optionally labels `arr_1` (N,),
+    and precomputed `mu`, `sigma`, `mu_s`, `sigma_s`.
 
     Images are read from the zip member as a stream: `np.load` would hold all of them, 40 GB for 50,000 at 512 px. Zip's
     checksum is compared whenever a member is read to its end. `size` is (H, W), or None without images."""
 
     def __init__(self, path):
-        self.path, self.size, self.labels, self.length, self.jpeg = path, None, None, 0, None
+        self.path, self.size, self.labels, self.length, self.frames, self.jpeg = path, None, None, 0, 1, None
         if path.suffix == ".json":
             raise UserError(path, "a report, not a set of images", "name the .npz file or the folder that it is about")
         if not zipfile.is_zipfile(path):
@@ -102,8 +103,8 @@ class NpzImages:
                 raise UserError(path, f"holds {sorted(names)}; needs arr_0 (images) or mu and sigma")
             if "arr_1" in names:
                 with self._open(archive, "arr_1") as (stream, shape, dtype):
-                    if shape == (self.length,):  # other arrays are no labels
-                        self.labels = np.frombuffer(stream.read(), dtype)
+                    if shape == (self.length // self.frames,):  # other arrays are no labels
+                        self.labels = np.frombuffer(stream.read(), dtype).repeat(self.frames)
 
     @contextlib.contextmanager
     def _archive(self):
@@ -146,8 +147,8 @@ class NpzImages:
 
     def _check_images(self, archive):
         with self._open(archive, "arr_0") as (stream, shape, dtype):
-            if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                raise ValueError(f"has shape {shape}; must be (N, H, W, 3) in row-major order")
+            if len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
+                raise ValueError(f"has shape {shape}; must be (N, H, W, 3) in row-major order, of clips (N, F, H, W, 3)")
             if dtype != np.uint8:
                 values = ""
                 if dtype.kind in "iuf":
@@ -158,7 +159,7 @@ class NpzImages:
                     f"is {dtype}{values}; must be uint8, 0 to 255. Converted as they are, such images become black or "
                     "noise; for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"
                 )
-        self.length, self.size = shape[0], shape[1:3]
+        self.length, self.frames, self.size = math.prod(shape[:-3]), math.prod(shape[1:-3]), shape[-3:-1]
 
     def __len__(self):
         return self.length

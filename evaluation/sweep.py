@@ -93,25 +93,29 @@ def open_all(settings):
 
 @dataclass(frozen=True)
 class Drawn:
-    """The images of a set, drawn while they are read; an image set as of `evaluation.image_sets`."""
+    """The images of a set, drawn while they are read; an image set as of `evaluation.image_sets`. number: of images, or of
+    clips of so many `frames`, which are its images then."""
 
     pipeline: Pipeline
     labels: SetLabels
     number: int
+    frames: int
     path: str
     statistics: dict = field(default_factory=dict)  # none are known beforehand
 
     def __len__(self):
-        return self.number
+        return self.number * self.frames
 
     def batches(self, start, stop, batch_size):
-        """Yield uint8 (up to batch_size, H, W, 3): the batches that begin in [start, stop), which are the same ones for any
-        number of processes, and those of sample_ddp.py."""
-        for first in range(-(-start // batch_size) * batch_size, stop, batch_size):
+        """Yield uint8 (up to batch_size images or clips, H, W, 3): the batches that begin in [start, stop), which are the
+        same ones for any number of processes, and those of sample_ddp.py."""
+        whole = batch_size * self.frames
+        for first in range(-(-start // whole) * batch_size, -(-stop // whole) * batch_size, batch_size):
             indices = range(first, min(first + batch_size, self.number))
             x_T, step_noise = self.pipeline.noise(self.labels.seed, indices)
             x_0 = samplers.last(self.pipeline.steps(self.labels.choices(indices), x_T, step_noise))
-            yield self.pipeline.to_pixels(x_0)
+            pixels = self.pipeline.to_pixels(x_0)
+            yield pixels.reshape(-1, *pixels.shape[-3:])
 
 
 class Measurer:
@@ -147,7 +151,8 @@ class Measurer:
             for line in warnings:
                 context.print(f"warning: {line}")
         labels = SetLabels.of(config, opened, self.given)
-        drawn = Drawn(self.pipeline(opened), labels, config.num_fid_samples, opened.checkpoint.path)
+        number, frames = config.num_fid_samples, opened.frames or 1
+        drawn = Drawn(self.pipeline(opened), labels, number, frames, opened.checkpoint.path)
         begin = time.perf_counter()
         with explain_out_of_memory("lower --per-proc-batch-size"), torch.inference_mode():
             features = extract_all(self.networks, drawn, context, config.per_proc_batch_size, "images")

@@ -1,5 +1,6 @@
 """Clips: data, training, stored latents, sampling, fine-tuning from an image model, and the judge of moving digits."""
 
+import json
 import os
 import re
 import signal
@@ -18,9 +19,11 @@ from data.clips import SIDE, ClipDataset, MovingDigits, bounce
 from data.config import DataConfig
 from data.images import ImageError, load_dataset
 from data.listing import list_images
+from evaluation.features import NETWORKS, FeatureNetwork, Outputs
 from models import DiT
 from runtime.errors import UserError
 from studies import moving
+from tools import sweep
 from training.finetune import inflate
 
 # A DiT of clips of four frames of the moving digits, a few steps long
@@ -121,6 +124,7 @@ def test_digits_move_straight_and_bounce_off_the_sides():
         assert clip["image"].shape == (1, 20, SIDE, SIDE)
         assert (clip["image"].flatten(2).sum(-1) == clip["image"][0, 0].sum()).all(), "all of the digit, in all frames"
         assert clip["label"] == data.labels[index]
+        assert torch.equal(MovingDigits(SIDE, seed=3)[index, 0]["image"], clip["image"][:, 0]), "without frames, an image"
     assert not torch.equal(data[0, 0]["image"], data[5000, 0]["image"])
     assert bounce([0, 15], [3, 1], 8)[:, 0].tolist() == [0, 3, 6, 9, 12, 15, 14, 11]
     assert bounce([0, 15], [3, 1], 4)[:, 1].tolist() == [15, 16, 15, 14]
@@ -181,10 +185,28 @@ def test_a_model_of_clips_trains_and_draws_animations_strips_and_sets(run, tmp_p
     assert moving.read_samples(tmp_path / "s.npz")[0].shape == (6, 4, 32, 32)
 
 
+class Rows(FeatureNetwork):
+    """Mean colours of the rows, which take no time."""
+
+    def outputs(self, images):
+        return Outputs(images.float().mean(dim=2).flatten(1))
+
+
+def test_frames_of_clips_are_the_images_of_a_distance(run, tmp_path, monkeypatch):
+    """A sweep draws the clips of sample_ddp.py, so that its distance to their file is 0; all frames are counted."""
+    monkeypatch.setitem(NETWORKS, "rows", Rows)
+    draw = ["--ckpt", run, "--average", "model", "--num-fid-samples", 10, "--per-proc-batch-size", 4, *DRAW]
+    assert call(sample_ddp.main, *draw, "--sample-dir", tmp_path, "--folder", "s") == 0
+    options = ["--ref", tmp_path / "s.npz", "--features", "rows", "--output", tmp_path / "sweep"]
+    assert call(sweep.main, *draw, *options, "--cfg-scale", 2, 1) == 0
+    same, other = json.loads((tmp_path / "sweep/results.json").read_text())
+    assert abs(same["networks"]["rows"]["fd"]) < 1e-4 < other["networks"]["rows"]["fd"]
+    assert round(same["images_per_second"] * same["seconds"]) == 40
+
+
 @pytest.mark.parametrize(
     ("main", "options", "words"),
     [
-        (train.main, "--data-path moving-mnist --vae none --image-size 32", "give --num-frames, such as 8"),
         (train.main, "--data-path mnist --vae none --image-size 28 --num-frames 4", "mnist has images; leave it out"),
         (train.main, "--data-path moving-mnist --num-frames 4 --patch-frames 3", "not a multiple of --patch-frames 3"),
         (train.main, "--data-path mnist --patch-frames 3", "give --num-frames too"),
