@@ -4,7 +4,7 @@
     python -m benchmarks latents saving --json numbers.json          # any of the small ones, by their names
     OMP_NUM_THREADS=1 python -m benchmarks images --num-workers 0 1 2
 
-The small ones: images, latents, listing, saving, memory, exchange, text, metrics; see README.md.
+The small ones: images, latents, listing, saving, memory, text, metrics; see README.md.
 """
 
 import importlib

@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # torch-fidelity installs a package named tests
-from helpers import Ranks, metrics
+from helpers import Ranks
 
-import train
 from benchmarks import timing
 from benchmarks.train_step import SPACE, StepConfig, build_model, make_trainer
 from checkpoint import files
@@ -44,10 +43,6 @@ from training.trainer import Trainer
 
 WIDTH, HEIGHT = 500, 375  # of the most frequent size in ImageNet
 WARM_UP = 20  # batches: all that the workers read ahead, and more
-DIGITS = (
-    "--data-path digits --vae none --image-size 8 --num-classes 10 --hidden-size 96 --depth 4 --num-heads 4 --patch-size 2 "
-    "--global-batch-size 64 --lr 2e-3 --ema-warmup --device cpu --log-every 1 --num-workers 0 --max-steps 100"
-).split()
 
 
 def by_row(help, kind=1, **bounds):
@@ -327,27 +322,6 @@ def make_steps(step_config, argv):
     distributed.close()
 
 
-def exchange(config):
-    """How far the losses of 100 steps on the digits, in two processes, are from those with gradients that are exchanged in
-    float32: with --ddp-comm bf16, and beside it with --precision bf16 and with another seed."""
-    variants = {"--ddp-comm bf16": "--ddp-comm bf16", "--precision bf16": "--precision bf16", "another seed": ""}
-    differences = {name: [] for name in variants}
-    torch.set_num_threads(1)
-
-    def losses(folder, seed, words=""):
-        run = Path(tempfile.mkdtemp(dir=folder))
-        in_processes(train.main, [*DIGITS, "--global-seed", seed, *words.split(), "--run-dir", run], 2)
-        return np.array([row["loss"] for row in metrics(run)])
-
-    with temporary(config) as folder:
-        for seed in range(config.repeats):
-            expected = losses(folder, seed)
-            for name, words in variants.items():
-                differences[name].append(losses(folder, seed + 1000 * (not words), words) / expected - 1)
-    rows = {name: np.concatenate(found) for name, found in differences.items()}
-    return [{"losses with": name, "at most": abs(x).max(), "in the mean": x.mean()} for name, x in rows.items()]
-
-
 def text(config):
     """Time of a training step, and memory, of a model of texts beside the model of classes of the same size. Latents and
     texts are stored ones, so that neither the autoencoder nor the text encoder runs."""
@@ -418,6 +392,6 @@ def metrics_alone(config):
 
 
 ROWS = {
-    "images": images, "latents": latents, "listing": listing, "saving": saving, "memory": memory, "exchange": exchange,
-    "text": text, "metrics": metrics_alone,
+    "images": images, "latents": latents, "listing": listing, "saving": saving, "memory": memory, "text": text,
+    "metrics": metrics_alone,
 }  # fmt: skip

@@ -16,15 +16,14 @@ from .registry import OBJECTIVES, SAMPLERS, Objective, Sampler, check_options, l
 
 
 def create_diffusion(timestep_respacing, noise_schedule="linear", use_kl=False, sigma_small=False, predict_xstart=False,
-                     learn_sigma=True, rescale_learned_sigmas=False, diffusion_steps=1000, predict="eps",
-                     snr_gamma=None):  # fmt: skip
+                     learn_sigma=True, rescale_learned_sigmas=False, diffusion_steps=1000, predict="eps"):  # fmt: skip
     """Make the process of the paper: 1000 steps, linear betas, eps prediction, learned variances.
 
     timestep_respacing: "" or None for all steps, else as in `space_timesteps` ("250", "10,15,20", "ddim50").
     noise_schedule: "linear" or "squaredcos_cap_v2". use_kl: train on the variational bound alone. sigma_small: with
     learn_sigma=False, the posterior's variance instead of beta. predict_xstart: the model's output is x_0, not eps.
     rescale_learned_sigmas: weigh the bound in the hybrid loss by the number of kept steps / 1000. predict: "eps", "x0" or
-    "v"; snr_gamma: see `GaussianDiffusion`.
+    "v".
     Raises ValueError for an unknown schedule or an impossible spacing."""
     from .gaussian_diffusion import get_named_beta_schedule
     from .original import OriginalDiffusion
@@ -35,7 +34,7 @@ def create_diffusion(timestep_respacing, noise_schedule="linear", use_kl=False, 
     predict = "x0" if predict_xstart else predict
     vb_weight = len(timesteps) / 1000 if rescale_learned_sigmas else 1.0
     betas = respaced_betas(get_named_beta_schedule(noise_schedule, diffusion_steps), timesteps)
-    return OriginalDiffusion(betas, timesteps, variance, predict, use_kl, vb_weight, snr_gamma)
+    return OriginalDiffusion(betas, timesteps, variance, predict, use_kl, vb_weight)
 
 
 def sample(sampler, denoiser, x_T, num_steps, *, eta=0.0, spacing=None, step_noise=None, init=None, strength=1.0,

@@ -26,9 +26,9 @@ class Flow:
     Step i goes from s = (i + 1) / num_timesteps to i / num_timesteps. Timesteps t = 1000 s, which the model is told, are
     real numbers."""
 
-    def __init__(self, predict="v", learn_sigma=False, loss_weight="uniform", num_timesteps=1000, time_shift=1.0):
-        if (predict, learn_sigma, loss_weight) != ("v", False, "uniform"):
-            raise ValueError("a flow predicts v alone, without a variance, and its loss has no weight")
+    def __init__(self, predict="v", learn_sigma=False, num_timesteps=1000, time_shift=1.0):
+        if (predict, learn_sigma) != ("v", False):
+            raise ValueError("a flow predicts v alone, without a variance")
         self.num_timesteps = num_timesteps
         self.levels = shift_time(np.linspace(1, 0, num_timesteps + 1), time_shift).tolist()[-2::-1]  # s of each step
         self.timestep_map = [1000 * s for s in self.levels]

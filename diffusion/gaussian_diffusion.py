@@ -69,13 +69,10 @@ class GaussianDiffusion:
     betas: (num_timesteps,) float64. timestep_map: the timesteps that the model is told, by default 0, 1, 2, ...; a
     process that skips steps passes the originals. variance: "learned" (interpolated by the model), or fixed: "large"
     (beta) or "small" (the posterior's). use_kl: the loss is the bound alone. vb_weight: weight of the bound in the
-    hybrid loss, IDDPM, eq. 16. predict: "eps", "x0" or "v", what the model maps to. snr_gamma: with a number, the mean
-    squared error is weighted as one of x_0 by min(SNR_t, snr_gamma), SNR_t = alpha_bar_t / (1 - alpha_bar_t): Hang et al.
-    2023, eq. 9.
+    hybrid loss, IDDPM, eq. 16. predict: "eps", "x0" or "v", what the model maps to.
     """
 
-    def __init__(self, betas, timestep_map=None, variance="learned", predict="eps", use_kl=False, vb_weight=1.0,
-                 snr_gamma=None):  # fmt: skip
+    def __init__(self, betas, timestep_map=None, variance="learned", predict="eps", use_kl=False, vb_weight=1.0):
         self.betas = betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be one row of numbers in (0, 1]")
@@ -105,10 +102,6 @@ class GaussianDiffusion:
         large = np.append(clipped[0], betas[1:])
         self.fixed_variance = self.posterior_variance if variance == "small" else large
         self.fixed_log_variance = np.log(clipped if variance == "small" else large)
-        snr = alpha_bar / (1 - alpha_bar)
-        # the squared error of x_0 times SNR is that of eps, and times SNR + 1 that of v
-        of_x0 = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
-        self.mse_weights = None if snr_gamma is None else np.minimum(snr, snr_gamma) / of_x0
         self._tables = {}  # (name, device, is float64) -> the table there: moved once, so that no step copies from the host
 
     def at(self, name, t, x):
@@ -238,8 +231,7 @@ class GaussianDiffusion:
             detached = torch.cat([prediction.detach(), fraction], dim=1)
             terms["vb"] = self.bound_term(detached, x_start, x_t, t)["vb"] * self.vb_weight
         terms["mse"] = mean_flat((self.target(x_start, t, noise) - prediction) ** 2)
-        weighted = terms["mse"] if self.mse_weights is None else self.at("mse_weights", t, x_start).flatten() * terms["mse"]
-        terms["loss"] = weighted + terms.get("vb", 0)
+        terms["loss"] = terms["mse"] + terms.get("vb", 0)
         return terms
 
     def target(self, x_start, t, noise):
@@ -269,9 +261,8 @@ class GaussianDiffusion:
 
 
 class Diffusion(GaussianDiffusion):
-    """The paper's process as a training objective. predict: "eps", "x0" or "v". loss_weight: "uniform", or "min-snr" with
-    gamma = 5 as in Hang et al. 2023."""
+    """The paper's process as a training objective. predict: "eps", "x0" or "v"."""
 
-    def __init__(self, predict="eps", learn_sigma=True, loss_weight="uniform"):
+    def __init__(self, predict="eps", learn_sigma=True):
         betas, variance = get_named_beta_schedule("linear", 1000), "learned" if learn_sigma else "large"
-        super().__init__(betas, None, variance, predict, snr_gamma=5.0 if loss_weight == "min-snr" else None)
+        super().__init__(betas, None, variance, predict)

@@ -34,8 +34,8 @@ class MeanFlow(Flow):
     mean = -0.4  # of the logits of s and r
     c = 1e-3
 
-    def __init__(self, predict="v", learn_sigma=False, loss_weight="uniform", num_timesteps=1000, guidance=1.0, null=None):
-        super().__init__(predict, learn_sigma, loss_weight, num_timesteps)
+    def __init__(self, predict="v", learn_sigma=False, num_timesteps=1000, guidance=1.0, null=None):
+        super().__init__(predict, learn_sigma, num_timesteps)
         self.guidance, self.null = guidance, null
 
     def draw_timesteps(self, number, device, sampling="uniform"):

@@ -104,10 +104,9 @@ OBJECTIVES = {
     "meanflow": Objective("diffusion.meanflow:MeanFlow", ("v",), ("meanflow", 1), flow=True, average=True,
                           target_passes=0.75),
 }  # fmt: skip
-LOSS_WEIGHTS = ("uniform", "min-snr")  # of the diffusion's mean squared error
 
 
-def make_objective(objective, predict=None, learn_sigma=True, loss_weight="uniform", guidance=1.0, null=None):
+def make_objective(objective, predict=None, learn_sigma=True, guidance=1.0, null=None):
     """The objective of this name in `OBJECTIVES`, for a model that predicts `predict` (default: the objective's own) and
     with learn_sigma the variance. guidance, null: of a MeanFlow. It has
 
@@ -115,13 +114,13 @@ def make_objective(objective, predict=None, learn_sigma=True, loss_weight="unifo
         training_losses(model, x_start, t, model_kwargs, noise)     a dict of (N,) tensors: `loss`, which is minimised, and
                                                                     what else is to be logged, by its name
 
-    Raises ValueError for a prediction, a weight or guidance that it lacks."""
+    Raises ValueError for a prediction or a variance that it lacks."""
     chosen = OBJECTIVES[objective]
     predict = predict or chosen.predicts[0]
     if predict not in chosen.predicts:
         raise ValueError(f"objective {objective!r} predicts {' or '.join(chosen.predicts)}, not {predict!r}")
     options = {"guidance": guidance, "null": null} if chosen.average else {}
-    return load(chosen.make)(predict=predict, learn_sigma=learn_sigma, loss_weight=loss_weight, **options)
+    return load(chosen.make)(predict=predict, learn_sigma=learn_sigma, **options)
 
 
 def load(function):

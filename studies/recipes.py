@@ -61,7 +61,6 @@ from training.trainer import Trainer
 
 RECIPES = {
     "baseline": "",  # the paper's
-    "min-snr": "--loss-weight min-snr",
     "logit-normal": "--timestep-sampling logit-normal",
     "v": "--predict v",
     "flow": "--objective flow",

@@ -351,7 +351,6 @@ def test_an_embedder_of_slower_time_imitates_a_smooth_one():
         (train.main, [*MEANFLOW, "--num-classes", "0"], "--guidance-in-target 2.0: is for --objective meanflow with"),
         (train.main, [*MEANFLOW, "--label-dropout", "0"], "--guidance-in-target 2.0: guidance needs null labels"),
         (train.main, [*MEANFLOW, "--guidance-in-target", "0.5"], "--guidance-in-target"),
-        (train.main, [*MEANFLOW, "--loss-weight", "min-snr"], "--loss-weight min-snr"),
         (train.main, [*MEANFLOW, "--sample-every", "2", "--sample-cfg-scale", "3"], "--sample-cfg-scale 3.0: the model is"),
         (sample_command.main, ["--ckpt", "MEAN"], "--cfg-scale 4.0: "),
         (convert.main, ["MEAN", "folder"], "--objective meanflow"),

@@ -13,6 +13,7 @@ from scipy import stats
 
 import sample as sample_command
 import train
+from checkpoint import files
 from checkpoint.config import ModelOptions
 from checkpoint.opened import Checkpoint
 from data.autoencoder import LatentSpace, Pixels
@@ -193,19 +194,6 @@ def test_samplers_of_diffusions_draw_from_a_flow(sampler):
     torch.testing.assert_close(ours, samplers.last(sample(sampler, denoiser, X_T, 20)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
-def test_min_snr_weights_are_the_papers(predict):
-    process = create_diffusion("", predict=predict, snr_gamma=5.0)
-    snr = ALPHA_BAR / (1 - ALPHA_BAR)
-    # Hang et al. 2023: min(SNR, gamma) for x_0; divided by SNR for eps (eq. 9), by SNR + 1 for v
-    expected = np.minimum(snr, 5) / {"x0": 1, "eps": snr, "v": snr + 1}[predict]
-    np.testing.assert_allclose(process.mse_weights, expected)
-    t = torch.tensor([0, 300, 999])
-    x_0, noise = normal("x0", 3, 1, 4, 4), normal("noise", 3, 1, 4, 4)
-    losses = process.training_losses(lambda x, t: torch.zeros(3, 2, 4, 4), x_0, t, noise=noise)
-    torch.testing.assert_close(losses["loss"] - losses["vb"], losses["mse"] * torch.tensor(expected[t.numpy()]).float())
-
-
 @pytest.mark.parametrize("process", [create_diffusion(""), Flow()], ids=["diffusion", "flow"])
 def test_logit_normal_timesteps_have_the_quantiles_of_the_sigmoid_of_a_normal(process):
     torch.manual_seed(0)
@@ -237,10 +225,9 @@ def test_an_objective_trains_its_models_and_names_a_sampler_that_draws_from_them
 
 
 @pytest.mark.parametrize("predict", ["eps", "v"])
-@pytest.mark.parametrize(("loss_weight", "snr_gamma"), [("uniform", None), ("min-snr", 5.0)])
-def test_the_objective_of_the_paper_is_the_original_interfaces_process(predict, loss_weight, snr_gamma):
-    ours = make_objective("diffusion", predict, loss_weight=loss_weight)
-    process = create_diffusion("", predict=predict, snr_gamma=snr_gamma)
+def test_the_objective_of_the_paper_is_the_original_interfaces_process(predict):
+    ours = make_objective("diffusion", predict)
+    process = create_diffusion("", predict=predict)
     x_0, noise, t = normal("x0", 3, 4, 8, 8), normal("noise", 3, 4, 8, 8), torch.tensor([0, 400, 999])
     expected = process.training_losses(stub(True), x_0, t, noise=noise)
     losses = ours.training_losses(stub(True), x_0, t, noise=noise)
@@ -249,7 +236,7 @@ def test_the_objective_of_the_paper_is_the_original_interfaces_process(predict, 
 
 
 def test_objectives_refuse_what_they_lack():
-    for options in (("flow", "eps", False), ("diffusion", "score"), ("flow", "v", True), ("flow", "v", False, "min-snr")):
+    for options in (("flow", "eps", False), ("diffusion", "score"), ("flow", "v", True)):
         with pytest.raises(ValueError, match="predicts"):
             make_objective(*options)
 
@@ -313,7 +300,6 @@ def test_models_that_cannot_be_are_refused(options, message):
 # Whole commands
 
 SWITCHES = {
-    "min-snr": ["--predict", "v", "--loss-weight", "min-snr"],
     "rope": ["--predict", "v", "--rope"],
     "flow": ["--objective", "flow", "--timestep-sampling", "logit-normal", "--time-shift", 2.0],
 }
@@ -401,10 +387,27 @@ def test_without_its_switch_a_resumed_run_is_refused(tmp_path, capsys):
     assert call(train.main, *TINY, "--predict", "v", "--max-steps", 2, "--run-dir", tmp_path) == 0
     assert call(train.main, *TINY, "--max-steps", 4, "--run-dir", tmp_path) == 2
     assert "model predict v, now eps" in capsys.readouterr().err
-    assert (
-        call(train.main, *TINY, "--predict", "v", "--loss-weight", "min-snr", "--max-steps", 4, "--run-dir", tmp_path) == 2
-    )
-    assert "--loss-weight uniform, now min-snr" in capsys.readouterr().err
+    argv = [*TINY, "--predict", "v", "--timestep-sampling", "logit-normal", "--max-steps", 4, "--run-dir", tmp_path]
+    assert call(train.main, *argv) == 2
+    assert "--timestep-sampling uniform, now logit-normal" in capsys.readouterr().err
+
+
+def test_a_run_with_an_option_that_was_removed_needs_consent_to_go_on_and_can_be_drawn_from(tmp_path, capsys):
+    run, argv = tmp_path / "run", [*TINY, "--max-steps", 2, "--run-dir", tmp_path / "run"]
+    assert call(train.main, *argv) == 0
+    path = run / "checkpoints/0000002.pt"
+    state = files.load(path)
+    state["args"] |= {"loss_weight": "min-snr", "ddp_comm": "fp32"}
+    files.save(path, state)
+    argv[argv.index("--max-steps") + 1] = 4
+    capsys.readouterr()
+    assert call(train.main, *argv) == 2
+    error = "made with --loss-weight min-snr, now uniform (the option was removed); pass --allow-changes\n"
+    assert capsys.readouterr().err.endswith(error)
+    assert call(sample_command.main, "--ckpt", path, *ONE_IMAGE, "--output", tmp_path / "out.png") == 0
+    assert call(train.main, *argv, "--allow-changes") == 0
+    assert "Changed on resuming: --loss-weight min-snr, now uniform (the option was removed)" in capsys.readouterr().out
+    assert call(train.main, *argv) == 0, "which is recorded: the next time there is nothing to ask"
 
 
 def test_a_sampler_of_flows_does_not_fit_a_diffusion(tiny_checkpoint, tmp_path, capsys):

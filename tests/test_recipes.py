@@ -204,28 +204,28 @@ def test_runs_are_recorded_and_not_repeated(quick, folder, tmp_path, capsys):
 
 def test_the_time_of_a_step_decides_how_many_steps_a_recipe_makes(quick, folder, tmp_path, images):
     config = make_config(folder, tmp_path, steps=100)
-    (tmp_path / "costs.json").write_text(json.dumps({"min-snr": 1.25}))
+    (tmp_path / "costs.json").write_text(json.dumps({"logit-normal": 1.25}))
     recipes.measure_costs(config, images, ["baseline", "rope"])
     costs = recipes.read_costs(tmp_path)
-    assert [*costs] == ["min-snr", "baseline", "rope"]
+    assert [*costs] == ["logit-normal", "baseline", "rope"]
     assert costs["baseline"] == 1
     assert 0.1 < costs["rope"] < 10
     steps = [("time", 0.25, 20), ("time", 0.5, 40), ("time", 1.0, 80), ("steps", 100, 100)]
-    assert config.judged_at("min-snr") == steps
-    for damaged in ("", "{", "[1]", '{"min-snr": [1.25, 1.0], "rope": "fast", "v": -1}'):
+    assert config.judged_at("logit-normal") == steps
+    for damaged in ("", "{", "[1]", '{"logit-normal": [1.25, 1.0], "rope": "fast", "v": -1}'):
         (tmp_path / "costs.json").write_text(damaged)
         assert recipes.read_costs(tmp_path) == {}, "they are measured again"
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(folder, tmp_path):
     config = make_config(folder, tmp_path, steps=40)
-    (tmp_path / "costs.json").write_text(json.dumps({"min-snr": 1.0}))
-    row = {**config.record("min-snr", 1), "curve": []}
+    (tmp_path / "costs.json").write_text(json.dumps({"logit-normal": 1.0}))
+    row = {**config.record("logit-normal", 1), "curve": []}
     (tmp_path / "runs.jsonl").write_text(f"[3]\n{json.dumps(row)}\n")
-    assert recipes.finished_runs(config) == {("min-snr", 1): row}
+    assert recipes.finished_runs(config) == {("logit-normal", 1): row}
     for other in ({"flags": config.flags + " --lr 1e-3"}, {"steps": 50}, {"samples": 100}):
         assert not recipes.finished_runs(make_config(folder, tmp_path, **{"steps": 40, **other}))
-    (tmp_path / "costs.json").write_text(json.dumps({"min-snr": 1.5}))
+    (tmp_path / "costs.json").write_text(json.dumps({"logit-normal": 1.5}))
     assert not recipes.finished_runs(config), "of other costs"
 
 
@@ -243,7 +243,7 @@ def test_two_processes_do_the_same_runs(quick, folder, images, tmp_path, monkeyp
             return map(*pickle.loads(pickle.dumps((do, jobs))))
 
     monkeypatch.setattr(recipes.multiprocessing, "get_context", {"spawn": SimpleNamespace(Pool=Pool)}.get)
-    words = ["--recipes", "min-snr", "--seeds", 2, "--jobs", 2]
+    words = ["--recipes", "logit-normal", "--seeds", 2, "--jobs", 2]
     assert run_small(folder, tmp_path, *words) == 0
     rows = lines(tmp_path)
     assert sorted(row["seed"] for row in rows) == [0, 1]
@@ -299,10 +299,10 @@ def make_rows(distances, recipe, steps_distances=None):
 
 def test_only_differences_beyond_the_noise_are_called_better():
     rows = make_rows([10, 11, 9], "baseline") + make_rows([5, 5.5, 4.5], "flow", [10, 11, 9])
-    rows += make_rows([9.5, 10.5, 8.5], "min-snr") + make_rows([20, 22, 18], "rope")
+    rows += make_rows([9.5, 10.5, 8.5], "logit-normal") + make_rows([20, 22, 18], "rope")
     summary = recipes.summarise(rows)
     said = {name: recipes.verdict(summary, name, "equal time") for name in summary}
-    assert said == {"baseline": "", "min-snr": "same", "flow": "better", "rope": "worse"}
+    assert said == {"baseline": "", "logit-normal": "same", "flow": "better", "rope": "worse"}
     assert recipes.verdict(summary, "flow", "equal steps") == "same"
     deviation = np.std(np.log([10, 11, 9]), ddof=1)
     assert recipes.usual_noise(summary, "equal time") == pytest.approx(deviation, rel=0.05)
@@ -322,10 +322,10 @@ def test_one_seed_has_no_noise_and_no_verdict():
 
 def test_an_unstable_recipe_hides_no_difference_of_the_others():
     """One recipe whose seeds differ tenfold, as those of predicting x_0 did on CIFAR-10, made the common noise 24 %."""
-    rows = make_rows([10, 11, 9], "baseline") + make_rows([7, 7.5, 6.5], "flow") + make_rows([5, 50, 20], "min-snr")
+    rows = make_rows([10, 11, 9], "baseline") + make_rows([7, 7.5, 6.5], "flow") + make_rows([5, 50, 20], "logit-normal")
     summary = recipes.summarise(rows)
     said = {name: recipes.verdict(summary, name, "equal time") for name in summary}
-    assert said == {"baseline": "", "flow": "better", "min-snr": "same"}
+    assert said == {"baseline": "", "flow": "better", "logit-normal": "same"}
     baseline, flow = (np.log([10, 11, 9]), np.log([7, 7.5, 6.5]))
     deviation = math.sqrt((flow.var(ddof=1) + baseline.var(ddof=1)) / 2)
     columns = [summary[name]["equal time"] for name in ("flow", "baseline")]

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from diffusion.registry import LOSS_WEIGHTS, SAMPLERS
+from diffusion.registry import SAMPLERS
 from runtime.config import Config, flag, option
 from runtime.errors import UserError
 
@@ -66,8 +66,6 @@ class RecipeConfig(Config):
         "takes one; each is a copy of the weights (default: none)", low=0, high=1, metavar="DECAY")  # fmt: skip
     ema_warmup: bool = option(False, "start the moving average with a low decay, for short runs")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
-    loss_weight: str = option("uniform", "weight of the timesteps in the loss: all alike, or min-snr, which limits the "
-        "weight of those with little noise (Hang et al. 2023)", choices=LOSS_WEIGHTS)  # fmt: skip
     guidance_in_target: float = option(1.0, "scale of the classifier-free guidance that a meanflow learns, so that samples "
         "are guided in one evaluation; 1 is no guidance", low=1)  # fmt: skip
     timestep_sampling: str = option("uniform", "how often each timestep is trained: all alike, or logit-normal, which "
@@ -113,8 +111,6 @@ class ComputeConfig(Config):
     shard: str | None = option(None, "divide weights, gradients, optimizer state and EMA among the processes, for models "
         "that one device cannot hold: all divides among all, node among those of each node; all unless named (default: "
         "each process has its own)", choices=("all", "node"), const="all", changeable=True)  # fmt: skip
-    ddp_comm: str = option("fp32", "number format in which processes without --shard exchange their gradients: bf16 halves "
-        "the bytes and rounds the gradients", choices=("fp32", "bf16"))  # fmt: skip
     deterministic: bool = option(False, "use kernels that give the same bits each time, so that a resumed run on a GPU is "
         "exactly an uninterrupted one; slower on GPUs, without effect on CPUs", changeable=True)  # fmt: skip
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"),
@@ -122,10 +118,6 @@ class ComputeConfig(Config):
     timeout: float | None = option(None, "seconds that a process waits for the others before it gives up; more than it "
         "takes to list the data, to save or to measure FID (default: 1800, and 600 in the exchange of gradients of GPUs)",
         above=0, high=1e6, changeable=True)  # fmt: skip
-
-    def check(self):
-        if self.shard and self.ddp_comm != "fp32":
-            raise UserError(f"--ddp-comm {self.ddp_comm}: is for runs without --shard; leave one of the two out")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from checkpoint.opened import Checkpoint
 from runtime.config import differences
 from runtime.errors import UserError
 
+# options of earlier versions, which a checkpoint may record: the value that all runs have now
+REMOVED = {"loss_weight": "uniform", "ddp_comm": "fp32"}
 MODEL = ModelOptions.defaults().keys() - {"image_size"}  # compared by the model's config
 
 
@@ -69,8 +71,12 @@ def restore(trainer, path, state, options, identity, log):
         if not (isinstance(data, list) and len(data) == 2 and all(isinstance(value, int) for value in data)):
             raise UserError(f"{path}: damaged: its record of the data is {data!r:.50}")
         changes += [f"--data-path held {data[0]:,} images (checksum of names {data[1]:08x}), now other ones"]
+    before = {name: checkpoint.options.get(name, value) for name, value in REMOVED.items()}
+    removed = [f"{change} (the option was removed)" for change in differences(before, REMOVED)]
+    changes += removed
     if changes and not now["allow_changes"]:
-        raise UserError(f"{path}: made with {'; '.join(changes)}; use the same, or pass --allow-changes")
+        way_out = "pass --allow-changes" if removed else "use the same, or pass --allow-changes"
+        raise UserError(f"{path}: made with {'; '.join(changes)}; {way_out}")
     images_seen = state.get("images_seen", step * trainer.recipe.global_batch_size)
     if not isinstance(images_seen, int) or not 0 <= images_seen < 2**63:
         raise UserError(f"{path}: damaged: its images_seen is {images_seen!r:.50}")

@@ -12,7 +12,7 @@ from data.condition import Classes, open_condition
 from data.images import MapDataset, load_dataset
 from data.latents import StoredLatents, read_statistics
 from data.statistics import measure
-from diffusion.registry import OBJECTIVES, make_objective
+from diffusion.registry import OBJECTIVES
 from models import DiT_models
 from runtime.config import differences
 from runtime.devices import check_compile, check_memory, has_bf16
@@ -82,11 +82,6 @@ def prepare(config, context, dataset, source=None):
     condition = open_condition(config.data, dataset, config.model.num_classes)
     check_size(config.model, config.recipe, config.compute, context, space, condition)
     model = build_model(config.model, config.recipe, space, condition)
-    try:
-        make_objective(model.objective, model.predict, model.learn_sigma, config.recipe.loss_weight)
-    except ValueError as error:
-        problem = f"is defined for other objectives than {model.objective} ({error})"
-        raise UserError(f"--loss-weight {config.recipe.loss_weight}", problem, "leave it out") from None
     guidable = OBJECTIVES[model.objective].average and (model.num_classes or model.condition)
     if (scale := config.recipe.guidance_in_target) != 1 and not guidable:
         raise UserError(f"--guidance-in-target {scale}", "is for --objective meanflow with classes", "leave it out")

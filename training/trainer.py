@@ -4,7 +4,6 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from data.autoencoder import encode_batch
@@ -59,9 +58,8 @@ class Trainer:
         self.emas = {name: EMA(model, decay, recipe.ema_warmup, copied and copied(model)) for name, decay in averages}
         self.ema = next(iter(self.emas.values()))
         self.objective = make_objective(
-            model.objective, model.predict, model.learn_sigma, recipe.loss_weight,
-            guidance=recipe.guidance_in_target, null=self.condition.null,
-        )  # fmt: skip
+            model.objective, model.predict, model.learn_sigma, recipe.guidance_in_target, self.condition.null
+        )
         # all parameters, frozen ones too: their places are part of the layout of the optimizer state in checkpoints
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
@@ -80,8 +78,6 @@ class Trainer:
                 gradient_as_bucket_view=True,
                 static_graph=compute.grad_accum == 1,  # it assumes one backward pass an update
             )
-            if compute.ddp_comm == "bf16":
-                self.parallel_model.register_comm_hook(None, bf16_compress_hook)
         self.steps_made = self.images_seen = 0
         # images that a process computes at once; what fits in training fits elsewhere
         self.part_size = max(1, recipe.global_batch_size // context.world_size // compute.grad_accum)
