@@ -24,7 +24,8 @@ from runtime.errors import UserError
 from runtime.files import reason
 from runtime.parser import Parser
 from studies.plots import finish, save
-from tools.complexity import PUBLISHED, build, forward_macs
+from studies.published import PUBLISHED
+from training.cost import build, forward_macs
 
 SCALING = [row for row in PUBLISHED if row.block == "adaln-zero" and row.image_size == 256]  # the twelve models
 DESIGNS = [row for row in PUBLISHED if row.model == "DiT-XL/2" and row.image_size == 256]

@@ -1,4 +1,4 @@
-"""complexity.py against the paper's tables, closed forms and what autograd keeps on a real device."""
+"""Counts of cost against the paper's tables, closed forms and what autograd keeps on a real device."""
 
 import json
 import re
@@ -8,8 +8,9 @@ import torch
 from helpers import call
 
 from models import BLOCKS, DiT
+from studies import published
+from studies.published import PUBLISHED, TOLERANCE
 from tools import complexity
-from tools.complexity import PUBLISHED, TOLERANCE
 from training.cost import activation_bytes, build, forward_macs, inputs, trainable, training_memory
 
 TINY = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -18,7 +19,7 @@ TINY = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_he
 @pytest.fixture
 def run(capsys):
     """run(*options) -> exit status, stdout, stderr."""
-    return lambda *options: (call(complexity.main, *options), *capsys.readouterr())
+    return lambda *options, command=complexity: (call(command.main, *options), *capsys.readouterr())
 
 
 def linear_macs(block, tokens, width, depth, mlp_ratio):
@@ -34,7 +35,7 @@ def linear_macs(block, tokens, width, depth, mlp_ratio):
 
 
 def test_every_published_count_is_reproduced(run):
-    status, out, _ = run("--table", "--json")
+    status, out, _ = run("--json", command=published)
     rows = json.loads(out)
     assert len(rows) == 16
     assert {row["model"] for row in rows} >= {f"DiT-{size}/{p}" for size in ("S", "B", "L", "XL") for p in (2, 4, 8)}
@@ -49,8 +50,8 @@ def test_every_published_count_is_reproduced(run):
 
 def test_table_shows_a_row_out_of_tolerance_and_exits_with_1(monkeypatch, run):
     wrong = [PUBLISHED[0], PUBLISHED[1]._replace(gmacs=1.45), PUBLISHED[0]._replace(parameters=34)]
-    monkeypatch.setattr(complexity, "PUBLISHED", wrong)
-    status, out, _ = run("--table")
+    monkeypatch.setattr(published, "PUBLISHED", wrong)
+    status, out, _ = run(command=published)
     assert status == 1
     assert [line.endswith("OUT OF TOLERANCE") for line in out.splitlines()[2:]] == [False, True, True]
     assert TOLERANCE == {256: 0.03, 512: 0.07}
@@ -107,15 +108,13 @@ def test_memory_grows_with_the_batch_and_shrinks_in_bf16():
     assert 0.5 < share < 0.7
 
 
-def test_cost_as_json_and_hours(run):
+def test_cost_as_json(run):
     options = "--model DiT-S/8 --block in-context --depth 2 --image-size 64 --num-classes 10 --precision bf16 --json"
-    hours = "--images 3.6e6 --peak-tflops 2 --utilization 0.5"
-    status, out, _ = run(*options.split(), *hours.split())
+    status, out, _ = run(*options.split())
     assert status == 0
     report = json.loads(out)
     assert (report["block"], report["depth"], report["tokens"], report["num_classes"]) == ("in-context", 2, 1, 10)
     assert report["training_flops_per_image"] == 6 * report["forward_macs_per_image"]
-    assert report["hours"] == pytest.approx(report["training_flops_per_image"] * 1e-9)
     assert report["training_memory_bytes"]["total"] > 16 * report["parameters"]
 
 
@@ -140,7 +139,7 @@ def test_cost_as_text(run):
     title, *rows = out.splitlines()
     settings = "batch 4 on each device, fp32, divided among 2 devices"
     assert title == f"DiT-S/2, adaln-zero, depth 1, 8 px, 16 tokens, 0 classes; {settings}"
-    assert re.fullmatch(r"  memory in all           0\.\d\d GiB on each device", rows[-1]), "no peak, no hours"
+    assert re.fullmatch(r"  memory in all           0\.\d\d GiB on each device", rows[-1])
 
 
 def test_an_input_may_have_any_number_of_sides():
@@ -152,18 +151,10 @@ def test_an_input_may_have_any_number_of_sides():
     assert forward_macs(clip) - forward_macs(frame) > 3 * of_tokens
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--table", "--depth", "3"], "--depth"),
-        (["--table", "--batch-size", "3"], "--batch-size"),
-        (["--shard", "0"], "--shard: 0 is not a whole number, 1 or more"),
-    ],
-)
-def test_wrong_options_are_refused_in_one_line(options, words, run):
-    status, out, err = run(*options)
+def test_wrong_options_are_refused_in_one_line(run):
+    status, out, err = run("--shard", "0")
     assert (status, out) == (2, "")
-    assert words in err
+    assert "--shard: 0 is not a whole number, 1 or more" in err
     assert err.count("\n") == 1
 
 
