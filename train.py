@@ -85,7 +85,7 @@ def train(config, signals=None, dataset=None, watchers=()):
     # PyTorch, timm and torchvision take seconds: not before the command line is read
     from runtime.devices import explain_out_of_memory
     from runtime.distributed import processes
-    from training import setup
+    from training import resume, setup
     from training.run import Run
     from training.run_folder import run_folder
     from training.trainer import Trainer
@@ -95,11 +95,13 @@ def train(config, signals=None, dataset=None, watchers=()):
     advice = f"pass --grad-accum or --grad-checkpoint{shard}; in a new run, "
     advice += f"lower --global-batch-size {config.recipe.global_batch_size}"
     with processes(config.compute.device, config.compute.timeout) as context, explain_out_of_memory(advice):
-        config, source = setup.resolve(config, context)
+        with context.together():
+            resumed = resume.peek(config.run)
+            config, source = setup.resolve(config, context, resumed)
         if config.run.dry_run:
             from training import plan
 
-            plan.show(config, context, dataset)
+            plan.show(config, context, dataset, resumed)
             return 0
         with run_folder(config.run, config.model.name, context) as folder:
             dataset, model_options = setup.load_data(config.data, config.model, config.recipe, context, dataset)
@@ -107,8 +109,8 @@ def train(config, signals=None, dataset=None, watchers=()):
             with context.together():
                 space, condition, model, lines = setup.prepare(config, context, dataset, source)
                 space, condition = space.to(context.device), condition.to(context.device)
-            lines += setup.normalise(config, context, dataset, space, source)
-            source = None  # frees the memory: its weights have been copied
+            lines += setup.normalise(config, context, dataset, space, resumed, source)
+            source = resumed = None  # frees the memory: the weights have been copied
             total_steps = config.recipe.total_steps(len(dataset))
             trainer = Trainer(config.recipe, config.compute, context, model, space, total_steps, condition)
             watchers = [*make_watchers(config, trainer, dataset, signals), *watchers]

@@ -24,13 +24,12 @@ from runtime.files import reason
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
 
 
-def resolve(options, config, peek):
+def resolve(options, config, resumed=None):
     """(ModelOptions, source) of ModelOptions and a FinetuneConfig: the options with the model's name, sizes and design
     filled in, with --init-from from there, and the Checkpoint of the first weights; None where they are random, or those of
     a run that is resumed. Such a run takes the design, the number of its classes and the time shift from its own
-    checkpoint, since the file of --init-from may be gone. peek(): that Checkpoint, or None. Raises UserError."""
-    init_from = config.init_from
-    resumed, source = peek(), None
+    checkpoint, `resumed`, since the file of --init-from may be gone. Raises UserError."""
+    init_from, source = config.init_from, None
     if resumed is not None:
         missing = [name for name in ("num_classes", "time_shift") if getattr(options, name) is None]
         options = dataclasses.replace(options, **{name: resumed.model_config[name] for name in missing})

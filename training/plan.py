@@ -20,7 +20,7 @@ from data.order import make_loader, next_batch, order_of
 from runtime.devices import precision_warning, set_precision
 from runtime.errors import UserError
 from runtime.shapes import sides
-from training import finetune, resume
+from training import finetune
 from training.cost import count, gib, rows
 from training.meter import peak_memory
 from training.setup import build_model, class_notes, divide, load_data
@@ -30,12 +30,12 @@ FEW_IMAGES = 50  # of a class
 STEPS, STEP_LIMIT, LIMIT = 3, 10.0, 20.0  # updates to measure; seconds that one, and all of them, may take
 
 
-def show(config, context, dataset=None):
-    """Print the plan on rank 0. All ranks call it. config: a TrainConfig that is resolved. Raises UserError."""
+def show(config, context, dataset=None, resumed=None):
+    """Print the plan on rank 0. All ranks call it. config: a TrainConfig that is resolved. resumed: the Checkpoint that the
+    run continues from. Raises UserError."""
     recipe, compute, images = config.recipe, config.compute, config.recipe.global_batch_size
     dataset, options = load_data(config.data, config.model, recipe, context, dataset)
-    total_steps, checkpoint = recipe.total_steps(len(dataset)), resume.peek(config.run)
-    done = (checkpoint.step or 0) if checkpoint else 0
+    total_steps, done = recipe.total_steps(len(dataset)), (resumed and resumed.step) or 0
     warnings = data_warnings(options, dataset) + recipe_warnings(recipe, total_steps, bool(config.finetune.init_from))
     try:
         space, why_not = dataset.open_space(config.vae), ""

@@ -18,22 +18,22 @@ from runtime.config import differences
 from runtime.devices import check_compile, check_memory, has_bf16
 from runtime.errors import UserError
 from runtime.shapes import sides
-from training import finetune, resume
+from training import finetune
 from training.config import RecipeConfig
 from training.trackers import check_installed
 
 
-def resolve(config, context):
+def resolve(config, context, resumed=None):
     """(config, source) of a TrainConfig: the config with the precision, the model's name and its design filled in, and what
-    `finetune.resolve` returns as the source of the first weights. All ranks call it. Raises UserError."""
-    with context.together():
-        check_installed(config.monitor.report_to)
-        check_batch(config.recipe, config.compute, context.world_size)
-        compute = resolve_precision(config.compute, context.device)
-        model, source = finetune.resolve(config.model, config.finetune, lambda: resume.peek(config.run))
-        if config.data.kind != "classes":  # which takes the place of the classes
-            model = dataclasses.replace(model, num_classes=0)
-        return dataclasses.replace(config, model=model, compute=compute), source
+    `finetune.resolve` returns as the source of the first weights. resumed: the Checkpoint that the run continues from.
+    Raises UserError."""
+    check_installed(config.monitor.report_to)
+    check_batch(config.recipe, config.compute, context.world_size)
+    compute = resolve_precision(config.compute, context.device)
+    model, source = finetune.resolve(config.model, config.finetune, resumed)
+    if config.data.kind != "classes":  # which takes the place of the classes
+        model = dataclasses.replace(model, num_classes=0)
+    return dataclasses.replace(config, model=model, compute=compute), source
 
 
 def resolve_precision(compute, device):
@@ -100,11 +100,10 @@ def prepare(config, context, dataset, source=None):
     return space, condition, model, lines + finetune.freeze(model, config.finetune, source)
 
 
-def normalise(config, context, dataset, space, source=None):
+def normalise(config, context, dataset, space, resumed=None, source=None):
     """Give the latent space, which is on its device, the statistics that --latent-norm asks for; a run that is resumed
     keeps those of its checkpoint. Returns lines for the log. All ranks call it. Raises UserError."""
     with context.together():
-        resumed = resume.peek(config.run)
         before = (resumed or source) if config.recipe.latent_norm is None else resumed
         statistics, origin = before and before.latents, before and before.path
         if config.recipe.latent_norm == "factor" or not (statistics or config.recipe.latent_norm):
