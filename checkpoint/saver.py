@@ -8,18 +8,23 @@ import torch
 from checkpoint import files
 
 
-def copy_to_host(state):
-    """A copy of a nested state in the host's memory, which later steps cannot change. Copies of CUDA tensors are pinned and
-    asynchronous: wait for the device before reading them."""
+def copy_to_host(tensor):
+    """A copy in the host's memory, which later steps cannot change. Copies of CUDA tensors are pinned and asynchronous:
+    wait for the device before reading them."""
+    if tensor.device.type == "cpu":
+        return tensor.detach().clone()
+    on_gpu = tensor.device.type == "cuda"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu).copy_(tensor.detach(), non_blocking=on_gpu)
+
+
+def map_tensors(function, state):
+    """function(tensor) in place of each tensor of a nested state."""
     if isinstance(state, torch.Tensor):
-        if state.device.type == "cpu":
-            return state.detach().clone()
-        on_gpu = state.device.type == "cuda"
-        return torch.empty(state.shape, dtype=state.dtype, pin_memory=on_gpu).copy_(state.detach(), non_blocking=on_gpu)
+        return function(state)
     if isinstance(state, dict):
-        return {key: copy_to_host(value) for key, value in state.items()}
+        return {key: map_tensors(function, value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(copy_to_host(value) for value in state)
+        return type(state)(map_tensors(function, value) for value in state)
     return state
 
 
@@ -38,7 +43,7 @@ class BackgroundSaver:
         where the host has no memory for a copy, after the write. Raises the error of the previous write."""
         self.wait()
         try:
-            state = state if is_copy else copy_to_host(state)
+            state = state if is_copy else map_tensors(copy_to_host, state)
         except RuntimeError:  # what torch raises when the host is out of memory
             self._write(step, state, None)
             return self.wait()

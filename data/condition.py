@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data.listing import comparable, imagenet_names, printable, readable_names
 from data.text_encoder import TextEncoder, check_same, pad
-from diffusion.guidance import mix_classes
+from diffusion.guidance import mix_classes, null_like
 from models import MAX_CLASSES, MAX_SIZE, TextEmbedder, VectorEmbedder
 from runtime import files, seeds
 from runtime.errors import UserError, about
@@ -192,8 +191,7 @@ class Classes(Condition):
         return {"num_classes": self.num_classes}
 
     def null(self, y):
-        labels = torch.full((len(y),), self.num_classes, device=y.device)
-        return F.one_hot(labels, y.shape[1]).to(y.dtype) if y.is_floating_point() else labels
+        return null_like(y, self.num_classes)
 
     def y(self, batch, device):
         labels = batch["label"] if self.numbers is None else torch.tensor(self.numbers)[batch["label"]]

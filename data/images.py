@@ -309,7 +309,11 @@ def load_dataset(config, image_size, seed=0, context=None, num_frames=None):
                 raise UserError(f"{option} {column}", f"{path} is not Parquet or Arrow data", "leave it out")
         if path in DATASETS or is_latents_folder(path):
             return None
-        return list_table(config) if is_table(path) else list_with_captions(path, with_text, num_frames)
+        if is_table(path):
+            return list_table(config)
+        listing = list_images(path, loose=with_text, clips=bool(num_frames))
+        listing.captions = read_captions(path, listing.names) if with_text else None
+        return listing
 
     listing = context.on_main(look) if context else look()
     if path in DATASETS:
@@ -325,10 +329,3 @@ def load_dataset(config, image_size, seed=0, context=None, num_frames=None):
     if num_frames:
         return clips.ClipDataset(path, image_size, num_frames, config.frame_stride, **options)
     return ImageDataset(path, image_size, **options)
-
-
-def list_with_captions(path, with_text, num_frames=None):
-    """The Listing of a folder of images, or of clips, with its captions if asked for. Raises UserError."""
-    listing = list_images(path, loose=with_text, clips=bool(num_frames))
-    listing.captions = read_captions(path, listing.names) if with_text else None
-    return listing

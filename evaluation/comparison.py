@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import platform
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.extraction import extract_all, gaussians
+from evaluation.extraction import complete, extract_all
 from evaluation.features import load_network
 from evaluation.image_sets import open_images
 from evaluation.metrics import METRICS, FeatureSet, Statistics, standard_errors
@@ -150,12 +149,6 @@ def features_of(images, networks, context, config, keys, warnings):
         except OSError as error:  # hours of work must not be lost for it
             warnings.append(f"--cache {paths[name]}: cannot be written ({files.reason(error)}); the features are not kept")
     return found
-
-
-def complete(features, images, network, device):
-    """The FeatureSet of images on the device, with means and covariances. features: None without images."""
-    moments = gaussians(images, features, device, network.published)
-    return replace(features or FeatureSet(), pooled=features and features.pooled.to(device), **moments)
 
 
 def load_features(path):

@@ -9,7 +9,7 @@ fid.measure(trainer.averaged())
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.extraction import extract_all, gather_statistics, gaussians
+from evaluation.extraction import complete, extract_all, gather_statistics
 from evaluation.features import load_network
 from evaluation.image_sets import need_images, open_reference
 from evaluation.metrics import Statistics, frechet_distance
@@ -51,8 +51,10 @@ class FID:
             missing = need_images(self.networks, reference, "--eval-reference")
         title = "features of the reference"
         features = extract_all(missing, reference, context, self.batch_size, title) if missing else {}
-        self.references = {name: gaussians(reference, features.get(name), context.device, network.published)
-                           for name, network in self.networks.items() if context.is_main}  # fmt: skip
+        self.references = {}  # {network: mean and covariance}, on rank 0
+        for name, network in self.networks.items() if context.is_main else ():
+            completed = complete(features.get(name), reference, network, context.device)
+            self.references[name] = completed.mu, completed.sigma
         shape = (self.batch_size, space.channels, *trainer.model.sizes.sides)
         with torch.no_grad():  # of stored latents nothing was decoded yet: now, rather than after thousands of steps
             space.decode(torch.zeros(shape, device=context.device))
@@ -75,8 +77,8 @@ class FID:
         if isinstance(statistics, str) or statistics is None:
             return statistics
         for network, of_samples in statistics.items():
-            reference, name = self.references[network], name_of(network)
-            found[name] = frechet_distance(reference["mu"], reference["sigma"], of_samples.mu, of_samples.sigma)
+            name = name_of(network)
+            found[name] = frechet_distance(*self.references[network], of_samples.mu, of_samples.sigma)
             found[f"{name}_samples"] = self.config.eval_samples
         return found
 

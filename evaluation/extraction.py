@@ -3,6 +3,7 @@
 features = extract_all({"name": network}, open_images(path), context, 64, "features of samples")["name"]
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -49,11 +50,11 @@ def join(parts):
     return FeatureSet(torch.cat([part.pooled for part in parts]), logits, spatial)
 
 
-def gaussians(images, features, device="cpu", published=True):
-    """mu and sigma of the pooled features, mu_s and sigma_s of the spatial ones, by these names, float64 numpy.
+def complete(features, images, network, device):
+    """The FeatureSet of images on the device, with mean and covariance of the pooled features and of the spatial ones.
 
     Statistics in the file replace those of its images, as in ADM's suite, where they are of the same network: `published`.
-    features: None for a set without images, of which there is what the file holds. device: where to add up."""
+    features: None for a set without images, of which there is what the file holds."""
     found = {}
     if features:
         pooled = Statistics(features.pooled.shape[1], device)
@@ -62,7 +63,8 @@ def gaussians(images, features, device="cpu", published=True):
         found = {"mu": pooled.mu, "sigma": pooled.sigma}
         if features.spatial:
             found |= {"mu_s": features.spatial.mu, "sigma_s": features.spatial.sigma}
-    return found | (images.statistics if published else {})
+    found |= images.statistics if network.published else {}
+    return dataclasses.replace(features or FeatureSet(), pooled=features and features.pooled.to(device), **found)
 
 
 def share(n, rank, world_size):

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from diffusion import samplers
-from evaluation.comparison import cell, check_cache, complete, features_of, measure
+from evaluation.comparison import cell, check_cache, features_of, measure
 from evaluation.config import SWEPT
-from evaluation.extraction import extract_all
+from evaluation.extraction import complete, extract_all
 from evaluation.features import load_network
 from evaluation.image_sets import need_images, open_reference
 from runtime import files

@@ -193,13 +193,9 @@ class Config:
     @classmethod
     def defaults(cls):
         """{name: default} of all fields that have one. A nested config that is a field's default gives its values."""
-        values = {}
+        values = {field.name: field.default for field in cls.all_fields() if field.default is not dataclasses.MISSING}
         for field in dataclasses.fields(cls):
-            kind = field_types(cls)[field.name][0]
-            if issubclass(kind, Config):
-                values |= kind.defaults() if field.default is dataclasses.MISSING else field.default.flat()
-            elif field.default is not dataclasses.MISSING:
-                values[field.name] = field.default
+            values |= field.default.flat() if isinstance(field.default, Config) else {}
         return values
 
     @classmethod

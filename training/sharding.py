@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from checkpoint.saver import copy_to_host
+from checkpoint.saver import copy_to_host, map_tensors
 from models import DiT
 from runtime.errors import UserError
 from runtime.files import reason
@@ -102,13 +102,12 @@ def gather(state, keep):
     """A copy of a nested state in the host's memory with full tensors, where `keep` is true; None for each tensor where it
     is false. One tensor is gathered after the other, so that no device holds more. Every rank calls it. Copies of CUDA
     tensors are asynchronous, as those of `copy_to_host`."""
-    if isinstance(state, dict):
-        return {key: gather(value, keep) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(gather(value, keep) for value in state)
-    if isinstance(state, DTensor):
-        state = state.full_tensor()
-    return copy_to_host(state) if keep or not isinstance(state, torch.Tensor) else None
+
+    def full(tensor):
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return copy_to_host(tensor) if keep else None
+
+    return map_tensors(full, state)
 
 
 def scatter(state, model):
