@@ -119,8 +119,9 @@ class AutoencoderConfig(Config):
 
 
 class Autoencoder(LatentSpace):
-    """A frozen autoencoder of diffusers, `vae`, whose posterior is a Gaussian. name: of its folder or on the hub. kind: of
-    the class in diffusers. side: of the images in pixels where it takes one size alone, else None."""
+    """A frozen autoencoder of diffusers, `vae`, whose posterior is a Gaussian or whose encoder gives the latent. name: of
+    its folder or on the hub. kind: of the class in diffusers. side: of the images in pixels where it takes one size alone,
+    else None."""
 
     side = None
 
@@ -169,10 +170,13 @@ class Autoencoder(LatentSpace):
 
     @torch.no_grad()
     def moments(self, images):
-        """(N, 3, H, W) in [-1, 1] -> (N, 2, C, h, w): mean and standard deviation of the posterior, not normalised."""
-        posterior = self.vae.encode(images).latent_dist
+        """(N, 3, H, W) in [-1, 1] -> (N, 2, C, h, w): mean and standard deviation of the posterior, not normalised; of a
+        deterministic encoder (N, 1, C, h, w): the latent."""
+        encoded = self.vae.encode(images)
+        posterior = getattr(encoded, "latent_dist", None)
+        parts = [posterior.mean, posterior.std] if posterior else [encoded[0]]
         # contiguous: in a channels-last order torch.randn_like(x_0) would draw other noise than for stored moments
-        return torch.stack([posterior.mean, posterior.std], dim=1).contiguous()
+        return torch.stack(parts, dim=1).contiguous()
 
     def encode(self, images):
         """x_0; a sample of the posterior, drawn from torch's random stream."""
@@ -186,15 +190,6 @@ class Autoencoder(LatentSpace):
     def decode_latent(self, latent):
         """(N, C, h, w), not normalised -> (N, 3, H, W) in about [-1, 1]."""
         return self.vae.decode(latent).sample
-
-
-class DeterministicAutoencoder(Autoencoder):
-    """One whose encoder gives the latent itself."""
-
-    @torch.no_grad()
-    def moments(self, images):
-        """(N, 3, H, W) in [-1, 1] -> (N, 1, C, h, w), not normalised."""
-        return self.vae.encode(images)[0][:, None].contiguous()
 
 
 class Flux2Autoencoder(Autoencoder):
@@ -236,7 +231,7 @@ class VideoAutoencoder(Autoencoder):
         return super().decode_latent(latent[:, :, None]).squeeze(2)
 
 
-class RepresentationAutoencoder(DeterministicAutoencoder):
+class RepresentationAutoencoder(Autoencoder):
     """The features of a frozen image encoder, and a decoder trained on them: RAE (Zheng et al. 2025). Images are in [0, 1];
     the latents come normalised. The encoder resizes images to its own size, so that the decoder's fits one size alone."""
 
@@ -263,8 +258,8 @@ class RepresentationAutoencoder(DeterministicAutoencoder):
 # By the name of diffusers' class. docs/latents.md has the table
 AUTOENCODERS = {
     "AutoencoderKL": Autoencoder,
-    "AutoencoderDC": DeterministicAutoencoder,
-    "AutoencoderTiny": DeterministicAutoencoder,
+    "AutoencoderDC": Autoencoder,
+    "AutoencoderTiny": Autoencoder,
     "AutoencoderKLFlux2": Flux2Autoencoder,
     "AutoencoderKLQwenImage": VideoAutoencoder,
     "AutoencoderKLWan": VideoAutoencoder,
