@@ -11,7 +11,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: several
 
 from helpers import Ranks, call, make_autoencoder, make_images, make_inception
 
+from training import watchers
+
 gc.set_threshold(50_000)  # as commands have it, see runtime/parser.py
+watchers.MAX_IMAGES = 48  # of held-out images: a validation of 512 takes a third of a second
 torch.set_num_threads(1)  # the numbers are small, and forked processes may not use OpenMP's threads
 
 

@@ -81,7 +81,7 @@ def test_a_long_image_is_enlarged_to_a_long_crop():
 def rectangle(tmp_path_factory, image_folder, inception_file):
     """A run on 8 x 12 pixels that is stopped and resumed, watched by all that there is; and an undisturbed one."""
     folder = tmp_path_factory.mktemp("rectangle")
-    random = np.random.default_rng(0).integers(0, 256, (40, 8, 12, 3), np.uint8)
+    random = np.random.default_rng(0).integers(0, 256, (4, 8, 12, 3), np.uint8)
     np.savez(folder / "reference.npz", random)
     watch = ["--sample-every", 4, "--sample-sampling-steps", 2, "--val-every", 2, "--val-data-path", image_folder]
     watch += ["--eval-every", 4, "--eval-reference", folder / "reference.npz", "--eval-samples", 3]
