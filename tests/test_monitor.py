@@ -193,11 +193,17 @@ def test_a_model_of_vectors_is_trained_watched_and_resumed(tmp_path, ranks):
     assert Image.open(tmp_path / "named/samples/0000001.png").size == (2 * 66 + 2, 86 + 2)
 
 
+find_spec = importlib.util.find_spec
+
+
 def without_tensorboard(argv):
     if os.environ["RANK"] == "1":
-        find = importlib.util.find_spec
-        importlib.util.find_spec = lambda name, *more: None if name == "tensorboard" else find(name, *more)
+        importlib.util.find_spec = find_but_tensorboard
     train.main(argv)
+
+
+def find_but_tensorboard(name, *more):
+    return None if name == "tensorboard" else find_spec(name, *more)
 
 
 def test_a_package_that_another_node_lacks_is_named(tmp_path, ranks):
@@ -312,7 +318,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path):
 
 
 def test_missing_package_is_one_line_with_the_command_that_installs_it(tmp_path, capsys):
-    with mock.patch("importlib.util.find_spec", return_value=None):
+    with mock.patch("importlib.util.find_spec", find_but_tensorboard):
         assert call(train.main, *TINY, "--run-dir", tmp_path / "run", "--report-to", "tensorboard") == 2
     assert capsys.readouterr().err.endswith("is not installed; run: pip install tensorboard\n")
 
