@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 import download
 from checkpoint.opened import Checkpoint
@@ -12,7 +11,7 @@ from data.autoencoder import RELEASED, LatentSpace, latent_sides, load_space
 from data.condition import Condition
 from models import DiT_models
 from runtime.config import flag
-from runtime.devices import check_compile, check_memory, pick_device, set_precision
+from runtime.devices import check_compile, check_memory, pick_device
 from runtime.errors import UserError, about
 from runtime.files import checksum_of_text
 from runtime.shapes import plain_size, sides
@@ -93,17 +92,6 @@ class Opened:
             tokens = 2 * math.prod(model.grid)
             pixels = math.prod(sides(self.settings["image_size"])) * (self.frames or 1)
             check_memory(4 * number * (6 * tokens * model.hidden_size + 9 * pixels), advice)
-
-
-def place(model, compute, device):
-    """The model on its device, compiled if asked, and torch's precision set for it, as a ComputeConfig says."""
-    set_precision(compute.products if compute.tf32 else "fp32", device)
-    if compute.products == "bf16":  # what autocast would do to these weights in every step
-        for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
-            linear.bfloat16()
-    if compute.compile:
-        model.compile_blocks(compute.compile)
-    return model.to(device)
 
 
 def open_checkpoint(source):

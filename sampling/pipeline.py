@@ -11,17 +11,18 @@ from functools import partial
 
 import torch
 from PIL import Image
+from torch import nn
 
 from data.condition import Classes
 from diffusion import create_diffusion, sample, samplers
 from diffusion.flow import eps_denoiser
 from diffusion.guidance import guided_denoiser
 from runtime import seeds
-from runtime.devices import check_memory, explain_out_of_memory
+from runtime.devices import check_memory, explain_out_of_memory, set_precision
 from runtime.errors import UserError, about
 from sampling.config import ComputeConfig, DrawConfig, GuidanceConfig, SamplerConfig, SourceConfig, TextConfig
 from sampling.grid import as_pictures
-from sampling.opened import Opened, place
+from sampling.opened import Opened
 
 LARGEST = 1e20  # of x_0, whose variance is about 1
 
@@ -155,6 +156,17 @@ class Pipeline:
     def __call__(self, choices, x_T, step_noise=None, progress=False):
         """Images (N, C, H, W) in about [-1, 1]; arguments as of `steps`."""
         return self.space.decode(samplers.last(self.steps(choices, x_T, step_noise, progress)))
+
+
+def place(model, compute, device):
+    """The model on its device, compiled if asked, and torch's precision set for it, as a ComputeConfig says."""
+    set_precision(compute.products if compute.tf32 else "fp32", device)
+    if compute.products == "bf16":  # what autocast would do to these weights in every step
+        for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            linear.bfloat16()
+    if compute.compile:
+        model.compile_blocks(compute.compile)
+    return model.to(device)
 
 
 def image_noise(seed, indices, num_steps, shape):
