@@ -91,7 +91,7 @@ def train(config, signals=None, dataset=None, watchers=()):
     from training.trainer import Trainer
 
     shard = "" if config.compute.shard else ", or --shard with several processes"
-    # what may change on resuming comes first
+    # first the options that a resumed run may change
     advice = f"pass --grad-accum or --grad-checkpoint{shard}; in a new run, "
     advice += f"lower --global-batch-size {config.recipe.global_batch_size}"
     with processes(config.compute.device, config.compute.timeout) as context, explain_out_of_memory(advice):

@@ -80,7 +80,7 @@ def load_into(model, source, rows):
     source.check_weights()
     weights = inflate(weights, source.sizes, model)
     new = model.state_dict()  # its tensors share the memory of the model's parameters
-    width, (before, now) = old["hidden_size"], [sizes.grid for sizes in (source.sizes, model.sizes)]
+    before, now = source.sizes.grid, model.sizes.grid
     # what belongs to a condition that the other model does not have
     other = source.condition.kind != (model.condition.kind if model.condition else "classes")
     own = {name for name in weights.keys() ^ new.keys() if other and ("text" in name or name.startswith("y_embedder."))}
@@ -91,19 +91,7 @@ def load_into(model, source, rows):
     except ValueError as error:
         raise UserError(where, f"its weights do not fit ({error})") from None
 
-    totals = {}  # {part of the model: numbers of tensors and of values taken over, newly made, left out}
-    for name in {**new, **weights}:
-        made, there = (part[name].numel() if name in part else 0 for part in (new, weights))
-        taken = used = made
-        if name in own or (name == POSITIONS and before != now):
-            taken = used = 0
-        elif name == TABLE:
-            new[name][list(rows)] = weights[name][list(rows.values())].to(new[name].dtype)
-            taken, used = len(rows) * width, len({*rows.values()}) * width
-        else:
-            new[name].copy_(weights[name])
-        row, part = (int(name in new), taken, made - taken, there - used), name.split(".")[0]
-        totals[part] = [a + b for a, b in zip(totals.get(part, (0, 0, 0, 0)), row, strict=True)]
+    totals = take_over(new, weights, own if before == now else own | {POSITIONS}, rows)
 
     table = [("part", "tensors", "taken over", "newly made", "left out")]
     table += [(part, *map("{:,}".format, row)) for part, row in totals.items()]
@@ -111,7 +99,7 @@ def load_into(model, source, rows):
     lines = [f"Initialised from {path}, {source.describe()}{vae}; numbers of values:"]
     lines += ["".join(f"{cell:>13}" for cell in row) for row in table]
     if old["objective"] != model.objective:  # a flow that becomes a meanflow
-        embedder = TimestepEmbedder(width)
+        embedder = TimestepEmbedder(model.hidden_size)
         embedder.load_state_dict(model.t_embedder.state_dict())
         model.t_embedder.imitate(embedder)
         lines += ["Timestep embedding: fitted to that of the flow, whose time is a hundred times as fast"]
@@ -124,6 +112,25 @@ def load_into(model, source, rows):
         pairs[20:] = ["..."] if len(pairs) > 20 else []
         lines += [f"Rows of the label table: {', '.join(pairs) or 'none'} taken over, others N(0, 0.02)"]
     return lines
+
+
+def take_over(new, weights, left, rows):
+    """Copy a state dict into `new`; of the label table `rows`, as of `load_into`, and of the names in `left` nothing.
+    Returns {part of the model: numbers of tensors, and of values taken over, newly made and left out}."""
+    totals = {}
+    for name in {**new, **weights}:
+        made, there = (part[name].numel() if name in part else 0 for part in (new, weights))
+        taken = used = made
+        if name in left:
+            taken = used = 0
+        elif name == TABLE:
+            new[name][list(rows)] = weights[name][list(rows.values())].to(new[name].dtype)
+            taken, used = (len(kept) * new[name].shape[1] for kept in (rows, {*rows.values()}))
+        else:
+            new[name].copy_(weights[name])
+        row, part = (int(name in new), taken, made - taken, there - used), name.split(".")[0]
+        totals[part] = [a + b for a, b in zip(totals.get(part, (0, 0, 0, 0)), row, strict=True)]
+    return totals
 
 
 def inflate(weights, sizes, model):
