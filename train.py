@@ -124,7 +124,7 @@ def train(config, signals=None, dataset=None, watchers=()):
 
 def make_watchers(config, trainer, dataset, signals):
     """The list of what the options ask to watch: see `training.watchers`."""
-    from training.watchers import Samples, Validation, choose_sampler
+    from training.watchers import Samples, Validation
 
     monitor, evaluation, size, watchers = config.monitor, config.evaluation, config.model.image_size, []
     if monitor.val_every:
@@ -135,9 +135,7 @@ def make_watchers(config, trainer, dataset, signals):
     if evaluation.eval_every:
         from evaluation.during_training import FID  # SciPy and torch-fidelity take seconds to import
 
-        named, scale = (evaluation.eval_sampler, evaluation.eval_sampling_steps), evaluation.eval_cfg_scale
-        sampler = choose_sampler("eval", trainer.model.objective, *named, scale)
-        watchers.append(FID(evaluation, trainer, size, sampler, signals, monitor.watch_average))
+        watchers.append(FID(evaluation, trainer, size, signals, monitor.watch_average))
     return watchers
 
 

@@ -2,7 +2,7 @@
 samples, rank 0 compares them with the reference.
 
 config = EvalConfig(eval_every=1000, eval_reference="reference.npz")
-fid = FID(config, trainer, 256, SamplerConfig())
+fid = FID(config, trainer, 256)
 fid.measure(trainer.averaged())
 """
 
@@ -14,7 +14,7 @@ from evaluation.features import load_network
 from evaluation.image_sets import need_images, open_reference
 from evaluation.metrics import Statistics, frechet_distance
 from runtime.errors import about
-from sampling.config import GuidanceConfig
+from sampling.config import GuidanceConfig, choose_sampler
 from sampling.pipeline import Pipeline, to_uint8
 
 MAX_BATCH = 32  # images that a process draws at once, as sample_ddp.py does: a decoder needs more for each than training
@@ -28,20 +28,21 @@ def name_of(network):
 class FID:
     """Measures FID of the averaged weights as an EvalConfig says; a watcher of `training.watchers`.
 
-    image_size: of the images in pixels. sampler: SamplerConfig. signals: StopSignals, which end a measurement. average: the
-    trainer's to measure, by its name. Of clips all frames are compared with the reference's images. Image i depends on
+    image_size: of the images in pixels. signals: StopSignals, which end a measurement. average: the trainer's to measure,
+    by its name. Of clips all frames are compared with the reference's images. Image i depends on
     (--global-seed, i) alone, so that the number of ranks changes the result by rounding at most. torch's random state and
     its precision settings stay as they are. All ranks make one, which measures the reference, and call it. Raises UserError
     for a reference or weights that cannot be used."""
 
     slow = True
 
-    def __init__(self, config, trainer, image_size, sampler, signals=None, average=None):
+    def __init__(self, config, trainer, image_size, signals=None, average=None):
         context, space, self.every, self.config = trainer.context, trainer.space, config.eval_every, config
         self.context, self.space, self.condition = context, space, trainer.condition
         self.batch_size, self.seed = min(trainer.part_size, MAX_BATCH), trainer.recipe.global_seed
-        self.sampler, self.signals, self.average = sampler, signals, average
-        self.guidance = GuidanceConfig(cfg_scale=config.eval_cfg_scale)
+        self.signals, self.average, scale = signals, average, config.eval_cfg_scale
+        named, self.guidance = (config.eval_sampler, config.eval_sampling_steps), GuidanceConfig(cfg_scale=scale)
+        self.sampler = choose_sampler("eval", trainer.model.objective, *named, scale)
         with context.together():
             reference = open_reference(config.eval_reference, "--eval-reference", image_size)
         context.on_main(reference.check)

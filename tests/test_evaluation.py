@@ -99,14 +99,13 @@ def test_the_distance_of_another_network_is_called_by_its_name(tmp_path, referen
 
 
 def make_fid(reference, weights, context, batch_size=2, signals=None, **changes):
-    options = {"eval_samples": 4, "eval_cfg_scale": 1.5} | changes
+    options = {"eval_samples": 4, "eval_cfg_scale": 1.5, "eval_sampler": "ddpm", "eval_sampling_steps": 2} | changes
     config = EvalConfig(eval_every=1, eval_reference=str(reference), inception_weights=str(weights), **options)
-    sampler = SamplerConfig(sampler="ddpm", num_sampling_steps=2)
-    return FID(config, fake_trainer(context, load_space("none", 1), (8, 8), batch_size), 8, sampler, signals)
+    return FID(config, fake_trainer(context, load_space("none", 1), (8, 8), batch_size), 8, signals)
 
 
 def fake_trainer(context, space, sides, batch_size):
-    model = SimpleNamespace(sizes=SimpleNamespace(sides=sides))
+    model = SimpleNamespace(sizes=SimpleNamespace(sides=sides), objective="diffusion")
     parts = {"condition": Classes(10), "part_size": batch_size, "recipe": RecipeConfig()}
     return SimpleNamespace(context=context, space=space, model=model, **parts)
 
@@ -182,7 +181,7 @@ def test_images_are_drawn_in_batches_that_the_decoder_has_seen(statistics_file, 
     seen = []
     space = SimpleNamespace(channels=4, factor=2, decode=lambda x: seen.append(x.shape))
     config = EvalConfig(eval_every=1, eval_reference=str(statistics_file), inception_weights=str(inception_file))
-    fid = FID(config, fake_trainer(distributed.setup("cpu"), space, (4, 4), 1000), 8, SamplerConfig())
+    fid = FID(config, fake_trainer(distributed.setup("cpu"), space, (4, 4), 1000), 8)
     assert (fid.batch_size, seen) == (32, [(32, 4, 4, 4)])
 
 

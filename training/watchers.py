@@ -26,27 +26,15 @@ from diffusion.registry import OBJECTIVES
 from runtime import seeds
 from runtime.errors import UserError, about
 from runtime.shapes import sides
-from sampling.config import GuidanceConfig, SamplerConfig
+from sampling.config import GuidanceConfig, choose_sampler
 from sampling.grid import as_pictures, draw_grid
 from sampling.pipeline import Pipeline, to_uint8
 from training.setup import divide
 
-GRID_SAMPLER = ("dpm-solver++", 20)  # of all but flows: a twelfth of the time of DDPM's 250 steps
 SEED = 0  # of the noise: the same in all runs, so that their grids can be compared
 MIN_SIDE = 64  # pixels; smaller images are enlarged to about this
 MAX_IMAGES = 512  # of a larger folder of held-out images, chosen at random
 NUM_TIMESTEPS, NUM_RANGES = 1000, 4  # each held-out image is seen once in each range of t
-
-
-def choose_sampler(kind, objective, name, steps, cfg_scale=1.0):
-    """The SamplerConfig of --{kind}-sampler and --{kind}-sampling-steps, whose defaults are the objective's own. Raises
-    UserError for a sampler that cannot draw so, or not with --{kind}-cfg-scale."""
-    with about(f"--{kind}-cfg-scale", option="--cfg-scale"):
-        GuidanceConfig(cfg_scale=cfg_scale).check_objective(objective)
-    default = OBJECTIVES[objective].default_sampler
-    default = GRID_SAMPLER if kind == "sample" and not OBJECTIVES[objective].flow else default
-    with about(f"--{kind}-sampler", option="--sampler"):
-        return SamplerConfig(sampler=name or default[0], num_sampling_steps=steps or default[1]).completed(objective)
 
 
 class Samples:
