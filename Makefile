@@ -64,7 +64,7 @@ paper: setup
 	OMP_NUM_THREADS=1 $(VENV)/python -m studies.caching --jobs 2
 
 test: setup
-	$(VENV)/python -m pytest -n 3
+	$(VENV)/python -m pytest -n 3 --dist loadgroup
 
 # --no-build: where the lowest version has no wheel for this Python, the next one that has is tested
 TESTS ?= tests
@@ -75,7 +75,7 @@ test-lowest test-newest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-$*/bin/uv pip install --python .venv-$*/bin/python --no-build --resolution $(RESOLUTION) \
 	    --requirements pyproject.toml --group dev
-	.venv-$*/bin/python -m pytest -n 3 $(TESTS)
+	.venv-$*/bin/python -m pytest -n 3 --dist loadgroup $(TESTS)
 
 lint: setup
 	$(VENV)/ruff check .

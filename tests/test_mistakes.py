@@ -1,10 +1,12 @@
-"""Mistakes: wrong values and combinations of options, and a tenth of the others that tests/stress/mistakes.py makes, spread
-over its commands and kinds; readers that are given anything; and decisions where it was not clear what a user expects."""
+"""Mistakes: those of the table in tests/stress/mistakes.txt; readers that are given anything; and decisions where it was
+not clear what a user expects."""
 
 import contextlib
 import importlib
 import io
 import json
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from runtime.parser import Parser
 from sampling.opened import Opened
 from training.run_folder import drop_later_metrics
 
+pytestmark = pytest.mark.xdist_group("mistakes")  # the inputs take seconds, and are made once
 ANYTHING = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -57,32 +60,32 @@ def inputs(tmp_path_factory):
 TABLE = [*mistake_cases.table_cases()]
 
 
-@pytest.mark.parametrize("command", {case.command: None for case in TABLE if case.kind == "combinations"})
-def test_options_that_do_not_go_together_are_answered_with_one_line(command, inputs, monkeypatch, capfd):
-    """All cases of the kind "combinations", here and not in processes of their own."""
-    monkeypatch.chdir(inputs)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", {case.command: None for case in TABLE})
+def test_mistakes_are_answered_with_one_line(command, inputs, monkeypatch, capfd):
+    """All cases of the table that this process can run itself."""
     main = importlib.import_module(command_module(command)).main
-    (inputs / "results").mkdir(exist_ok=True)  # the parent of train.py's run folders, which stays
-    before, wrong = mistakes.stamps(inputs), []
-    for case in TABLE:
-        if (case.command, case.kind) == (command, "combinations"):
-            status = call(main, *case.argv)
-            lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-            if status != 2 or len(lines) != 1 or case.word not in lines[0]:
-                wrong.append((case.name, case.word, status, lines))
-    assert not wrong, "\n".join(map(str, wrong))
-    assert mistakes.stamps(inputs) == before, "a refused command leaves nothing"
+    monkeypatch.setattr(sys, "argv", [f"{command}.py"])
+    before, wrong = mistakes.stamps(inputs / "in"), []
+    for number, case in enumerate(case for case in TABLE if case.command == command and case.is_simple):
+        contents = mistakes.make_folder(case, inputs, folder := inputs / f"{command}{number}")
+        monkeypatch.chdir(folder)
+        signal.alarm(60)  # what waits for ever ends the process
+        status = call(main, *case.argv)
+        signal.alarm(0)
+        said = capfd.readouterr()
+        faults, line = mistakes.judge(case, [status], [said.out], [said.err])
+        if faults := faults + mistakes.changes(case, folder, contents):
+            wrong.append(f"{case.name}: {'; '.join(faults)}: {line or said.err[-500:]}")
+    assert not wrong, "\n".join(wrong)
+    assert mistakes.stamps(inputs / "in") == before, "a refused command changes nothing"
 
 
 @pytest.mark.slow
-def test_a_tenth_of_the_other_mistakes_is_answered_with_one_line(inputs):
-    groups = {}
-    for case in TABLE:
-        if case.kind != "combinations" and not case.alone:  # those take seconds to start
-            groups.setdefault((case.command, case.kind), []).append(case)
-    cases = [case for group in groups.values() for case in group[len(group) // 2 % 10 :: 10]]
-    assert {case.kind for case in cases} == {*mistake_cases.KINDS} - {"values", "combinations"}
-    wrong = [answer for answer in mistakes.run_cases(cases, inputs) if answer["wrong"]]
+def test_mistakes_in_several_processes_on_full_disks_and_ctrl_c_are_answered_with_one_line(inputs):
+    """One case of each command and kind of those that need processes of their own."""
+    cases = {(case.command, case.kind): case for case in TABLE if not case.is_simple and not case.alone and not case.slow}
+    wrong = [answer for answer in mistakes.run_cases([*cases.values()], inputs) if answer["wrong"]]
     assert not wrong, "\n\n".join(f"{answer['name']}: {answer['wrong']}\n{answer['text']}" for answer in wrong)
 
 

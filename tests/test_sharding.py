@@ -25,6 +25,8 @@ from training.config import ComputeConfig, RecipeConfig
 from training.cost import build, training_memory
 from training.trainer import Trainer
 
+pytestmark = pytest.mark.xdist_group("sharding")  # fixtures of seconds are made once
+
 OPTIONS = {
     "plain": {},
     "more": {"clip": 0.01, "frozen": 7, "grad_accum": 2, "grad_checkpoint": 2, "compile": "aot_eager"},

@@ -43,7 +43,7 @@ KINDS = ("values", *re.findall(r"^\[(\w+)\]$", TABLE, re.M))
 class Case:
     """A mistake. word: what the line must hold. status: the exit statuses that are right; 0 is for what is no mistake.
     ranks: number of processes. alone: whether to start Python anew, as a user does. limit: bytes that a file may grow to.
-    interrupt: the text after which Ctrl-C is pressed."""
+    interrupt: the text after which Ctrl-C is pressed. slow: whether it takes seconds."""
 
     command: str
     kind: str
@@ -54,6 +54,12 @@ class Case:
     alone: bool = False
     limit: int | None = None
     interrupt: str | None = None
+    slow: bool = False
+
+    @property
+    def is_simple(self):
+        """Whether any process can run it, and at once."""
+        return self.ranks == 1 and not self.alone and self.limit is None and self.interrupt is None and not self.slow
 
     @property
     def name(self):
@@ -111,11 +117,12 @@ def table_cases():
             settings = dict(part.partition("=")[::2] for part in more.split())
             status = settings.get("status", "130" if "interrupt" in settings else "1,2")
             fixed = {"status": tuple(map(int, status.split(","))), "interrupt": settings.get("interrupt")}
+            fixed |= {word: word in settings for word in ("alone", "slow")}
             limits, ranks = settings.get("limit", "").split(","), settings.get("ranks", "1").split(",")
             word = word if "|" in line else extra.split()[0]
             made = expansions(extra.split(), word)
             for command, (words, said), limit, number in itertools.product(commands.split(", "), made, limits, ranks):
-                more = {"ranks": int(number), "alone": "alone" in settings, "limit": int(limit) if limit else None, **fixed}
+                more = {"ranks": int(number), "limit": int(limit) if limit else None, **fixed}
                 yield Case(command, kind, combine(VALID[command].split(), words), said, **more)
 
 

@@ -77,7 +77,7 @@ def stored(**values):
 
 ARGS = values_of(change, args=("text", [1], 3, None))  # harmless for who wants the weights alone
 RECORDS = {  # that every reader of a checkpoint refuses
-    **values_of(args, vae=(3, ["none"]), image_size=("8", 8.5)),
+    **values_of(args, vae=(3, ["none"]), image_size=("8x", 8.5)),
     **values_of(change, class_names=(3, "cat", [1, 2]), model_config=("text", [1])),
     **values_of(
         model, num_heads=(3, 0, "2", None), hidden_size=(HUGE, 65536), depth=(10**6, 512, 0), mlp_ratio=(1e30, NAN, "4"),

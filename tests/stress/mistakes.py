@@ -84,11 +84,7 @@ class Answer:
         self.case, self.inputs, self.start, self.late, self.interrupted = case, inputs, time.monotonic(), False, False
         self.root, self.folder = root, root if inputs is None else root / f"case{number}"
         if inputs is not None:
-            self.folder.mkdir()
-            (self.folder / "in").symlink_to(root / "in")
-            for name in copies(case, root / "in"):
-                subprocess.run(["cp", "-a", root / "in" / name, self.folder / name], check=True)
-            self.before = contents(self.folder)
+            self.before = make_folder(case, root, self.folder)
         # stdout and stderr of each process; files would have the limit too
         self.pipes, self.said = [(os.pipe(), os.pipe()) for _ in range(case.ranks)], {}
         if case.alone:
@@ -148,44 +144,59 @@ class Answer:
     def report(self):
         """{command, kind, name, wrong: what is wrong with the answer, "" for nothing, seconds, line, text}."""
         seconds, case, stdout, stderr = time.monotonic() - self.start, self.case, self.texts(0), self.texts(1)
-        lines = [line for text in stderr for line in text.replace("\r", "\n").split("\n")]
-        errors = [line for line in lines if re.match(r"\S+: error: ", line)]
-        is_mistake, may_be = 0 not in case.status, len(case.status) > 1 and 0 in case.status
-        stopped = case.word.startswith("Stopped")  # a run that was interrupted says so in its log, and not as an error
-        faults = {
-            "did not end": self.late,
-            "traceback": "Traceback" in "".join(stderr + stdout),
-            "ended before Ctrl-C": case.interrupt is not None and not self.interrupted,
-            f"status {self.statuses()}": not self.late and not {*self.statuses()} <= {*case.status},
-            f"{len(errors)} error lines": len(errors) != is_mistake and not stopped and not (may_be and len(errors) < 2),
-            "more than one line": len(errors) == 1 and not any(text.rstrip("\n").endswith(errors[0]) for text in stderr),
-            f"does not say {case.word!r}": is_mistake and case.word not in "\n".join(errors or stdout),
-            "a long line": bool(errors) and len(errors[0]) > 800,
-        }
-        wrong = [fault for fault, found in faults.items() if found]
+        wrong, line = judge(case, self.statuses(), stdout, stderr, self.late, self.interrupted)
         if self.inputs is not None:
-            wrong += self.changes(is_mistake)
+            wrong += changes(case, self.folder, self.before)
+            if case.kind != "values" and (now := stamps(self.root / "in")) != self.inputs:
+                wrong += [f"changed {path}" for path in {*now, *self.inputs} if now.get(path) != self.inputs.get(path)][:3]
+                self.inputs.clear()
+                self.inputs.update(now)
             shutil.rmtree(self.folder, ignore_errors=True)
         for read, _ in sum(self.pipes, ()):
             os.close(read)
         text = "".join(stderr)[-1500:] + "".join(stdout)[-1500:] if wrong else ""
         return {
             "command": case.command, "kind": case.kind, "name": case.name, "wrong": "; ".join(wrong),
-            "seconds": round(seconds, 2), "line": errors[0] if errors else "", "text": text,
+            "seconds": round(seconds, 2), "line": line, "text": text,
         }  # fmt: skip
 
-    def changes(self, is_mistake):
-        """The files that were changed or left. A log may be longer than it was."""
-        after = contents(self.folder)
-        found = [f"left {path}" for path in after if path.endswith((".tmp", ".part")) or "code-was-run" in path]
-        for path, content in self.before.items() if is_mistake else ():
-            if path not in after or (content is not None and not (after[path] or b"").startswith(content)):
-                found.append(f"changed {path}")
-        if self.case.kind != "values" and (now := stamps(self.root / "in")) != self.inputs:
-            found += [f"changed {path}" for path in {*now, *self.inputs} if now.get(path) != self.inputs.get(path)][:3]
-            self.inputs.clear()
-            self.inputs.update(now)
-        return found
+
+def make_folder(case, root, folder):
+    """The folder in which a case runs. Returns its contents."""
+    folder.mkdir()
+    (folder / "in").symlink_to(root / "in")
+    for name in copies(case, root / "in"):
+        subprocess.run(["cp", "-a", root / "in" / name, folder / name], check=True)
+    return contents(folder)
+
+
+def judge(case, statuses, stdout, stderr, late=False, interrupted=False):
+    """(what is wrong with an answer, its line). statuses, stdout, stderr: of each process."""
+    lines = [line for text in stderr for line in text.replace("\r", "\n").split("\n")]
+    errors = [line for line in lines if re.match(r"\S+: error: ", line)]
+    is_mistake, may_be = 0 not in case.status, len(case.status) > 1 and 0 in case.status
+    stopped = case.word.startswith("Stopped")  # a run that was interrupted says so in its log, and not as an error
+    faults = {
+        "did not end": late,
+        "traceback": "Traceback" in "".join(stderr + stdout),
+        "ended before Ctrl-C": case.interrupt is not None and not interrupted,
+        f"status {statuses}": not late and not {*statuses} <= {*case.status},
+        f"{len(errors)} error lines": len(errors) != is_mistake and not stopped and not (may_be and len(errors) < 2),
+        "more than one line": len(errors) == 1 and not any(text.rstrip("\n").endswith(errors[0]) for text in stderr),
+        f"does not say {case.word!r}": is_mistake and case.word not in "\n".join(errors or stdout),
+        "a long line": bool(errors) and len(errors[0]) > 800,
+    }
+    return [fault for fault, found in faults.items() if found], errors[0] if errors else ""
+
+
+def changes(case, folder, before):
+    """The files of the case's folder that were changed or left. A log may be longer than it was."""
+    after = contents(folder)
+    found = [f"left {path}" for path in after if path.endswith((".tmp", ".part")) or "code-was-run" in path]
+    for path, content in before.items() if 0 not in case.status else ():
+        if path not in after or (content is not None and not (after[path] or b"").startswith(content)):
+            found.append(f"changed {path}")
+    return found
 
 
 def run_cases(cases, root, without_inputs=False, jobs=2, progress=False):
