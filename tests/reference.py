@@ -10,23 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parent / "golden"
-OPTIONS = {
-    "default": {},
-    "fixed_large": {"learn_sigma": False},
-    "xstart": {"predict_xstart": True},
-    "kl": {"use_kl": True},
-    "cosine": {"noise_schedule": "squaredcos_cap_v2"},
-}
+OPTIONS = {"default": {}, "fixed_large": {"learn_sigma": False}, "xstart": {"predict_xstart": True}, "kl": {"use_kl": True}}
+OPTIONS["cosine"] = {"noise_schedule": "squaredcos_cap_v2"}
 # the model of small.npz and train.npz
-SMALL = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 96,
-    "depth": 3,
-    "num_heads": 4,
-    "num_classes": 10,
-}
+SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 4, "num_classes": 10}
+SMALL |= {"hidden_size": 96, "depth": 3, "num_heads": 4}
 
 
 def golden(name):

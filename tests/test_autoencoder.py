@@ -141,17 +141,9 @@ def test_each_kind_is_normalised_as_in_diffusers_pipelines(tmp_path, name):
     assert torch.equal(space.encode(images), x_0) != draws
 
     make_images(tmp_path / "images")
-    argv = [
-        "--data-path",
-        tmp_path / "images",
-        "--vae",
-        tmp_path / "vae",
-        "--out",
-        tmp_path / "latents",
-        "--image-size",
-        64,
-    ]
-    assert call(extract_latents.main, *argv, "--batch-size", 2, "--num-workers", 0, "--dtype", "float32") == 0
+    argv = ["--data-path", tmp_path / "images", "--vae", tmp_path / "vae", "--out", tmp_path / "latents"]
+    argv += ["--image-size", 64, "--batch-size", 2, "--num-workers", 0, "--dtype", "float32"]
+    assert call(extract_latents.main, *argv) == 0
     stored = StoredLatents(tmp_path / "latents", flip=False)
     moments = stored[3, 0]["moments"][None]
     assert moments.shape == (1, 1 + draws, channels, 64 // factor, 64 // factor)

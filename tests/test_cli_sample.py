@@ -277,11 +277,9 @@ def test_an_image_is_changed_by_its_strength_inverted_and_inpainted(tiny_checkpo
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
+    command += ["--num-sampling-steps", 10, "--mask", tmp_path / "mask.png", "--sampler"]
     for sampler in ("ddpm", "dpm-solver++"):
-        assert (
-            call(sample.main, *command, "--num-sampling-steps", 10, "--mask", tmp_path / "mask.png", "--sampler", sampler)
-            == 0
-        )
+        assert call(sample.main, *command, sampler) == 0
         assert np.abs(read(output) - original)[:, :4].max() <= 2, f"{sampler}: what is known must stay"
         assert np.abs(read(output) - original)[:, 4:].mean() > 10, f"{sampler}: what is white must be redrawn"
 
@@ -340,17 +338,8 @@ def test_vectors_are_drawn_by_all_commands(tmp_path, capsys):
         assert call(sample.main, *command, "--captions", "--interpolate", "classes", "--sampler", "ddim") == 0
     assert (tmp_path / "a.pt.png").read_bytes() == (tmp_path / "b.safetensors.png").read_bytes()
 
-    command = [
-        "--ckpt",
-        tmp_path / "a.pt",
-        *SHORT[:-2],
-        "--sample-dir",
-        tmp_path,
-        "--folder",
-        "set",
-        "--num-fid-samples",
-        5,
-    ]
+    command = ["--ckpt", tmp_path / "a.pt", *SHORT[:-2], "--sample-dir", tmp_path]
+    command += ["--folder", "set", "--num-fid-samples", 5]
     assert call(sample_ddp.main, *command, "--vector", tmp_path / "v.npy") == 0
     with np.load(tmp_path / "set.npz") as found:
         images, positions = found["arr_0"], found["arr_1"]

@@ -582,17 +582,9 @@ def test_a_run_from_python_takes_a_dataset_and_watchers(tmp_path, image_folder):
         def __call__(self, trainer):
             return {"decay": trainer.ema.decay, "picture": Image.new("RGB", (4, 4))}
 
-    values = {
-        "data_path": "mine",
-        "vae": "none",
-        "image_size": 8,
-        "hidden_size": 16,
-        "depth": 1,
-        "num_heads": 2,
-        "lr": 1e-3,
-    }
-    values |= {"global_batch_size": 4, "max_steps": 4, "run_dir": str(tmp_path), "device": "cpu", "num_workers": 0}
-    config = train.TrainConfig.from_flat(values)
+    values = {"data_path": "mine", "vae": "none", "image_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    values |= {"lr": 1e-3, "global_batch_size": 4, "max_steps": 4, "device": "cpu", "num_workers": 0}
+    config = train.TrainConfig.from_flat({**values, "run_dir": str(tmp_path)})
     signals = mock.Mock(requested=False)
     assert train.train(config, signals, dataset=Digits(8), watchers=[Watcher()]) == 0
     assert [(row["step"], row["decay"]) for row in metrics(tmp_path)] == [(2, 0.9999), (4, 0.9999)]

@@ -74,10 +74,8 @@ def noise(monkeypatch):
 def test_a_dataset_from_python_does_what_a_folder_does(noise, small_vae, tmp_path, ranks):
     """Killed and resumed it is bit for bit the undisturbed run, with grids and held-out images; its latents train too."""
     options = "--image-size 16 --hidden-size 16 --depth 1 --num-heads 2 --global-batch-size 4 --lr 1e-3 --device cpu"
-    options += (
-        " --val-data-path noise --val-every 4 --sample-every 4 --sample-sampling-steps 2 --ckpt-every 2 --log-every 1"
-    )
-    command = [*options.split(), "--data-path", "noise", "--vae", "none", "--run-dir"]
+    options += " --val-data-path noise --val-every 4 --sample-every 4 --sample-sampling-steps 2 --log-every 1"
+    command = [*options.split(), "--ckpt-every", 2, "--data-path", "noise", "--vae", "none", "--run-dir"]
     run = ranks(paced, [*command, tmp_path / "killed", "--max-steps", 100_000])
     wait_for(lambda: metrics(tmp_path / "killed")[-1]["step"] > 5)
     os.kill(run.processes[0].pid, signal.SIGKILL)
@@ -91,19 +89,8 @@ def test_a_dataset_from_python_does_what_a_folder_does(noise, small_vae, tmp_pat
     assert "val_loss" in metrics(tmp_path / "whole")[4]
     assert (tmp_path / f"whole/samples/{end:07d}.png").exists()
 
-    command = [
-        "--data-path",
-        "noise",
-        "--vae",
-        small_vae,
-        "--image-size",
-        16,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "latents",
-    ]
-    run = ranks(extract_latents.main, command)
+    command = ["--data-path", "noise", "--vae", small_vae, "--image-size", 16, "--device", "cpu"]
+    run = ranks(extract_latents.main, [*command, "--out", tmp_path / "latents"])
     assert run.wait() == [0], run.text()
     latents = load_dataset(DataConfig(str(tmp_path / "latents")), 16)
     assert (len(latents), latents.classes, latents.name(3)) == (24, ["even", "odd"], "3")
@@ -117,8 +104,7 @@ def test_items_keep_their_flips_and_sizes(noise):
     assert all(torch.equal(dataset[i, 0]["image"], noise[i]) for i in range(24))
     with pytest.raises(UserError, match="--image-size 8: the images of the dataset are 16x16 pixels; resize them, or"):
         load_dataset(DataConfig("noise"), 8)
-    config = train.TrainConfig.from_flat(
-        {"data_path": "x", "image_size": 8, "vae": "none", "dry_run": True, "device": "cpu"}
-    )
+    values = {"data_path": "x", "image_size": 8, "vae": "none", "dry_run": True, "device": "cpu"}
+    config = train.TrainConfig.from_flat(values)
     with pytest.raises(UserError, match="--image-size 8: the images of the dataset are 16x16 pixels"):
         train.train(config, dataset=dataset)

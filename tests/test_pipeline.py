@@ -19,15 +19,8 @@ from sampling.config import ComputeConfig, DrawConfig, GuidanceConfig, SampleCon
 from sampling.opened import Opened
 from sampling.pipeline import Pipeline, image_noise, to_uint8
 
-SIZES = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 1,
-    "hidden_size": 16,
-    "depth": 1,
-    "num_heads": 2,
-    "num_classes": 10,
-}
+SIZES = {"input_size": 8, "patch_size": 2, "in_channels": 1, "num_classes": 10}
+SIZES |= {"hidden_size": 16, "depth": 1, "num_heads": 2}
 STEPS = SamplerConfig(num_sampling_steps=4)
 
 

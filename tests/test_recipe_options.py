@@ -210,10 +210,8 @@ def test_logit_normal_timesteps_have_the_quantiles_of_the_sigmoid_of_a_normal(pr
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_trains_its_models_and_names_a_sampler_that_draws_from_them(name):
-    objective, model = (
-        OBJECTIVES[name],
-        DiT(**SMALL, objective=name, predict=OBJECTIVES[name].predicts[0], learn_sigma=False),
-    )
+    objective = OBJECTIVES[name]
+    model = DiT(**SMALL, objective=name, predict=objective.predicts[0], learn_sigma=False)
     made = make_objective(name, model.predict, model.learn_sigma)
     t = made.draw_timesteps(3, "cpu", "uniform")
     losses = made.training_losses(model, normal("x0", 3, 4, 8, 8), t, {"y": torch.tensor([1, 2, 3])})
@@ -345,17 +343,8 @@ def test_a_resumed_or_finetuned_run_keeps_the_time_shift_of_its_checkpoint(tmp_p
     assert call(train.main, *base, "--time-shift", 3.0, "--max-steps", 4, "--run-dir", tmp_path / "run") == 2
     assert "model time_shift 2.0, now 3.0" in capsys.readouterr().err
     for given, expected in (([], 2), (["--time-shift", 1.0], 1)):
-        argv = [
-            *TINY,
-            "--init-from",
-            tmp_path / "run",
-            *given,
-            "--max-steps",
-            1,
-            "--run-dir",
-            tmp_path / f"tuned-{expected}",
-        ]
-        assert call(train.main, *argv) == 0
+        argv = [*TINY, "--init-from", tmp_path / "run", *given, "--max-steps", 1]
+        assert call(train.main, *argv, "--run-dir", tmp_path / f"tuned-{expected}") == 0
         assert latest(tmp_path / f"tuned-{expected}")["model_config"]["time_shift"] == expected
     assert call(train.main, *TINY, "--time-shift", 2.0, "--run-dir", tmp_path / "diffusion") == 2
     assert "--time-shift 2.0: a diffusion has none; pass --objective flow" in capsys.readouterr().err

@@ -185,14 +185,8 @@ def test_mistakes_about_columns_get_one_line(tmp_path, name):
 
 
 def test_several_columns_are_told_apart_by_their_options(tmp_path):
-    columns = {
-        "a": IMAGES,
-        "b": IMAGES[::-1],
-        "n": [0, 1, 1],
-        "m": [1, 0, 0],
-        "t": ["x", "y", "z"],
-        "u": [["p"], ["q", "r"], ["s"]],
-    }
+    columns = {"a": IMAGES, "b": IMAGES[::-1], "n": [0, 1, 1], "m": [1, 0, 0]}
+    columns |= {"t": ["x", "y", "z"], "u": [["p"], ["q", "r"], ["s"]]}
     path = str(write(tmp_path / "data", columns))
     dataset = load_dataset(DataConfig(path, image_column="b", label_column="m"), 8)
     assert [dataset.file(i).read() for i in range(3)] == IMAGES[::-1]
@@ -296,18 +290,8 @@ def test_a_run_that_is_killed_three_times_is_the_undisturbed_one(tables, tmp_pat
 
 def test_a_run_is_the_same_from_files_and_from_rows_and_goes_on_from_the_other(tables, tmp_path, ranks):
     for path, folder, steps in (("files", "files", 6), ("parquet", "rows", 3), ("arrow", "rows", 6)):
-        command = [
-            *RUN,
-            "--data-path",
-            tables[path],
-            "--num-workers",
-            0,
-            "--run-dir",
-            tmp_path / folder,
-            "--max-steps",
-            steps,
-        ]
-        run = ranks(train.main, command, world_size=2)
+        command = [*RUN, "--data-path", tables[path], "--run-dir", tmp_path / folder, "--max-steps", steps]
+        run = ranks(train.main, [*command, "--num-workers", 0], world_size=2)
         assert run.wait() == [0, 0], run.text()
     assert_same_state(latest(tmp_path / "files"), latest(tmp_path / "rows"))
 

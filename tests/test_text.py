@@ -398,9 +398,8 @@ def test_parts_and_processes_make_the_same_update(argv, tmp_path, ranks):
 
 def test_grids_validation_and_fid_are_made_of_texts(argv, tmp_path, inception_file, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        Pipeline, "denoiser", lambda self, y, denoiser=Pipeline.denoiser: seen.append(y) or denoiser(self, y)
-    )
+    denoiser = Pipeline.denoiser
+    monkeypatch.setattr(Pipeline, "denoiser", lambda self, y: seen.append(y) or denoiser(self, y))
     random = np.random.default_rng(0)
     np.savez(tmp_path / "reference.npz", arr_0=random.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
     watch = ["--sample-every", 2, "--val-every", 2, "--val-data-path", "digits", "--eval-every", 2, "--eval-samples", 3]
@@ -524,20 +523,8 @@ def test_what_is_stored_is_what_the_encoder_gives(stored, captioned, encoder, en
 
 def test_stored_and_fresh_texts_train_alike(stored, captioned, small_vae, encoder_folder, tmp_path):
     options = "--image-size 16 --hidden-size 16 --depth 1 --num-heads 2 --patch-size 1 --global-batch-size 6 --lr 1e-3"
-    options = [
-        *options.split(),
-        "--device",
-        "cpu",
-        "--log-every",
-        1,
-        "--num-workers",
-        0,
-        "--max-steps",
-        6,
-        "--vae",
-        small_vae,
-    ]
-    options += ["--text-encoder", encoder_folder]
+    options += " --device cpu --log-every 1 --num-workers 0 --max-steps 6"
+    options = [*options.split(), "--vae", small_vae, "--text-encoder", encoder_folder]
     fresh = [*options, "--data-path", captioned, "--text-length", LENGTH, "--run-dir", tmp_path / "fresh"]
     assert call(train.main, *fresh) == 0
     assert call(train.main, *options, "--data-path", stored, "--run-dir", tmp_path / "stored") == 0
@@ -552,21 +539,8 @@ def test_training_from_stored_texts_needs_no_encoder(stored, small_vae, encoder_
     shutil.copytree(stored, gone / "latents")
     for path in (gone / "latents").glob("*.safetensors"):
         rewrite(path, settings={"text_encoder": "somewhere/encoder"})
-    options = [
-        "--image-size",
-        16,
-        "--hidden-size",
-        16,
-        "--depth",
-        1,
-        "--num-heads",
-        2,
-        "--vae",
-        small_vae,
-        "--device",
-        "cpu",
-    ]
-    options += ["--max-steps", 2, "--global-batch-size", 4, "--patch-size", 1, "--data-path", gone / "latents"]
+    options = "--image-size 16 --hidden-size 16 --depth 1 --num-heads 2 --device cpu --max-steps 2 --global-batch-size 4"
+    options = [*options.split(), "--patch-size", 1, "--vae", small_vae, "--data-path", gone / "latents"]
     named = [*options, "--text-encoder", "somewhere/encoder"]
     assert call(train.main, *named, "--run-dir", tmp_path / "a") == 0
     prompts = ["--sample-every", 1, "--sample-prompts", "a one"]
@@ -630,10 +604,8 @@ def test_mistakes_with_stored_texts_get_one_line(
     assert "--text-length 9: " in train_on(stored, encoder_folder, "--text-length", 9)
     without = tmp_path / "without"
     command = extraction(captioned, small_vae, encoder_folder, without)
-    assert (
-        call(extract_latents.main, *[word for i, word in enumerate(command) if "--text" not in f"{word}{command[i - 1]}"])
-        == 0
-    )
+    command = [word for i, word in enumerate(command) if "--text" not in f"{word}{command[i - 1]}"]
+    assert call(extract_latents.main, *command) == 0
     assert not {"text", "tokens", "length"} & load_file(without / "shard-00000.safetensors").keys()
     assert "holds no texts; extract the latents again" in train_on(without, encoder_folder)
     texts = np.frombuffer(json.dumps([["x"], [""]]).encode(), np.uint8)
