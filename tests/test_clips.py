@@ -22,7 +22,7 @@ from data.listing import list_images
 from evaluation.features import NETWORKS, FeatureNetwork, Outputs
 from models import DiT
 from runtime.errors import UserError
-from studies import moving
+from studies import attention, moving
 from tools import sweep
 from training.finetune import inflate
 
@@ -145,6 +145,19 @@ def test_the_judge_sees_motion_and_shape():
     changed = moving.measure(other, labels)
     assert changed["shape_error"] > 5 * real["shape_error"] > 0, "another digit in the second half"
     assert changed["class_accuracy"] < real["class_accuracy"] - 0.2
+
+
+def test_attention_is_compared_at_equal_time_and_without_time_frames_are_images(capsys):
+    torch.manual_seed(0)
+    block, x, c = attention.FramesBlock(12, 2), torch.randn(2, 8, 12), torch.randn(2, 12)
+    torch.nn.init.normal_(block.adaLN_modulation[1].weight)
+    other = torch.cat([x[:, :4], torch.randn(2, 4, 12)], dim=1)
+    assert torch.equal(block(x, c, 2)[:, :4], block(other, c, 2)[:, :4])
+    options = "--seconds 0.01 --samples 10 --batch 2 --hidden-size 24 --depth 1 --num-heads 1".split()
+    assert call(attention.main, *options, "--blocks", "adaln-zero", "frames") == 0
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["adaln-zero", "frames", "real clips"]
+    assert float(rows[0][2]) > float(rows[1][2]), "GMACs"
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +302,17 @@ def test_an_image_models_weights_draw_still_clips_as_images(block, patch_frames)
     still = x[:, :, None].expand(-1, -1, 4, -1, -1)
     expected = image(x, t, y)[:, :, None].expand(-1, -1, 4, -1, -1)
     torch.testing.assert_close(clip(still, t, y), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_attention_over_time_of_a_model_of_single_frames_begins_behind_a_closed_gate():
+    torch.manual_seed(0)
+    sizes = {"input_size": (1, 8, 8), "patch_size": (1, 4, 4), "hidden_size": 16, "depth": 2, "num_heads": 2}
+    frame, clip = DiT(**sizes).eval(), DiT(**sizes, block="space-time").eval()
+    for parameter in frame.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    clip.load_state_dict(inflate(frame.state_dict(), frame.sizes, clip))
+    x, t, y = torch.randn(2, 4, 1, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 2])
+    torch.testing.assert_close(clip(x, t, y), frame(x, t, y))
 
 
 def test_a_run_of_clips_starts_from_an_image_model(tmp_path, capsys):

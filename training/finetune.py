@@ -56,7 +56,7 @@ def sizes_of(checkpoint, options):
             raise UserError(f"--init-from {checkpoint.path}", "a model of clips", "give --num-frames")
     if given.get("objective") == "meanflow" and found["objective"] == "flow":  # whose weights are those of r = t
         found["objective"] = "meanflow"
-    if len(patch) == 2 and (options.block, found["block"]) == ("space-time", "adaln-zero"):
+    if (options.block, found["block"]) == ("space-time", "adaln-zero"):
         found["block"] = "space-time"  # see `inflate`
     named = DiT_models[options.model].keywords if options.model else {}
     for name, value in {**named, **given}.items():
@@ -134,22 +134,22 @@ def take_over(new, weights, left, rows):
 
 
 def inflate(weights, sizes, model):
-    """The weights of a model of images as those of a model of clips: each frame is seen as the image was, and predicted
-    alike. Positions in time start at zero, and so does the attention over time of the block `space-time`. Other weights, or
-    for another model, stay as they are. sizes: DiTConfig of the weights."""
-    if sizes.frames or not model.sizes.frames:
-        return weights
-    new, frames = model.state_dict(), model.sizes.patch[0]
-    found = {**weights, "time_embed.weight": new["time_embed.weight"]}
-    kernel = found["x_embedder.proj.weight"]
-    found["x_embedder.proj.weight"] = kernel[:, :, None].expand(-1, -1, frames, -1, -1) / frames  # the mean of the frames
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        found[name] = torch.cat([found[name]] * frames)
-    for name in new.keys() & found.keys():
-        if name.startswith("blocks.") and "adaLN_modulation" in name:  # the first six vectors are those of the image model
-            found[name] = torch.cat([found[name], new[name][len(found[name]) :]])
-    own = {name: new[name] for name in new.keys() - found.keys() if ".attn_time." in name or ".norm_time." in name}
-    return found | own
+    """The weights of a model of these sizes (DiTConfig) as those of `model`. Of images, for a model of clips: each frame is
+    seen as the image was, and predicted alike; positions in time start at zero. Of adaLN-Zero, for `space-time`: the
+    attention over time starts behind a gate of zero. Others stay as they are."""
+    new, found, frames = model.state_dict(), {**weights}, model.sizes.patch[0]
+    if model.sizes.frames and not sizes.frames:
+        found["time_embed.weight"] = new["time_embed.weight"]
+        kernel = found["x_embedder.proj.weight"]
+        found["x_embedder.proj.weight"] = kernel[:, :, None].expand(-1, -1, frames, -1, -1) / frames  # the frames' mean
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            found[name] = torch.cat([found[name]] * frames)
+    if (sizes.block, model.block) == ("adaln-zero", "space-time"):
+        for name in new.keys() & found.keys():
+            if name.startswith("blocks.") and "adaLN_modulation" in name:  # the first six vectors are those there
+                found[name] = torch.cat([found[name], new[name][len(found[name]) :]])
+        found |= {name: new[name] for name in new if ".attn_time." in name or ".norm_time." in name}
+    return found
 
 
 def label_rows(source, words, num_classes, label_dropout, names):
