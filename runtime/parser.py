@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import gc
@@ -53,6 +54,7 @@ def prepare_process():
     # what is imported next makes 600,000 objects; looking through them again and again takes an eighth of a start
     gc.set_threshold(50_000)
     spin_briefly()
+    keep_freed_memory()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         with contextlib.suppress(ValueError):  # of a thread that is not the first
             signal.signal(signal.SIGINT, interrupt)
@@ -84,6 +86,19 @@ def spin_briefly():
     OMP_WAIT_POLICY=PASSIVE 0.09 to 0.29, but it is slower on idle cores, where 1000 costs nothing."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY"}.intersection(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+def keep_freed_memory(most=1 << 30):
+    """Let glibc's malloc keep up to `most` bytes that were freed, for the next step's activations, unless the user has set
+    how it works. By default it maps each array of some MiB anew, and the kernel fills it with zeros.
+
+    Processor time on one core of an AMD EPYC, in turn: features of 32 images by EfficientNet-Lite0 1.23 and 1.28 s
+    by default, 0.70 and 0.59 s so; a training step of the demo's model 65.6 and 68.5 ms, 63.4 and 62.9 ms."""
+    trim_threshold, mmap_threshold = -1, -3
+    if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, which has no such call
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(mmap_threshold, most), mallopt(trim_threshold, most)
 
 
 class Parser(argparse.ArgumentParser):

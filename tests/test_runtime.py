@@ -8,9 +8,11 @@ import importlib
 import io
 import os
 import pickle
+import platform
 import re
 import signal
 import stat
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -396,6 +398,29 @@ def test_threads_wait_with_a_short_spin_unless_the_user_says_how(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT")
     parser.spin_briefly()
     assert int(os.environ["GOMP_SPINCOUNT"]) > 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_memory_that_was_freed_is_used_again_unless_the_user_says_how(monkeypatch):
+    """Counted in pages that the kernel had to fill: eight strings of 16,384 pages, one after the other."""
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    code = """
+import resource
+from runtime.parser import keep_freed_memory
+keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    bytes(1) * (1 << 26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def filled():
+        return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    assert filled() < 30_000
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert filled() > 100_000
 
 
 def train_into_a_closed_pipe(argv):
