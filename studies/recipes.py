@@ -145,6 +145,10 @@ class RecipesConfig(StudyConfig):
         times = [("time", share, max(1, round(share * self.equal_steps / cost))) for share in TIMES]
         return [*times, ("steps", self.equal_steps, self.equal_steps)]
 
+    def start(self, images, recipe, seed):
+        """The Run of a recipe with a seed."""
+        return Run(self, images, recipe, seed)
+
     def record(self, recipe, seed):
         """What a run's numbers depend on: runs with an equal record are not repeated."""
         judged_at = [list(mark) for mark in self.judged_at(recipe)]
@@ -164,8 +168,8 @@ def read_costs(folder):
 def measure_costs(config, images, recipes):
     """Time the steps of the recipes in turns, and add them to costs.json: medians over the rounds of the ratios to the
     baseline's step in the same round. On a CPU the time is the processor time of one thread, on a GPU the clock's."""
-    runs = {recipe: Run(config, images, recipe, 0) for recipe in recipes if recipe != BASELINE}
-    reference, found = Run(config, images, BASELINE, 0), {recipe: [] for recipe in runs}
+    runs = {recipe: config.start(images, recipe, 0) for recipe in recipes if recipe != BASELINE}
+    reference, found = config.start(images, BASELINE, 0), {recipe: [] for recipe in runs}
     for i in trange(ROUNDS + 1 if runs else 0, desc="Timing the steps", unit="round", disable=not runs):
         first = time_steps(reference)
         seconds = {recipe: time_steps(run) for recipe, run in runs.items()}
@@ -194,14 +198,17 @@ def resolve(words):
     return *setup.resolve(options, context), context
 
 
-def begin(words, space, number, classes=()):
-    """(TrainConfig, Trainer) as of train.py with these words, on `number` images of `classes` that the caller has."""
+def begin(words, space, number, classes=(), prepare=None):
+    """(TrainConfig, Trainer) as of train.py with these words, on `number` images of `classes` that the caller has. prepare:
+    what is done to the model before the trainer takes it."""
     options, source, context = resolve(words)
     recipe, compute, given = options.recipe, options.compute, options.model
     model = setup.build_model(given, recipe, space)
     if source:
         kept, dropout = options.finetune.keep_classes, recipe.label_dropout
         finetune.load_into(model, source, finetune.label_rows(source, kept, given.num_classes, dropout, classes))
+    if prepare:
+        prepare(model)
     return options, Trainer(recipe, compute, context, model, space, recipe.total_steps(number))
 
 
@@ -210,20 +217,21 @@ class Run:
 
     def __init__(self, config, images, recipe, seed):
         words = [*config.words(recipe), "--num-classes", str(len(images.classes)), "--global-seed", str(seed)]
-        options, self.trainer = begin(words, Pixels(images.train.shape[1]), len(images.train))
+        options, self.trainer = begin(words, Pixels(images.train.shape[1]), len(images.train), prepare=self.prepare)
         self.images, self.seed, self.batch_size = images, seed, options.recipe.global_batch_size
         self.on_gpu, self.batches = self.trainer.device.type == "cuda", self.endless_batches()
+
+    def prepare(self, model):
+        """What a study adds to a model, before its training begins."""
 
     def endless_batches(self):
         """train.py's batches, in its order and with its flips, without its data workers."""
         images = self.images
         for keys in GlobalOrder(len(images.train), self.batch_size, self.seed, 0, 1, 0, 2**62):
             index = torch.tensor([index for index, _ in keys])
-            batch = images.train[index]
-            if images.flip:
-                flipped = torch.tensor([bool(is_flipped(self.seed, *key)) for key in keys])
-                batch = torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
-            yield {"image": batch, "label": images.train_labels[index], "index": index}
+            flipped = torch.tensor([images.flip and bool(is_flipped(self.seed, *key)) for key in keys])
+            batch = torch.where(flipped[:, None, None, None], images.train[index].flip(-1), images.train[index])
+            yield {"image": batch, "label": images.train_labels[index], "index": index, "flipped": flipped}
 
     def clock(self):
         if self.on_gpu:
@@ -282,7 +290,7 @@ def measure(judge, images, labels):
 
 def train_and_judge(config, images, judge, recipe, seed):
     """Train a recipe with a seed. Returns the dict that is a line of runs.jsonl, and the images of a picture, or None."""
-    run, count, losses, curve = Run(config, images, recipe, seed), min(config.samples, len(images.test)), [], []
+    run, count, losses, curve = config.start(images, recipe, seed), min(config.samples, len(images.test)), [], []
     marks = sorted(config.judged_at(recipe), key=lambda mark: mark[2])
     end, numbers, sample = {}, None, None
     for unit, mark, steps in marks:
@@ -351,12 +359,13 @@ def finished_runs(config):
     return found
 
 
-def do_runs(config, order, work, say):
+def do_runs(config, order, work, say, data=None):
     """Do those of the (recipe, seed) jobs that runs.jsonl lacks, and append their lines as they finish. work: what to do, a
-    function like `train_and_judge`; config: has a `record`. say(row): what is printed of a run. Returns the lines of all
-    jobs by their seeds. Raises UserError where they cannot be written."""
+    function like `train_and_judge`; config: has a `record`. say(row): what is printed of a run. data: as of `open_data`,
+    which is the default. Returns the lines of all jobs by their seeds. Raises UserError where they cannot be written."""
     done, path = finished_runs(config), Path(config.output, "runs.jsonl")
-    jobs, do, data = [job for job in order if job not in done], partial(do_job, work), (config, *open_data(config))
+    jobs, do = [job for job in order if job not in done], partial(do_job, work)
+    data = config, *(data or open_data(config))
     with contextlib.ExitStack() as stack:
         if config.jobs == 1 or not jobs:
             start_worker(*data)
