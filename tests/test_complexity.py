@@ -151,6 +151,16 @@ def test_an_input_may_have_any_number_of_sides():
     assert forward_macs(clip) - forward_macs(frame) > 3 * of_tokens
 
 
+def test_a_clip_is_counted_with_all_its_frames(run):
+    options = "--model DiT-S/8 --depth 1 --vae none --image-size 32 --num-frames 4 --patch-frames 2 --num-classes 0".split()
+    status, out, _ = run(*options, "--json")
+    model = build("DiT-S/8", depth=1, num_classes=0, in_channels=3, input_size=(4, 32, 32), patch_size=(2, 8, 8))
+    assert (status, json.loads(out)["forward_macs_per_image"]) == (0, forward_macs(model))
+    _, out, _ = run(*options)
+    assert "4 frames, 32 px, 32 tokens" in out
+    assert "GMACs a clip" in out
+
+
 def test_wrong_options_are_refused_in_one_line(run):
     status, out, err = run("--shard", "0")
     assert (status, out) == (2, "")

@@ -58,8 +58,9 @@ def cost(config):
     design = {"block": "adaln-zero", **config.model.overrides()}
     patch_size = config.model.patch_size or int(name.partition("/")[2])
     sizes = model_sizes(size, config.model.aspect_buckets, factor, patch_size)
+    sizes = {**sizes, **design, **config.model.clip_sizes(sizes["input_size"], patch_size)}
     try:
-        model = build(name, **sizes, in_channels=config.channels or channels, **condition, **design)
+        model = build(name, **sizes, in_channels=config.channels or channels, **condition)
         counted = count(model, config.batch_size, config.precision, config.shard)
     except ValueError as error:
         raise UserError(f"--model {name} with these sizes", error) from None
@@ -73,6 +74,7 @@ def cost(config):
 def print_cost(report):
     changes = [f"{name.replace('_', ' ')} {report[name]}" for name in DESIGN if name in report]
     words = [report["model"], report["block"], *changes]
+    words += [f"{report['frames']} frames"] if "frames" in report else []
     words += [f"{report['image_size']} px", f"{report['tokens']} tokens"]
     if "text_width" in report:
         words.append(f"texts of {report['text_length']} tokens of width {report['text_width']}")

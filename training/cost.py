@@ -66,7 +66,7 @@ def activation_bytes(model, batch_size, precision, sharded=False):
         (T, T) weights; the GPU's fused kernels keep q, k, v, the output and one number per query."""
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            if precision == "bf16" and function in (F.linear, F.conv2d, F.scaled_dot_product_attention):
+            if precision == "bf16" and function in (F.linear, F.conv2d, F.conv3d, F.scaled_dot_product_attention):
                 args = [self.cast(a) if isinstance(a, torch.Tensor) else a for a in args]
             if function is F.scaled_dot_product_attention:
                 return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, compute_log_sumexp=True)[0]
@@ -119,6 +119,8 @@ def count(model, batch_size, precision, num_shards=1, num_averages=1, guidance=1
     """The cost of training a model on the meta device, a dict of numbers; see `training_memory` and `training_flops`."""
     macs, memory = forward_macs(model), training_memory(model, batch_size, precision, num_shards, num_averages)
     found = {"tokens": model.pos_embed.shape[1], "parameters": trainable(model), "forward_macs_per_image": macs}
+    if model.sizes.frames:
+        found["frames"] = model.sizes.frames
     if model.sizes.other_sizes:
         found["forward_macs_by_latent_size"] = {plain_size(s): forward_macs(model, s) for s in model.sizes.other_sizes}
     return found | {"training_flops_per_image": training_flops(model, macs, guidance), "training_memory_bytes": memory}
@@ -127,13 +129,14 @@ def count(model, batch_size, precision, num_shards=1, num_averages=1, guidance=1
 def rows(cost, free=None):
     """What is printed of a cost: pairs of a title and a text. free: bytes that the device has, if that is known."""
     memory = {f"memory: {part}": gib(nbytes) for part, nbytes in cost["training_memory_bytes"].items()}
+    unit = "a clip" if "frames" in cost else "an image"
     in_all = f"{memory.pop('memory: total')} on each device" + (f", of {gib(free)} free" if free else "")
     others = ", ".join(f"{macs / 1e9:,.2f} of {size}" for size, macs in cost.get("forward_macs_by_latent_size", {}).items())
     return [
         ("parameters", f"{cost['parameters']:,} trainable"),
-        ("forward pass", f"{cost['forward_macs_per_image'] / 1e9:,.2f} GMACs an image"),
+        ("forward pass", f"{cost['forward_macs_per_image'] / 1e9:,.2f} GMACs {unit}"),
         *([("of other shapes", f"{others} latent cells")] if others else []),
-        ("training step", f"{cost['training_flops_per_image'] / 1e9:,.2f} GFLOP an image"),
+        ("training step", f"{cost['training_flops_per_image'] / 1e9:,.2f} GFLOP {unit}"),
         *memory.items(),
         ("memory in all", in_all),
     ]
