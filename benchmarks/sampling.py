@@ -24,8 +24,7 @@ from runtime.config import Config, option
 from runtime.devices import set_precision
 from runtime.parser import Parser
 from sampling.config import ComputeConfig, GuidanceConfig, SamplerConfig
-from sampling.opened import place
-from sampling.pipeline import Pipeline, to_uint8
+from sampling.pipeline import Pipeline, place, to_uint8
 from training.config import RecipeConfig
 from training.cost import forward_macs
 
