@@ -51,7 +51,7 @@ def sample(config):
     if warning := precision_warning(config.compute.precision, opened.device):
         print(warning, file=sys.stderr)
 
-    advice = "draw fewer images at once: lower --samples-per-label, or give fewer --labels"
+    advice = f"draw fewer images at once: lower --samples-per-label, or give fewer {opened.condition.option}"
     opened.check_memory(number, advice)
     with explain_out_of_memory(advice):
         # the original's random stream: the initial weights, which are then loaded, and what `draw_noise` draws

@@ -130,7 +130,7 @@ def default_name(config, opened):
     settings, sampler = opened.settings, opened.config.sampler
     checkpoint = Path(opened.checkpoint.path).stem if config.source.ckpt else "pretrained"
     model, vae = opened.checkpoint.describe().replace("/", "-"), settings["vae"].strip("/").replace("/", "-")
-    name = f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{config.guidance.cfg_scale}"
+    name = f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{opened.config.guidance.cfg_scale}"
     name += "" if sampler.sampler == "ddpm" else f"-{sampler.sampler}-{sampler.num_sampling_steps}"
     name += f"-average-{config.source.average}" if config.source.average else ""
     return f"{name}-seed-{config.global_seed}"

@@ -96,7 +96,7 @@ def train(config, signals=None, dataset=None, watchers=()):
     advice += f"lower --global-batch-size {config.recipe.global_batch_size}"
     with processes(config.compute.device, config.compute.timeout) as context, explain_out_of_memory(advice):
         with context.together():
-            resumed = resume.peek(config.run)
+            resumed = resume.peek(config.run, config.model.num_heads)
             config, source = setup.resolve(config, context, resumed)
         if config.run.dry_run:
             from training import plan

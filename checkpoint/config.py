@@ -66,9 +66,11 @@ class ModelOptions(Config):
 
     @property
     def name(self):
-        """The paper's name of the model; where only sizes are known, as of --init-from, one by them."""
-        sizes = self.depth, self.hidden_size, self.patch_size
-        return self.model or ("DiT-{}x{}/{}".format(*sizes) if all(sizes) else DEFAULT)
+        """Of the model, by its sizes: see `checkpoint.opened.name_of`. Imports torch."""
+        from checkpoint.opened import name_of
+        from models import DiT_models
+
+        return name_of(DiT_models[self.model or DEFAULT].keywords | self.overrides())
 
     def clip_sizes(self, cells, patch_size):
         """The arguments of DiT that clips of frames of `cells` change, by name; none for images."""

@@ -291,10 +291,11 @@ class Checkpoint:
     def check_weights(self):
         """Raises CheckpointError where the weights do not fit the config or are not finite. Returns the model on the meta
         device: shapes without memory, because a damaged record may ask for any size."""
+        weights = self.weights
         try:
             with torch.device("meta"):
                 model = self._new_model()
-            check_shapes(self.weights, model.state_dict())
+            check_shapes(weights, model.state_dict())
         except ValueError as error:
             raise CheckpointError(f"{self.path}: its weights do not fit ({error})") from None
         self.check_finite()

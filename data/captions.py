@@ -63,7 +63,7 @@ def read_captions(root, names):
         files.check_regular(path)
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        way_out = "write one, or leave out --text-encoder"
+        way_out = "write one; train.py takes classes where it is given no --text-encoder"
         raise UserError(f"--data-path {root}", f"has no {FILE}, which tells the text of each image", way_out) from None
     except OSError as error:
         raise UserError(path, f"cannot be read ({files.reason(error)})", "correct it") from None

@@ -42,7 +42,7 @@ def read_frames(path, number, stride, random):
         span = (number - 1) * stride + 1
         if count < span:
             text = f"has {count} frames, of which {span} are needed for {number} with a stride of {stride}"
-            raise ImageError(printable(path), text, "remove it, or lower --num-frames or --frame-stride")
+            raise ImageError(printable(path), text, "remove it, or lower --num-frames or --frame-stride in a new run")
         start = int(random.integers(count - span + 1))
         return range(start, start + span, stride)
 

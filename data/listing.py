@@ -98,7 +98,8 @@ def list_images(root, loose=False, clips=False):
     images beside the folders are a class too, called ".". clips: of a folder of clips, as `clips_in` finds them. Raises
     UserError where there are none at all."""
     if not os.path.isdir(root):
-        raise UserError(f"--data-path {root}: no such folder")
+        problem = "is a file, and neither a .parquet nor an .arrow file" if os.path.lexists(root) else "no such folder"
+        raise UserError(f"--data-path {root}", problem, "name a folder with one folder of images for each class")
     found, left_out = walk(root, "--data-path ", clips_in if clips else images_in)
     what, names, labels, classes, stray = "clips" if clips else "images", [], [], [], 0
     for path, images in found:

@@ -38,9 +38,10 @@ def split_of(path):
 
 
 def parquet_files(path):
-    """{split: Parquet files} of a folder of them, or of a folder with data/, as repositories of the hub have it."""
-    found = defaultdict(list)
-    for file in sorted(file for pattern in ("*.parquet", "data/*.parquet") for file in Path(path).glob(pattern)):
+    """{split: Parquet files} of a folder of them, or of a folder with data/, as repositories of the hub have it; or of one
+    such file."""
+    found, own = defaultdict(list), [Path(path)] if str(path).endswith(".parquet") and os.path.isfile(path) else []
+    for file in sorted(own + [file for pattern in ("*.parquet", "data/*.parquet") for file in Path(path).glob(pattern)]):
         word = re.match(r"[a-z]*", file.name)[0]
         found[word if word in SPLITS else "train"].append(str(file))
     return found
@@ -50,8 +51,13 @@ def is_table(path):
     """Whether --data-path names a table: of the hub where there is no such path and it looks like owner/name."""
     base, _ = split_of(path)
     if os.path.lexists(base):
-        return any(Path(base, name).exists() for name in ("state.json", "dataset_dict.json")) or bool(parquet_files(base))
+        saved = any(Path(base, name).exists() for name in ("state.json", "dataset_dict.json"))
+        return saved or is_arrow_file(base) or bool(parquet_files(base))
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base))
+
+
+def is_arrow_file(path):
+    return str(path).endswith(".arrow") and os.path.isfile(path)
 
 
 def open_rows(path):
@@ -71,6 +77,8 @@ def open_rows(path):
         return split or ("train" if "train" in splits else min(splits))
 
     def read(_):
+        if is_arrow_file(base):
+            return datasets.Dataset.from_file(base)
         if not (sources := parquet_files(base)):
             rows = datasets.load_from_disk(base) if os.path.lexists(base) else datasets.load_dataset(base)
             return rows[choose(rows)] if isinstance(rows, dict) else rows

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.config import ColumnsConfig
 from diffusion.registry import SAMPLERS
 from runtime.config import Config, KeysOf, as_lists, option
 from runtime.errors import UserError
@@ -109,12 +110,12 @@ class EvalConfig(InceptionConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodConfig(SourceConfig):
+class LikelihoodConfig(ColumnsConfig, SourceConfig):
     """Options of tools/likelihood.py."""
 
     ckpt: str = option(help="checkpoint of train.py, .safetensors, or a folder or hub name in diffusers' format")
     vae: str | None = option(None, 'autoencoder of the model, which must be "none": pixels (default: the recorded one)')
-    data_path: str = option(help='folder of images with one folder per class, or "digits" or "mnist"')
+    data_path: str = option(help='folder of images with one folder per class, Parquet or Arrow data, "digits" or "mnist"')
     text_encoder: str | None = option(None, "text encoder of a model of texts (default: the recorded one)")
     num_images: int = option(1000, "images to measure, chosen from the data by --seed; all if there are fewer", low=2)
     num_timesteps: int = option(1000, "timesteps of the diffusion process; with fewer than the 1000 of training it is a "
@@ -133,6 +134,6 @@ class LikelihoodConfig(SourceConfig):
     @property
     def report(self):
         """The report's path: beside the checkpoint, in a run's folder, or, of a name on the hub, in this folder."""
-        ckpt = Path(self.ckpt)
+        ckpt = Path(self.lora or self.ckpt)
         beside = ckpt / "likelihood.json" if ckpt.is_dir() else "likelihood.json"
         return Path(self.output or (ckpt.with_suffix(".likelihood.json") if ckpt.is_file() else beside))

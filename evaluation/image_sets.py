@@ -16,12 +16,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from data.config import DataConfig
-from data.images import OF_THE_FILE, open_image
+from data.images import open_image
 from data.listing import ENDINGS, notes_of, to_path, walk
 from data.table import NO_LABELS, is_table, list_table
 from evaluation.metrics import check_covariance
 from runtime.errors import UserError, about
-from runtime.files import reason
+from runtime.files import OF_THE_FILE, reason
 from runtime.npy import read_npy_header
 from runtime.shapes import sides
 
@@ -48,7 +48,10 @@ def open_reference(path, option, image_size, column=None):
     try:
         images = open_images(path, column)
     except UserError as error:
-        raise UserError(f"{option} {error}") from None
+        text = str(error)
+        if option == "--eval-reference":  # train.py's option about a column is of the data that it trains on
+            text = text.replace("name one with --image-column", "give data with one")
+        raise UserError(f"{option} {text}") from None
     where = f"{option} {images.path}"
     if images.size and tuple(images.size) != sides(image_size):
         found, wanted = ("x".join(map(str, size)) for size in (images.size, sides(image_size)))
@@ -89,8 +92,14 @@ class NpzImages:
         self.path, self.size, self.labels, self.length, self.frames, self.jpeg = path, None, None, 0, 1, None
         if path.suffix == ".json":
             raise UserError(path, "a report, not a set of images", "name the .npz file or the folder that it is about")
-        if not zipfile.is_zipfile(path):
-            raise UserError(path, "not a .npz file, or one cut short", "write or download it again")
+        try:
+            with open(path, "rb") as file:  # of a path, is_zipfile says that it is no zip where it cannot be opened
+                is_zip = zipfile.is_zipfile(file)
+        except OSError as error:
+            raise UserError(path, f"cannot be read ({reason(error)})") from None
+        if not is_zip:
+            way_out = "write or download it again, or name a folder of images, or a .parquet or .arrow file"
+            raise UserError(path, "not a .npz file, or one cut short", way_out)
         with self._archive() as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
             self.statistics = {name: self._read_statistic(archive, name) for name in STATISTICS if name in names}

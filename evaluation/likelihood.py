@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from checkpoint.opened import Checkpoint
 from data.autoencoder import load_space, to_model_range
-from data.config import DataConfig
+from data.config import COLUMNS, DataConfig
 from data.images import load_dataset
 from data.latents import is_latents_folder
 from data.order import make_loader
@@ -21,7 +20,7 @@ from diffusion.registry import OBJECTIVES
 from runtime import files, seeds
 from runtime.devices import explain_out_of_memory, set_precision
 from runtime.errors import RunError, UserError
-from sampling.opened import settle
+from sampling.opened import open_checkpoint, settle
 
 
 def measure_likelihood(config, context):
@@ -29,13 +28,14 @@ def measure_likelihood(config, context):
     with context.together():
         for path in (config.report, config.report.with_suffix(".png")):
             files.check_output(path, "--output")
-        checkpoint = Checkpoint.open(config.ckpt, config.num_heads, average=config.average)
+        checkpoint = open_checkpoint(config)
         where, channels = f"--data-path {config.data_path}", checkpoint.model_config["in_channels"]
         if is_latents_folder(config.data_path):
             raise UserError(where, "holds latents of extract_latents.py", "name the folder of images")
         image_size = settle(config, checkpoint, pixel_space(config, checkpoint))["image_size"]
         encoder = config.text_encoder or checkpoint.condition.record().get("name")  # of a model of texts
-        data = DataConfig(data_path=config.data_path, flip=False, text_encoder=encoder)
+        columns = {name: getattr(config, name) for name in COLUMNS}
+        data = DataConfig(data_path=config.data_path, flip=False, text_encoder=encoder, **columns)
     dataset = load_dataset(data, image_size, context=context, num_frames=checkpoint.sizes.frames)
     with context.together():
         if dataset.channels != channels:
@@ -137,7 +137,7 @@ def make_report(rows, timesteps, config, checkpoint, context):
     def moments(values):
         return {"mean": values.mean(0).tolist(), "standard_error": (values.std(0) / math.sqrt(len(rows))).tolist()}
 
-    names = ("ckpt", "average", "data_path", "num_timesteps", "batch_size", "seed")
+    names = ("ckpt", "lora", "average", "data_path", "num_timesteps", "batch_size", "seed")
     return {
         "unit": "bits per dimension",
         "images": len(rows),

@@ -201,8 +201,9 @@ def describe_best(network, found, options, names):
         close = f"; {count} of {len(others)} others within two standard errors"
     given = " ".join(f"{flag(name)} {text_of(options[setting][name])}" for name in names)
     lines = [f"Best FD of {network}: {cell(best, 'fd', 3)}, {given or 'the only setting'}{close}", command(setting)]
-    if not setting.prompts:  # of which sample.py takes no file; its own autoencoder is another one
-        lines.append(command(SampleConfig.from_flat({**setting.flat(), "vae": options[setting]["vae"]})))
+    if not setting.prompts:  # of which sample.py takes no file; its own autoencoder and scale are others
+        own = {name: options[setting][name] for name in ("vae", "cfg_scale")}
+        lines.append(command(SampleConfig.from_flat({**setting.flat(), **own})))
     return "\n    ".join(lines)
 
 
@@ -214,7 +215,7 @@ def curves(networks, listed, found, names):
     lines = {}
     for options, setting in listed:
         label = " ".join(f"{flag(name)} {text_of(options[name])}" for name in names if name != "cfg_scale")
-        lines.setdefault(label, []).append((options["cfg_scale"], found[setting]["networks"]))
+        lines.setdefault(label, []).append((found[setting]["made_with"]["cfg_scale"], found[setting]["networks"]))
     figure = Figure(figsize=(10, 4 * len(networks)), layout="constrained")
     for network, (left, right) in zip(networks, figure.subplots(len(networks), 2, squeeze=False), strict=True):
         for label, points in lines.items():

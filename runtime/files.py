@@ -19,6 +19,8 @@ except ImportError:  # Windows has no such locks: two runs in one folder are the
 
 
 MISSING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # the file system lacks the call
+# Error numbers that tell of a file itself, and None of a reader's own errors; others are of the system
+OF_THE_FILE = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG}
 
 
 def replace_file(path, write):
@@ -105,11 +107,16 @@ def write_json(path, value):
 
 
 def read_json(path, kind=dict):
-    """The value in a JSON file, which must be a `kind`. None where the file is missing, damaged or holds another kind."""
+    """The value in a JSON file, which must be a `kind`. None where the file is missing, damaged or holds another kind.
+    Raises RunError where the system cannot read it."""
     try:
         check_regular(path)
         value = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise RunError(path, f"cannot be read ({reason(error)})", "run again when it can be read") from None
+        return None
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, kind) else None
 

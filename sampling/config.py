@@ -86,7 +86,9 @@ class SamplerConfig(Config):
 class GuidanceConfig(Config):
     """guidance"""
 
-    cfg_scale: float = option(1.5, "scale of classifier-free guidance; 1 is no guidance", low=0, basic=True)
+    cfg_scale: float | None = option(None, "scale of classifier-free guidance; 1 is no guidance (default: 4 of sample.py, "
+        "else 1.5; 1 for a model that was trained without null labels or has learned its guidance)", low=0,
+        basic=True)  # fmt: skip
     cfg_channels: str | None = option(None, "how many channels are guided (default: 3 of 4 channels with the paper's "
         "objective, as in the published results; else all)", choices=("3", "all"))  # fmt: skip
     guidance_interval: tuple[float, float] | None = option(None, "guide only where LO <= t / 1000 <= HI, and save the "
@@ -104,18 +106,24 @@ class GuidanceConfig(Config):
         if self.guide_ckpt and self.cfg_scale == 1:
             raise UserError("--guide-ckpt: does nothing at --cfg-scale 1; give a larger scale")
 
-    def check_objective(self, objective, path="the model"):
-        """Raises UserError where a model of this objective is guided in training alone. path: of the model in messages."""
-        if self.cfg_scale != 1 and OBJECTIVES[objective].average:
-            problem = f"{path} is a meanflow, which learns its guidance in training, by --guidance-in-target"
+    def completed(self, objective, path="the model", usual=1.5):
+        """With a scale for a model of this objective where none is given, by default `usual`. path: of the model in
+        messages. Raises UserError where a model is to be guided that has learned its guidance in training."""
+        if not OBJECTIVES[objective].average:
+            return replace(self, cfg_scale=usual) if self.cfg_scale is None else self
+        problem = f"{path} is a meanflow, which learns its guidance in training, by --guidance-in-target"
+        if self.guide_ckpt:
+            raise UserError(f"--guide-ckpt {self.guide_ckpt}", problem, "leave it out")
+        if self.cfg_scale not in (None, 1):
             raise UserError(f"--cfg-scale {self.cfg_scale}", problem, "pass --cfg-scale 1")
+        return replace(self, cfg_scale=1.0)
 
 
 def choose_sampler(kind, objective, name, steps, cfg_scale=1.0):
     """The SamplerConfig of --{kind}-sampler and --{kind}-sampling-steps, whose defaults are the objective's own. Raises
     UserError for a sampler that cannot draw so, or not with --{kind}-cfg-scale."""
     with about(f"--{kind}-cfg-scale", option="--cfg-scale"):
-        GuidanceConfig(cfg_scale=cfg_scale).check_objective(objective)
+        GuidanceConfig(cfg_scale=cfg_scale).completed(objective)
     default = OBJECTIVES[objective].default_sampler
     default = GRID_SAMPLER if kind == "sample" and not OBJECTIVES[objective].flow else default
     with about(f"--{kind}-sampler", option="--sampler"):
@@ -183,6 +191,7 @@ class DrawConfig(Config):
     """Which model to draw from, and how: what `Opened.open` takes."""
 
     released_vae = "ema"  # no option: of the released decoders, "ema" and "mse", the one to use where nothing names one
+    usual_scale = 1.5  # of guidance, where none is given
 
     text: TextConfig = TextConfig()
     source: SourceConfig = SourceConfig()
@@ -195,7 +204,7 @@ class DrawConfig(Config):
 class SampleConfig(DrawConfig):
     """Options of sample.py."""
 
-    script, released_vae = "sample.py", "mse"
+    script, released_vae, usual_scale = "sample.py", "mse", 4.0
 
     labels: tuple[str, ...] | None = option(None, "classes by number, name or WordNet number (default: 207 360 387 974 88 "
         "979 417 279, or the first eight of a model with other classes)", metavar="CLASS", basic=True)  # fmt: skip
@@ -212,7 +221,6 @@ class SampleConfig(DrawConfig):
     save_trajectory: str | None = option(None, "file for the predicted x_0 during sampling: an animation if it is a .gif, "
         "else a grid with a row for each image (default: not saved)", path="output", metavar="FILE")  # fmt: skip
     editing: EditingConfig = EditingConfig()
-    guidance: GuidanceConfig = GuidanceConfig(cfg_scale=4.0)
 
     def check(self):
         editing, sampler = self.editing, self.sampler
@@ -283,10 +291,10 @@ class SampleSetConfig(SetConfig, DrawConfig):
 
 def command(config):
     """The command line for a SampleConfig or a SampleSetConfig."""
-    words, defaults = ["python", config.script], config.defaults()
+    words, defaults = ["python", config.script], {**config.defaults(), "cfg_scale": config.usual_scale}
     defaults |= recorded_drawing(config.flat()) if isinstance(config, SampleConfig) else {}
     for name, value in config.flat().items():
-        if value == defaults[name]:
+        if value in (None, defaults[name]):
             continue
         given = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
         words += [flag(name if value is not False else f"no_{name}"), *map(str, given)]

@@ -44,9 +44,10 @@ class Opened:
         source = config.source
         checkpoint = open_checkpoint(source)
         path, objective, text = checkpoint.path, checkpoint.model_config["objective"], config.text
-        config = replace(config, sampler=config.sampler.completed(objective, path))
+        guidance = complete_guidance(config, checkpoint)
+        config = replace(config, sampler=config.sampler.completed(objective, path), guidance=guidance)
         condition = checkpoint.condition.prepare(path, text.negative_prompt, text.text_encoder)
-        guide = open_guide(config.guidance, checkpoint)
+        guide = open_guide(guidance, checkpoint)
         space, vae, vae_name = open_space(source, checkpoint, config.released_vae)
         settings = {**settle(source, checkpoint, space, vae_name), "vae": vae}
         check_compile(config.compute.compile, pick_device(config.compute.device))
@@ -60,9 +61,9 @@ class Opened:
 
     def vary(self, config):
         """The same weights with the sampler and guidance of another config. Raises UserError as `open`."""
-        check_guidance(config.guidance, self.checkpoint)
+        guidance = complete_guidance(config, self.checkpoint)
         sampler = config.sampler.completed(self.checkpoint.model_config["objective"], self.checkpoint.path)
-        return replace(self, config=replace(config, sampler=sampler))
+        return replace(self, config=replace(config, sampler=sampler, guidance=guidance))
 
     def made_with(self, given):
         """What the images of a set are made with beside the checkpoint, a dict; of a SampleSetConfig. given: its
@@ -98,7 +99,10 @@ def open_checkpoint(source):
     """The Checkpoint of a SourceConfig; of the released one what is known without the file, which is downloaded later."""
     if source.ckpt:
         where = {"where": source.lora, "base": source.ckpt} if source.lora else {"where": source.ckpt}
-        return Checkpoint.open(num_heads=source.num_heads, average=source.average, **where)
+        found = Checkpoint.open(num_heads=source.num_heads, average=source.average, **where)
+        if source.lora and "base" not in found.state:
+            raise UserError(f"--lora {source.lora}", "holds no LoRA weights", "name it as --ckpt, without --lora")
+        return found
     size = source.image_size or 256
     if source.average:
         raise UserError("--average: needs --ckpt, whose weights are meant; the released models have one average each")
@@ -108,21 +112,24 @@ def open_checkpoint(source):
     return Checkpoint({}, "the released DiT-XL/2", {"model_config": {"input_size": size // 8}})
 
 
-def check_guidance(guidance, checkpoint):
-    """Raises UserError where the model cannot be guided so."""
+def complete_guidance(options, checkpoint):
+    """The GuidanceConfig of a DrawConfig, with a scale that suits the model where none is given. Raises UserError where the
+    model cannot be guided so."""
     config = checkpoint.model_config
-    guidance.check_objective(config["objective"], checkpoint.path)
+    conditional = config["num_classes"] or checkpoint.condition_record
+    unguided = not options.guidance.guide_ckpt and conditional and config["class_dropout_prob"] == 0
+    usual = 1.0 if unguided else options.usual_scale
+    guidance = options.guidance.completed(config["objective"], checkpoint.path, usual)
     if guidance.cfg_channels == "3" and config["in_channels"] < 3:
         raise UserError(f"--cfg-channels 3: the model has {config['in_channels']}; leave the option out")
-    conditional = config["num_classes"] or checkpoint.condition_record
-    if not guidance.guide_ckpt and guidance.cfg_scale != 1 and conditional and config["class_dropout_prob"] == 0:
-        problem = "cannot be guided, it was trained without null labels; pass --cfg-scale 1"
-        raise UserError(f"{checkpoint.path}: {problem}")
+    if unguided and guidance.cfg_scale != 1:
+        problem = f"{checkpoint.path} cannot be guided, it was trained without null labels"
+        raise UserError(f"--cfg-scale {guidance.cfg_scale}", problem, "pass --cfg-scale 1")
+    return guidance
 
 
 def open_guide(guidance, checkpoint):
-    """The guiding checkpoint or None, after a check that the model can be guided so."""
-    check_guidance(guidance, checkpoint)
+    """The guiding checkpoint or None. Raises UserError where it is of another kind."""
     if not guidance.guide_ckpt:
         return None
     path, config = checkpoint.path, checkpoint.model_config
@@ -146,6 +153,9 @@ def open_space(source, checkpoint, released_vae):
     name = f"--vae {vae}" if source.vae else f"autoencoder {vae}" + (f", recorded in {checkpoint.path}" if recorded else "")
     if vae == "none" and channels not in (1, 3):
         raise UserError(f"{name}: {checkpoint.path} has {channels} channels, it works on latents; name its autoencoder")
+    if not source.vae and not checkpoint.vae and channels in (1, 3):
+        problem = f"{channels} channels, like pixels, but records no --vae"
+        raise UserError(checkpoint.path, problem, "if it works on pixels, pass --vae none")
     with about(name):  # --vae only where the user has given it
         space = load_space(vae, channels)
     if checkpoint.latents and isinstance(space, LatentSpace):

@@ -39,8 +39,7 @@ class Pipeline:
         self.model, self.space, self.guide, self.precision = model, space, guide, precision
         self.condition = condition or model.condition or Classes(model.num_classes)
         self.sampler = (sampler or SamplerConfig()).completed(model.objective)
-        self.guidance = guidance or GuidanceConfig()
-        self.guidance.check_objective(model.objective)
+        self.guidance = (guidance or GuidanceConfig()).completed(model.objective)
         self.device = next(model.parameters()).device
         self.create_diffusion = partial(create_diffusion, learn_sigma=model.learn_sigma)
         self.shape = (model.in_channels, *(sides or model.sizes.sides))  # of one image's x_T

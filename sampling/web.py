@@ -29,7 +29,6 @@ from sampling.pipeline import Pipeline
 MAX_IMAGES = 256  # of one drawing
 PREVIEW_SECONDS = 0.25  # between two pictures of the predicted x_0, at least
 SAMPLER = ("dpm-solver++", 20)  # of the page for diffusions: the published 250 steps are slow to watch
-CFG_SCALE = 4.0  # of the page, where the model has not learned its guidance
 
 # The options of sample.py that the page has, as the page calls them
 TITLES = {
@@ -137,11 +136,11 @@ def offers(ckpt, vae=None, compute=None):
     """What the page offers for a checkpoint: ([(text, word)] of its classes, default words, (sampler, steps, guidance),
     sizes).
     There are no classes for a model of texts or vectors. Raises UserError."""
-    values = {"ckpt": ckpt, "vae": vae, "cfg_scale": 1.0, **(compute or ComputeConfig()).flat()}
+    values = {"ckpt": ckpt, "vae": vae, **(compute or ComputeConfig()).flat()}
     opened = Opened.open(SampleConfig.from_flat(values))
     condition, objective = opened.condition, OBJECTIVES[opened.checkpoint.model_config["objective"]]
     (sampler, steps), choices = objective.default_sampler if objective.flow else SAMPLER, condition.all()
-    settings = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": 1.0 if objective.average else CFG_SCALE}
+    settings = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": opened.config.guidance.cfg_scale}
     recorded = opened.checkpoint.drawing or {}
     settings = tuple(recorded.get(name, value) for name, value in settings.items())
     sizes = [*map(str, image_sizes(opened.checkpoint, opened.space))]

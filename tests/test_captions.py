@@ -75,7 +75,7 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, lines, words):
 
 
 def test_a_folder_without_metadata_is_told_the_way_out(tmp_path):
-    with pytest.raises(UserError, match="has no metadata.jsonl.*leave out --text-encoder"):
+    with pytest.raises(UserError, match="has no metadata.jsonl.*write one; train.py takes classes"):
         read_captions(tmp_path, ["a.png"])
     (tmp_path / "metadata.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot be read"):

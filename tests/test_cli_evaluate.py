@@ -22,7 +22,7 @@ from helpers import to_the_end
 from PIL import Image
 
 import evaluate
-from evaluation import comparison
+from evaluation import comparison, image_sets
 from evaluation.comparison import PUBLISHED
 from evaluation.extraction import share
 from evaluation.image_sets import checksum, open_images
@@ -265,9 +265,11 @@ def test_mistakes_in_npz_files_get_one_line(folder, capsys, tmp_path):
 
 def test_an_npz_that_the_system_cannot_read_is_not_called_damaged(folder, capsys, monkeypatch):
     stale = mock.Mock(side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
-    monkeypatch.setattr(zipfile, "ZipFile", stale)
-    line = fails(capsys, folder / "reference.npz", folder / "samples.npz", *network_and_cache(folder))
-    assert line.endswith(f"reference.npz: cannot be read ({os.strerror(errno.ESTALE)})")
+    for module, name in ((zipfile, "ZipFile"), (image_sets, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stale, raising=False)
+            line = fails(capsys, folder / "reference.npz", folder / "samples.npz", *network_and_cache(folder))
+            assert line.endswith(f"reference.npz: cannot be read ({os.strerror(errno.ESTALE)})")
 
 
 def test_damaged_npz_is_noticed_while_it_is_read(folder, tmp_path):

@@ -135,15 +135,20 @@ def test_without_a_checkpoint_only_the_released_models_are_drawn_from(capsys):
         assert "name your own with --ckpt" in capsys.readouterr().err
 
 
-def test_a_model_without_null_labels_cannot_be_guided(tmp_path, capsys):
+def test_a_model_without_null_labels_is_drawn_without_guidance(tmp_path, capsys):
     sizes = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2}
     weights = DiT(**sizes, num_classes=3, class_dropout_prob=0.0).state_dict()
     args = {"num_heads": 2, "label_dropout": 0.0, "num_classes": 3, "image_size": 8, "vae": "none"}
     files.save(tmp_path / "a.pt", {"ema": weights, "args": args})
     command = ["--ckpt", tmp_path / "a.pt", "--output", tmp_path / "a.png", "--num-sampling-steps", 2, "--labels", 1]
-    assert call(sample.main, *command) == 2
-    assert "trained without null labels; pass --cfg-scale 1" in capsys.readouterr().err
-    assert call(sample.main, *command, "--cfg-scale", 1) == 0
+    assert call(sample.main, *command, "--cfg-scale", 3) == 2
+    assert "--cfg-scale 3.0: " in (line := capsys.readouterr().err)
+    assert "trained without null labels; pass --cfg-scale 1" in line
+    drawn = []
+    for scale in ([], ["--cfg-scale", 1]):
+        assert call(sample.main, *command, *scale) == 0
+        drawn.append((tmp_path / "a.png").read_bytes())
+    assert drawn[0] == drawn[1]
 
 
 SHORT = ["--num-sampling-steps", "4", "--device", "cpu", "--columns", "3"]

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 import train
 from checkpoint import files as checkpoint
+from checkpoint.config import ModelOptions
 from checkpoint.opened import Checkpoint
 from checkpoint.saver import BackgroundSaver
 from data import crop, order
@@ -62,11 +63,15 @@ def test_a_run_leaves_what_explains_and_continues_it(tiny_checkpoint):
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 
-def test_numbered_folders_count_up(tmp_path):
+def test_numbered_folders_count_up_and_are_called_by_the_models_sizes(tmp_path):
     for _ in range(2):
         assert call(train.main, *TINY, "--max-steps", 1, "--results-dir", tmp_path) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000-DiT-XL-2", "001-DiT-XL-2"]
-    assert (tmp_path / "001-DiT-XL-2/checkpoints/0000001.pt").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000-DiT-1x16-2", "001-DiT-1x16-2"]
+    assert (tmp_path / "001-DiT-1x16-2/checkpoints/0000001.pt").is_file()
+    assert json.loads((tmp_path / "001-DiT-1x16-2/options.json").read_text())["model"] is None
+    names = {"DiT-XL/2": {}, "DiT-S/4": {"model": "DiT-S/4"}, "DiT-28x64/2": {"hidden_size": 64, "num_heads": 4},
+             "DiT-S/7": {"model": "DiT-S/2", "patch_size": 7}}  # fmt: skip
+    assert [ModelOptions(**options).name for options in names.values()] == [*names]
 
 
 FOLDER = "--vae none --image-size 8 --num-classes 3 --hidden-size 16 --depth 1 --num-heads 2 --global-batch-size 4 "
@@ -359,9 +364,9 @@ def test_a_stopped_run_says_how_it_is_resumed(tmp_path, ranks, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = ranks(signalled, [*TINY, "--max-steps", 5])
     assert run.wait() == [0]
-    assert "to resume, give the same command with --run-dir results/000-DiT-XL-2" in run.text()
-    assert call(train.main, *TINY, "--max-steps", 5, "--run-dir", "results/000-DiT-XL-2") == 0
-    assert latest(Path("results/000-DiT-XL-2"))["step"] == 5
+    assert "to resume, give the same command with --run-dir results/000-DiT-1x16-2" in run.text()
+    assert call(train.main, *TINY, "--max-steps", 5, "--run-dir", "results/000-DiT-1x16-2") == 0
+    assert latest(Path("results/000-DiT-1x16-2"))["step"] == 5
 
 
 def test_workers_that_torchrun_leaves_behind_stop(monkeypatch):

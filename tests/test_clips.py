@@ -217,12 +217,21 @@ def test_frames_of_clips_are_the_images_of_a_distance(run, tmp_path, monkeypatch
     assert round(same["images_per_second"] * same["seconds"]) == 40
 
 
+def test_too_long_a_clip_is_asked_for_and_then_a_shorter_one(clips, tmp_path, capsys):
+    """A run that fails before its first step leaves no checkpoint, which would refuse what its error advises."""
+    command = [*TINY, "--data-path", clips, "--image-size", 16, "--run-dir", tmp_path / "run", "--max-steps", 1]
+    assert call(train.main, *command, "--num-frames", 100) == 2
+    assert "or lower --num-frames" in capsys.readouterr().err.splitlines()[-1]
+    assert call(train.main, *command, "--num-frames", 2) == 0
+
+
 @pytest.mark.parametrize(
     ("main", "options", "words"),
     [
         (train.main, "--data-path mnist --vae none --image-size 28 --num-frames 4", "mnist has images; leave it out"),
         (train.main, "--data-path moving-mnist --num-frames 4 --patch-frames 3", "not a multiple of --patch-frames 3"),
         (train.main, "--data-path mnist --patch-frames 3", "give --num-frames too"),
+        (train.main, "--data-path mnist --vae none --image-size 28 --frame-stride 3", "give --num-frames too"),
         (sample.main, "--init-image assets/samples.png --strength 0.5", "draws clips; leave it out"),
     ],
 )

@@ -218,7 +218,7 @@ def test_weights_without_a_record_need_the_options(capfd, tmp_path, tiny_checkpo
 
 
 def test_outputs_are_checked_before_anything_slow(capfd, tmp_path, monkeypatch, tiny_checkpoint):
-    monkeypatch.setattr(likelihood, "Checkpoint", None)  # using it would raise
+    monkeypatch.setattr(likelihood, "open_checkpoint", None)  # using it would raise
     (tmp_path / "a.png").mkdir()
     known = "--ckpt", tiny_checkpoint, "--data-path", "digits", "--output"
     assert "a.png: is a folder" in refused(capfd, *known, tmp_path / "a.json")

@@ -1,5 +1,6 @@
 """--lora-rank: what is trained, what a checkpoint holds, and that it is the merged model wherever it is read."""
 
+import json
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ import train
 from checkpoint import lora
 from checkpoint.opened import Checkpoint
 from models import DiT
-from tools import convert
+from tools import convert, likelihood
 
 SIZES = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 RUN = [*TINY[: TINY.index("--hidden-size")], *TINY[TINY.index("--global-batch-size") :], "--ema-warmup"]
@@ -65,6 +66,10 @@ def test_a_checkpoint_holds_the_pairs_alone_and_is_read_as_the_whole_model(tuned
     assert call(convert.main, tuned, tmp_path / "merged.safetensors") == 0
     merged = Checkpoint.open(tmp_path / "merged.safetensors").weights
     assert all(torch.equal(value, opened.weights[name]) for name, value in merged.items())
+    few = ["--data-path", "digits", "--num-images", 2, "--num-timesteps", 2, "--device", "cpu", "--output"]
+    assert call(likelihood.main, "--ckpt", tiny_checkpoint, "--lora", tuned, *few, tmp_path / "a.json") == 0
+    settings = json.loads((tmp_path / "a.json").read_text())["settings"]
+    assert (settings["checkpoint_crc32"], settings["lora"]) == (opened.checksum, str(tuned))
 
 
 def test_a_base_that_has_moved_is_named_and_another_one_is_refused(tiny_checkpoint, tmp_path, capfd):

@@ -295,7 +295,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_can_be_drawn_from(tmp_path):
         for words in ("", "--num-sampling-steps 4", "--sampler flow-heun --num-sampling-steps 3",
                       "--sampler ddim --num-sampling-steps 3"):  # fmt: skip
             output = tmp_path / "out.png"
-            argv = ("--ckpt", checkpoint, "--cfg-scale", 1, "--labels", 3, "--output", output, *words.split())
+            argv = ("--ckpt", checkpoint, "--labels", 3, "--output", output, *words.split())
             assert call(sample_command.main, *argv, "--device", "cpu") == 0
             assert output.exists()
             output.unlink()
@@ -310,7 +310,7 @@ def test_one_step_is_one_evaluation_and_needs_no_guidance(mean_checkpoint):
             return super().forward(x, t, y, r)
 
     model = Counting(**SMALL, objective="meanflow", predict="v", learn_sigma=False).eval()
-    pipeline = Pipeline(model, Pixels(1), guidance=GuidanceConfig(cfg_scale=1.0))
+    pipeline = Pipeline(model, Pixels(1))
     pipeline([3, 4], *pipeline.noise(0, [0, 1]))
     assert evaluations == [(2, 1000.0, 0.0)]
     assert web.offers(str(mean_checkpoint))[2] == ("meanflow", 1, 1.0)  # the web page's fields
@@ -352,7 +352,8 @@ def test_an_embedder_of_slower_time_imitates_a_smooth_one():
         (train.main, [*MEANFLOW, "--label-dropout", "0"], "--guidance-in-target 2.0: guidance needs null labels"),
         (train.main, [*MEANFLOW, "--guidance-in-target", "0.5"], "--guidance-in-target"),
         (train.main, [*MEANFLOW, "--sample-every", "2", "--sample-cfg-scale", "3"], "--sample-cfg-scale 3.0: the model is"),
-        (sample_command.main, ["--ckpt", "MEAN"], "--cfg-scale 4.0: "),
+        (sample_command.main, ["--ckpt", "MEAN", "--cfg-scale", "4"], "--cfg-scale 4.0: "),
+        (sample_command.main, ["--ckpt", "MEAN", "--guide-ckpt", "MEAN"], "which learns its guidance in training"),
         (convert.main, ["MEAN", "folder"], "--objective meanflow"),
         (train.main, [*TINY, "--init-from", "MEAN", "--objective", "flow"], "--objective flow: "),
     ],

@@ -68,11 +68,13 @@ def tables(tmp_path_factory, image_folder):
     rows = datasets.load_dataset("parquet", data_files=[*map(str, sorted(parquet.glob("*")))], split="train")
     rows.save_to_disk(folder / "arrow", num_shards=2)
     datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(folder / "splits")
-    kinds = ("parquet", "repository", "arrow", "splits")
+    rows.to_parquet(folder / "one.parquet")
+    shutil.copy(rows.cache_files[0]["filename"], folder / "one.arrow")
+    kinds = ("parquet", "repository", "arrow", "splits", "one.parquet", "one.arrow")
     return {"files": image_folder, **{kind: folder / kind for kind in kinds}, "train": f"{folder}/splits:train"}
 
 
-@pytest.mark.parametrize("kind", ["parquet", "repository", "arrow", "splits", "train"])
+@pytest.mark.parametrize("kind", ["parquet", "repository", "arrow", "splits", "train", "one.parquet", "one.arrow"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_items_are_those_of_the_same_pictures_in_files(tables, kind, workers):
     """The order is a function of (seed, epoch), and the checksum the same, so that a run may even go on from the other."""
@@ -133,7 +135,7 @@ def test_a_picture_that_is_none_stops_or_is_replaced(tmp_path, image_folder):
         load_dataset(DataConfig(path), 8)[2, 0]
     item = load_dataset(DataConfig(path, flip=False, skip_bad_images=True), 8)[1, 0]
     assert (item["index"], item["source"], item["label"]) == (1, 4, 1)
-    assert "row 3" in item["replaced"], "the last one that was passed over"
+    assert "1.png: not a readable image" in item["replaced"], "its own, and not the last one that was passed over"
 
 
 IMAGES = [b"0", b"1", b"22"]
@@ -222,8 +224,11 @@ def test_columns_of_what_is_no_table_and_names_that_are_not_there(tmp_path, imag
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no such folder"):
         load_dataset(DataConfig(str(tmp_path / "none")), 8)
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match="is a file, and neither a .parquet nor an .arrow file; name a folder"):
+        load_dataset(DataConfig(str(tmp_path / "a.zip")), 8)
     features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict({"image": []}, features).save_to_disk(tmp_path / "empty")
+    datasets.Dataset.from_dict({"image": []}, features).save_to_disk(tmp_path / "empty", num_shards=1)
     with pytest.raises(UserError, match="^--data-path .*empty: (holds no rows|no usable table of images in that folder)"):
         load_dataset(DataConfig(str(tmp_path / "empty")), 8)  # some versions of the package do not even open it
     (tmp_path / "bad").mkdir()

@@ -35,7 +35,8 @@ def resolve(options, config, resumed=None):
         options = dataclasses.replace(options, **{name: resumed.model_config[name] for name in missing})
     if not init_from:
         design = {"block": options.block or "adaln-zero", "objective": options.objective or "diffusion"}
-        return dataclasses.replace(options, model=options.model or DEFAULT, **design), None
+        name = options.model or (DEFAULT if options.name == DEFAULT else None)
+        return dataclasses.replace(options, model=name, **design), None
     if resumed is None or config.lora_rank:  # whose checkpoints lack the base's weights
         source = Checkpoint.open(init_from, options.num_heads, average=config.init_average)
         if not source.model_config["learn_sigma"] and source.model_config["objective"] == "diffusion":

@@ -27,12 +27,13 @@ def find_checkpoint(how, folder, log):
     return Path(how), None
 
 
-def peek(run):
+def peek(run, num_heads=None):
     """The Checkpoint that a run with this RunConfig will resume from, or an earlier one of the same model, not verified;
-    None where the run starts anew, or where every file is damaged, which find_checkpoint reports."""
+    None where the run starts anew, or where every file is damaged, which find_checkpoint reports. num_heads: as of
+    `Checkpoint.open`."""
     how = run.how_to_resume
     if how not in ("auto", "none"):
-        return Checkpoint.open(how, verify=False)
+        return Checkpoint.open(how, num_heads, verify=False)
     for path in files.newest_first(Path(run.run_dir) / "checkpoints") if how == "auto" else []:
         with contextlib.suppress(files.CheckpointError):  # damage alone: what cannot be read now must not be passed over
             checkpoint = Checkpoint.open(path, verify=False)
@@ -105,4 +106,5 @@ def check_model(checkpoint, model_config):
     differing = [name for name in before if before[name] != now[name] and name != "class_dropout_prob"]
     if differing:  # no option can make these fit
         what = "; ".join(f"model {name} {before[name]}, now {now[name]}" for name in differing)
-        raise UserError(f"{checkpoint.path}: another model ({what})")
+        way_out = "choose another --run-dir, or give that model's options"
+        raise UserError(checkpoint.path, f"another model ({what})", way_out)

@@ -105,7 +105,8 @@ class Run:
                     with self.context.together():  # raises
                         self.folder.finish_writing()
                 if failed:
-                    self.save()
+                    if trainer.steps_made:  # else nothing would be lost, and options of another run would be refused
+                        self.save()
                     raise UserError(next(filter(None, self.context.all_gather(failure))))
                 if stop:
                     interrupted = any(self.context.all_gather(self.signals.interrupted))

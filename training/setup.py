@@ -166,7 +166,8 @@ def build_model(options, recipe, space, condition=None):
     try:
         return constructor(**arguments, **condition.model_arguments(), class_dropout_prob=recipe.label_dropout)
     except ValueError as error:
-        raise UserError(f"--model {name} with these overrides: {error}") from None
+        where = f"--model {options.model} with these overrides" if options.model else "the options of the model"
+        raise UserError(where, error) from None
 
 
 def default_time_shift(numbers):

@@ -28,12 +28,15 @@ VALID = {
     "--num-workers 0 --device cpu",
     "complexity": "--model DiT-S/8 --image-size 64",
     "convert": "in/tiny.pt out.safetensors", "plot": "in/run-whole --output curves.png",
+    "sweep": "--ckpt in/tiny.pt --ref in/reference.npz --num-fid-samples 4 --num-sampling-steps 2 --device cpu "
+    "--inception-weights in/inception.pth --output swept",
     "app": "",
 }  # fmt: skip
 CONFIGS = {
     "train": "TrainConfig", "sample": "SampleConfig", "sample_ddp": "SampleSetConfig", "evaluate": "EvaluateConfig",
     "likelihood": "LikelihoodConfig", "extract_latents": "ExtractConfig", "complexity": "CostConfig",
     "convert": "ConvertConfig", "plot": "PlotConfig", "app": "AppConfig",
+    "sweep": "SweepConfig",
 }  # fmt: skip
 TABLE = (Path(__file__).parent / "mistakes.txt").read_text()
 KINDS = ("values", *re.findall(r"^\[(\w+)\]$", TABLE, re.M))
