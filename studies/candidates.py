@@ -197,7 +197,7 @@ class Alignment(Candidate):
     def begin(self, run):
         model, stored = run.trainer.model, open_features(run.config, run.images)
         model.blocks[model.depth // 2 - 1].register_forward_hook(self.keep)
-        run.trainer.objective = AlignedFlow(self, stored, model.aligned)
+        run.trainer.objective = AlignedFlow(self, stored, model.aligned, model.sizes.grid)
 
     def keep(self, block, args, x):
         self.tokens = x
@@ -207,12 +207,12 @@ class Alignment(Candidate):
 
 
 class AlignedFlow(Flow):
-    def __init__(self, middle, stored, projection):
+    def __init__(self, middle, stored, projection, grid):
         super().__init__()
-        self.middle, self.stored, self.projection = middle, stored, projection
+        self.middle, self.stored, self.projection, self.grid = middle, stored, projection, grid
 
     def see(self, batch):
-        features = self.stored[batch["index"]].float()  # (N, C, h, w)
+        features = F.adaptive_avg_pool2d(self.stored[batch["index"]].float(), self.grid)  # (N, C, *grid)
         flipped = batch["flipped"][:, None, None, None]
         self.features = torch.where(flipped, features.flip(-1), features).flatten(2).transpose(1, 2)  # (N, T, C)
 

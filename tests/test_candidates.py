@@ -24,7 +24,7 @@ def images():
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     def features(config, images):
-        return normal("features", len(images.train), 112, 4, 4).half()
+        return normal("features", len(images.train), 112, 8, 8).half()  # two by two for each token
 
     monkeypatch.setattr(candidates, "open_features", features)
     return CandidatesConfig(data="digits", flags=SMALL, steps=4, output=str(tmp_path))
@@ -90,8 +90,9 @@ def test_features_are_those_of_the_image_and_are_mirrored_with_it(config, images
     stored = candidates.open_features(config, images)
     run.candidate.see(run, {"index": torch.tensor([7, 7]), "flipped": torch.tensor([False, True])})
     straight, mirrored = run.trainer.objective.features.unflatten(1, (4, 4))
-    assert torch.equal(straight, stored[7].float().permute(1, 2, 0))
-    assert torch.equal(mirrored, straight.flip(1))
+    expected = stored[7].float().unflatten(2, (4, 2)).unflatten(1, (4, 2)).mean((2, 4))  # (C, 4, 4)
+    torch.testing.assert_close(straight, expected.permute(1, 2, 0))
+    torch.testing.assert_close(mirrored, straight.flip(1))
     run.step()
     model, gradients = run.trainer.model, []
     for part in (model.aligned, model.blocks[0], model.blocks[1]):
