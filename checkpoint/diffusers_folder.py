@@ -215,7 +215,7 @@ def write(folder, checkpoint, record, vae=None):
 
     def fill(folder):
         transformer.save_config(folder / "transformer")
-        save_file(tensors, folder / "transformer" / f"{WEIGHTS}.safetensors", metadata.to_text(record))
+        save_file(tensors, folder / "transformer" / f"{WEIGHTS}.safetensors", metadata.to_text(record, tensors))
         # the process of the paper, at the timesteps of "ddimN"
         DDIMScheduler(clip_sample=False, timestep_spacing="leading").save_pretrained(folder / "scheduler")
         if vae:

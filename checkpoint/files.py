@@ -9,10 +9,12 @@ It is written atomically, and every byte is verified before it is used. Nothing 
 
 import argparse
 import errno
+import json
 import os
 import re
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 
 import safetensors.torch
@@ -38,11 +40,13 @@ def load(path, mmap=True, verify=True):
     path = Path(path)
     check_regular_file(path)
     try:
-        # .safetensors and the bare pickles of older versions of PyTorch have no checksums; the pickles cannot be mapped
+        # bare pickles of older versions of PyTorch have no checksums and cannot be mapped; .safetensors have one of our own
         zipped = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
         if zipped and verify:
             _check_bytes(path)
         state = _read(path, mmap and zipped)
+        if path.suffix == ".safetensors" and verify and header(path).get("crc32") not in (None, checksum_of(state)):
+            raise CheckpointError(f"{path}: damaged: the checksum of its weights does not match")
     except UserError:
         raise
     except Exception as error:  # a damaged file can make the readers raise almost anything
@@ -84,6 +88,22 @@ def _explain(path, error, otherwise):
             found = error_of_system
     why = files.reason(found)
     return UnreadableError(path, f"cannot be read ({why})", "nothing was changed; run again when it can be read")
+
+
+def header(path):
+    """The metadata of a .safetensors file, {name: text}."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)).get("__metadata__") or {}
+
+
+def checksum_of(tensors):
+    """CRC-32 of the names and values of {name: tensor}, as eight hexadecimal digits."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def check_regular_file(path):

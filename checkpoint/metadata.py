@@ -8,8 +8,7 @@ it takes where the command line gives no others).
 
 import json
 
-from safetensors import safe_open
-
+from checkpoint import files
 from checkpoint.files import CheckpointError
 
 NAMES = ("model_config", "class_names", "vae", "image_size", "condition", "latents", "drawing")
@@ -25,17 +24,18 @@ def of(checkpoint, vae=None):
     return found | {"image_size": checkpoint.image_size if checkpoint.vae else None}
 
 
-def to_text(record):
-    """A record as the metadata of a .safetensors file; "format" is what diffusers asks for."""
-    return {"format": "pt"} | {name: json.dumps(record[name]) for name in NAMES if record.get(name) is not None}
+def to_text(record, weights):
+    """The metadata of a .safetensors file of these weights: the record; their checksum, which `files.load` compares; and
+    "format", which diffusers asks for."""
+    own = {"format": "pt", "crc32": files.checksum_of(weights)}
+    return own | {name: json.dumps(record[name]) for name in NAMES if record.get(name) is not None}
 
 
 def read(path):
     """The record in a .safetensors file, empty for other files. Raises CheckpointError where it is damaged."""
     if not str(path).endswith(".safetensors"):
         return {}
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    metadata = files.header(path)
     try:
         return {name: json.loads(metadata[name]) for name in (*NAMES, *OLD_NAMES) if name in metadata}
     except (ValueError, RecursionError):

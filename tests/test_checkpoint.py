@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
+from helpers import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import fill
@@ -28,6 +29,7 @@ from checkpoint.opened import Checkpoint
 from models import BLOCKS, DiT, DiT_models
 from runtime import files
 from runtime.errors import RunError
+from tools import convert
 
 MODEL = DiT(**SMALL)
 
@@ -98,6 +100,20 @@ def test_a_flipped_bit_is_found_by_every_reader(tmp_path):
         with pytest.raises(CheckpointError, match=r"w.pt: damaged: the checksum of \S+ does not match"):
             read(path)
     assert checkpoint.load(path, verify=False)["ema"]["w"].count_nonzero() <= 1
+
+
+def test_a_flipped_bit_in_converted_weights_is_found(tmp_path):
+    model = DiT(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    torch.save({"ema": model.state_dict(), "model_config": model.config}, tmp_path / "w.pt")
+    path = tmp_path / "w.safetensors"
+    for dtype in ([], ["--dtype", "bfloat16", "--overwrite"]):
+        assert call(convert.main, tmp_path / "w.pt", path, *dtype) == 0
+        assert Checkpoint.open(path).weights.keys() == model.state_dict().keys()
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1  # the lowest bit of a weight
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="w.safetensors: damaged: the checksum of its weights does not match"):
+            Checkpoint.open(path)
 
 
 def raiser(error, cause=None):

@@ -106,7 +106,7 @@ def convert(config, drawing=None):
         if target.suffix == ".pt":
             replace_file(target, lambda file: torch.save(weights, file))
         elif target.suffix == ".safetensors":
-            replace_file(target, lambda file: save_file(weights, file.name, metadata.to_text(record)))
+            replace_file(target, lambda file: save_file(weights, file.name, metadata.to_text(record, weights)))
         else:
             diffusers_folder.write(target, checkpoint, record, load_autoencoder(config, checkpoint))
     except (OSError, RuntimeError, SafetensorError) as error:
