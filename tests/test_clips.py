@@ -23,7 +23,7 @@ from evaluation.features import NETWORKS, FeatureNetwork, Outputs
 from models import DiT
 from runtime.errors import UserError
 from studies import attention, moving
-from tools import sweep
+from tools import plot, sweep
 from training.finetune import inflate
 
 # A DiT of clips of four frames of the moving digits, a few steps long
@@ -171,6 +171,10 @@ def run(tmp_path_factory):
 def test_a_model_of_clips_trains_and_draws_animations_strips_and_sets(run, tmp_path):
     with Image.open(run / "samples/0000004.png") as grid:
         assert grid.width > 4 * 64 > grid.height // 10, "a strip of four frames for each class"
+        shown = grid.size
+    assert call(plot.main, run, "--animate", tmp_path / "grids.gif") == 0
+    with Image.open(tmp_path / "grids.gif") as file:
+        assert file.width == shown[0], "a grid of strips in each frame"
     draw = ["--ckpt", run, "--labels", 3, 8, *DRAW]
     for name, frames, size in (("a.webp", 4, (70, 36)), ("a.gif", 4, (70, 36)), ("a.png", 1, (262, 36))):
         assert call(sample.main, *draw, "--output", tmp_path / name) == 0
