@@ -35,8 +35,8 @@ def option(default=dataclasses.MISSING, help="", *, low=None, high=None, above=N
     of a number; above: an exclusive one. choices: the allowed values, or "module:TABLE", the keys of a dict. path: what a
     command line must name, a "file" or "folder" that exists, or an "output" file that can be written. changeable: whether
     a resumed run may change the value (options that change the result may not). basic: an option of every day, which
-    --help shows first. const: the value of the flag when it is given without one. positional: an argument without a flag.
-    repeatable: of a tuple, that the flag may be given several times, for more values."""
+    --help shows first. const: the value of the flag when it is given without one. positional: a required argument, without
+    a flag. repeatable: of a tuple, that the flag may be given several times, for more values."""
     metadata = {name: value for name, value in locals().items() if name != "default"}
     metadata["choices"] = KeysOf(choices) if isinstance(choices, str) else choices
     return dataclasses.field(default=default, metadata=metadata)

@@ -129,9 +129,9 @@ class Parser(argparse.ArgumentParser):
             required = default is dataclasses.MISSING
             text = field.metadata["help"].replace("%", "%%")
             if field.metadata["positional"]:
-                words = {"nargs": count} if required else {"nargs": "?", "default": default}
-                self.add_argument(field.name, metavar=field.metadata["metavar"], help=text, **words)
-                self.usage += f" {field.metadata['metavar']}" if required else f" [{field.metadata['metavar']}]"
+                name = field.metadata["metavar"] or field.name.upper()
+                self.add_argument(field.name, metavar=name, help=text, nargs=count)
+                self.usage += f" {name}"
                 continue
             words = {"help": text, "required": required, "default": None if required else default}
             if kind is bool:
