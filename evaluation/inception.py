@@ -1,6 +1,6 @@
 """The 2015 TensorFlow InceptionV3 that the field's numbers are made with, in torch-fidelity's port.
 
-network = load_inception(inception_weights(), device)
+network = load_inception(inception_weights()).to(device)
 pooled, spatial, logits = network(images)                     # uint8 (N, H, W, 3)
 """
 
@@ -37,8 +37,8 @@ def check_name(file):
         raise ValueError(f"its SHA-256 is {found}, must begin with {wanted}")
 
 
-def load_inception(weights, device="cpu"):
-    """The network with the weights of a state-dict file, as InceptionFeatures on `device`. torch's random state stays.
+def load_inception(weights):
+    """The network with the weights of a state-dict file, as InceptionFeatures. torch's random state stays.
 
     Raises UserError when the file holds anything but tensors, tensors of another network, or values that are not finite."""
     state = files.load(weights)
@@ -53,7 +53,7 @@ def load_inception(weights, device="cpu"):
     for name, tensor in network.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(weights, f"{name} holds NaN or infinity", "download the weights again")
-    return InceptionFeatures(network, weights).to(device)
+    return InceptionFeatures(network, weights)
 
 
 class InceptionFeatures(FeatureNetwork):

@@ -27,6 +27,7 @@ from training.setup import build_model, class_notes, divide, load_data
 from training.trainer import Trainer
 
 FEW_IMAGES = 50  # of a class
+SAMPLED = 200  # images that are looked at
 STEPS, STEP_LIMIT, LIMIT = 3, 10.0, 20.0  # updates to measure; seconds that one, and all of them, may take
 
 
@@ -95,7 +96,7 @@ def show(config, context, dataset=None, resumed=None):
     context.print("\n".join(["Plan of the run; nothing is written", *lines]))
 
 
-def data_warnings(options, dataset, num_sampled=200):
+def data_warnings(options, dataset):
     """Lines about classes with few images, and, of a sample, images that are smaller than the crop or cannot be read."""
     lines, size = [*dataset.notes, *class_notes(dataset.classes, options.num_classes)], options.image_size
     height, width = sides(size)
@@ -106,7 +107,7 @@ def data_warnings(options, dataset, num_sampled=200):
         lines.append(f"{len(few)} of {len(counts)} classes have fewer than {FEW_IMAGES} images: {', '.join(few[:5])}{more}")
     if not isinstance(dataset, ImageDataset) or isinstance(dataset, MapDataset | ClipDataset):
         return lines
-    sampled = np.random.default_rng(0).permutation(len(dataset))[:num_sampled]
+    sampled = np.random.default_rng(0).permutation(len(dataset))[:SAMPLED]
     small = unreadable = 0
     for index in sampled:
         try:

@@ -25,10 +25,10 @@ class TensorBoard:
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         # purge_step: a TensorBoard that is open at the time forgets what it has read of the old files
-        self.writer = SummaryWriter(folder, purge_step=0)
+        self.writer = SummaryWriter(folder, purge_step=0, flush_secs=10)
         rows = [f"| {name} | {value} |" for name, value in options.items()]
         self.writer.add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]))
-        self.flush, self.close = self.writer.flush, self.writer.close
+        self.close = self.writer.close
 
     def add(self, step, values):
         for name, value in values.items():
@@ -60,9 +60,6 @@ class WeightsAndBiases:
         if step >= self.first_step:
             images = {name: self.make_image(value) for name, value in values.items() if isinstance(value, np.ndarray)}
             self.run.log({**values, **images}, step=step)
-
-    def flush(self):
-        """Does nothing: another process writes what it is given."""
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
@@ -100,7 +97,6 @@ class Trackers:
         for step, row in rows if self.open else ():
             values = {name: read_pixels(value) for name, value in row.items() if value is not None}
             self._each(lambda tracker, step=step, values=values: tracker.add(step, values))
-        self._each(lambda tracker: tracker.flush())
 
     def close(self):
         self._each(lambda tracker: tracker.close())
