@@ -78,12 +78,18 @@ def test_a_base_that_has_moved_is_named_and_another_one_is_refused(tiny_checkpoi
     assert run(base, tmp_path / "run", "--max-steps", 2) == 0
     argv = ["--labels", 3, "--num-sampling-steps", 2, "--device", "cpu", "--output"]
     assert call(sample.main, "--ckpt", tmp_path / "run", *argv, tmp_path / "a.png") == 0
+    measure = ["--data-path", "digits", "--num-images", 2, "--num-timesteps", 2, "--device", "cpu", "--ckpt"]
+    report = tmp_path / "run/likelihood.json"
+    assert call(likelihood.main, *measure, tmp_path / "run") == 0
+    before, _ = json.loads(report.read_text())["total"], report.unlink()
     base.rename(moved)
     assert call(sample.main, "--ckpt", tmp_path / "run", *argv, tmp_path / "b.png") == 2
     assert f"{base}: " in (error := capfd.readouterr().err)
     assert "put it there, or name it: sample.py --ckpt beside --lora, train.py --init-from" in error
     assert call(sample.main, "--ckpt", moved, "--lora", tmp_path / "run", *argv, tmp_path / "b.png") == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert call(likelihood.main, *measure, moved, "--lora", tmp_path / "run") == 0
+    assert json.loads(report.read_text())["total"] == before, "the likelihood is the base model's"
     assert run(moved, tmp_path / "run", "--max-steps", 3) == 0, "resumed from there"
     torch.save({**torch.load(moved, weights_only=True), "step": 7}, base)
     assert call(sample.main, "--ckpt", base, "--lora", tmp_path / "run", *argv, tmp_path / "c.png") == 2
