@@ -72,11 +72,6 @@ class ModelOptions(Config):
 
         return name_of(DiT_models[self.model or DEFAULT].keywords | self.overrides())
 
-    def clip_sizes(self, cells, patch_size):
-        """The arguments of DiT that clips of frames of `cells` change, by name; none for images."""
-        patch = self.patch_frames or 1, patch_size, patch_size
-        return {"input_size": (self.num_frames, *cells), "patch_size": patch} if self.num_frames else {}
-
     def overrides(self):
         """The keyword arguments of DiT that were given, on top of the named model's."""
         others = ("model", "image_size", "num_frames", "aspect_buckets", "num_classes", "patch_frames")

@@ -9,14 +9,14 @@ one forward pass of one image. A MAC is two FLOPs. studies/published.py compares
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpoint.config import DEFAULT, MAX_SIZE, ModelOptions
 from runtime.config import Config, option
 from runtime.errors import UserError
 from runtime.files import reason
 from runtime.parser import Parser
-from training.cost import build, count, rows
+from training.cost import count, rows
 
 DESIGN = [name for name in ModelOptions.defaults() if name not in ("model", "image_size", "num_classes", "block")]
 
@@ -42,33 +42,29 @@ class CostConfig(Config):
 
 def cost(config):
     """The cost of one model, as a dict. Raises UserError for one that cannot be built or counted."""
-    from data.autoencoder import load_space, model_sizes  # here and below: PyTorch takes seconds to import
+    import torch  # here and below: what takes seconds to import
 
-    name, size, num_classes = config.model.model or DEFAULT, config.model.image_size, config.model.num_classes
-    factor, channels = 8, 4  # of the released autoencoders, which need not be here
-    if config.vae not in ("ema", "mse"):
-        space = load_space(config.vae)
-        factor, channels = space.factor, space.channels
-    condition, texts = {"num_classes": 1000 if num_classes is None else num_classes}, {}
+    from data.autoencoder import LatentSpace, load_space
+    from data.condition import Texts
+    from training.config import RecipeConfig
+    from training.setup import build_model
+
+    options, name, condition, texts = config.model, config.model.model or DEFAULT, None, {}
+    space = LatentSpace(4, 8, 1.0, 0.0)  # that of the released autoencoders, which need not be here
+    space = space if config.vae in ("ema", "mse") else load_space(config.vae)
+    space = LatentSpace(config.channels or space.channels, space.factor, 1.0, 0.0)
     if config.text_width:
-        from data.condition import Texts
-
-        condition = Texts(config.text_width, config.text_length).model_arguments()
         texts = {"text_width": config.text_width, "text_length": config.text_length}
-    design = {"block": "adaln-zero", **config.model.overrides()}
-    patch_size = config.model.patch_size or int(name.partition("/")[2])
-    sizes = model_sizes(size, config.model.aspect_buckets, factor, patch_size)
-    sizes = {**sizes, **design, **config.model.clip_sizes(sizes["input_size"], patch_size)}
+        condition, options = Texts(config.text_width, config.text_length), replace(options, num_classes=0)
     try:
-        model = build(name, **sizes, in_channels=config.channels or channels, **condition)
+        with torch.device("meta"):
+            model = build_model(options, RecipeConfig(), space, condition)
         counted = count(model, config.batch_size, config.precision, config.shard)
-    except ValueError as error:
-        raise UserError(f"--model {name} with these sizes", error) from None
     except (RuntimeError, MemoryError) as error:  # what PyTorch raises where a size needs more than 64 bits
         raise UserError(f"--model {name} with these sizes", f"too large to be counted ({reason(error)})") from None
     settings = {"batch_size": config.batch_size, "precision": config.precision, "shard": config.shard}
-    report = {"model": name, **design, "image_size": size, "num_classes": condition["num_classes"], **settings}
-    return report | texts | counted
+    design = {"model": name, "block": model.block, **options.overrides()}
+    return design | {"image_size": options.image_size, "num_classes": model.num_classes} | settings | texts | counted
 
 
 def print_cost(report):

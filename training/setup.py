@@ -158,7 +158,8 @@ def build_model(options, recipe, space, condition=None):
     patch_size, side = overrides.get("patch_size", constructor.keywords["patch_size"]), getattr(space, "side", None)
     sizes = model_sizes(options.image_size, options.aspect_buckets, space.factor, patch_size, side)
     arguments, cells = {**sizes, "in_channels": space.channels, **overrides}, sizes["input_size"]
-    arguments |= options.clip_sizes(cells, patch_size)
+    if frames := options.num_frames:
+        arguments |= {"input_size": (frames, *cells), "patch_size": (options.patch_frames or 1, patch_size, patch_size)}
     if OBJECTIVES[options.objective or "diffusion"].flow and space.factor > 1:
         numbers = space.channels * math.prod(cells) * (options.num_frames or 1)
         arguments = {"time_shift": default_time_shift(numbers), **arguments}
