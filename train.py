@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from checkpoint.config import ModelOptions
-from data.config import DataConfig
+from data.config import TrainingDataConfig
 from data.crop import center_crop_arr  # noqa: F401 -- scripts made for the original release import it from here
 from evaluation.config import EvalConfig
 from runtime.config import Config, flag, option
@@ -26,7 +26,7 @@ from training.status import mark_starting
 class TrainConfig(Config):
     """All options of a training run."""
 
-    data: DataConfig
+    data: TrainingDataConfig
     model: ModelOptions
     finetune: FinetuneConfig
     recipe: RecipeConfig

@@ -478,7 +478,7 @@ CONDITIONS = {"classes": Classes, "text": Texts, "vector": Vectors}
 
 
 def open_condition(config, dataset, num_classes):
-    """The condition of a training run, as a DataConfig says. Raises UserError."""
+    """The condition of a training run, as a TrainingDataConfig says. Raises UserError."""
     return CONDITIONS[config.kind].of_data(config, dataset, num_classes)
 
 

@@ -33,7 +33,7 @@ class ColumnsConfig(Config):
 
 @dataclass(frozen=True)
 class DataConfig(ColumnsConfig):
-    """training data"""
+    """data"""
 
     data_path: str = option(
         help="a folder with one folder of images per class; or a .parquet or .arrow file, a folder of Parquet files, or "
@@ -48,14 +48,20 @@ class DataConfig(ColumnsConfig):
     num_workers: int = option(min(4, CORES), "number of processes that read images, for each process that computes "
         "(default: 4, or the number of cores if that is less)", low=0, high=1024, changeable=True)  # fmt: skip
     skip_bad_images: bool = option(False, "replace an image that cannot be read by the next one that can", changeable=True)
-    condition: str | None = option(None, "what the model draws by: classes, a text, or a vector of numbers, of which "
-        "vectors.npy in --data-path has a row for each image (default: classes, or text with --text-encoder)",
-        choices="data.condition:CONDITIONS")  # fmt: skip
     text_encoder: str | None = option(None, "text encoder, such as a T5: a folder, a Hugging Face hub name, or minilm, "
         "which a package holds. The condition is a text in place of the class; metadata.jsonl in --data-path tells the "
         "texts (default: classes)")  # fmt: skip
     text_length: int | None = option(None, "tokens of a text that are used, at most (default: 120, or fewer if the encoder "
         "takes or the folder of latents holds fewer)", low=1, high=MAX_SIDE)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingDataConfig(DataConfig):
+    """training data"""
+
+    condition: str | None = option(None, "what the model draws by: classes, a text, or a vector of numbers, of which "
+        "vectors.npy in --data-path has a row for each image (default: classes, or text with --text-encoder)",
+        choices="data.condition:CONDITIONS")  # fmt: skip
 
     def check(self):
         if self.condition == "text" and not self.text_encoder:
