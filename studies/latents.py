@@ -148,7 +148,9 @@ def shift(config, images):
     held_out, images = images[: len(images) // 5], images[len(images) // 5 :]
     for seed in range(config.seeds):
         for value in config.shifts:
-            options = {"vae": "none", "patch_size": 8, "time_shift": value, "max_steps": config.steps, "global_seed": seed}
+            # a token's 192 numbers of noise have to pass through the model's width
+            options = {"vae": "none", "patch_size": 8, "hidden_size": 256, "depth": 2, "global_batch_size": 8}
+            options |= {"time_shift": value, "max_steps": config.steps, "global_seed": seed}
             pipeline = draw_from(images, [0] * len(images), Path(config.output) / f"shift-{value:.3g}-{seed}", options)
             samples = draw(pipeline, [0] * config.num_samples)
             draw_grid(samples[:32].permute(0, 2, 3, 1).numpy(), 8).save(

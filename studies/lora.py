@@ -29,7 +29,7 @@ from train import TrainConfig, train
 
 BASE = Path(__file__).parents[1] / "assets/mnist.safetensors"
 RECIPE = {
-    "vae": "none", "image_size": 28, "num_classes": 10, "recipe": "fast", "global_batch_size": 16, "lr_warmup_steps": 20,
+    "vae": "none", "image_size": 28, "num_classes": 10, "objective": "flow", "global_batch_size": 16, "lr_warmup_steps": 20,
     "lr_schedule": "cosine", "ema_decay": 0.98, "ema_warmup": True, "device": "cpu", "num_workers": 0, "log_every": 10,
 }  # fmt: skip
 SIZES = {"hidden_size": 160, "depth": 6, "num_heads": 4, "patch_size": 7}  # of the base
