@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -246,23 +245,6 @@ def test_labels_in_order_are_noticed(labels, expected):
     assert comparison.in_order(labels) == expected
 
 
-def test_mistakes_in_npz_files_get_one_line(folder, capsys, tmp_path):
-    def mistake(**arrays):
-        np.savez(tmp_path / "bad.npz", **arrays)
-        return fails(capsys, folder / "reference.npz", tmp_path / "bad.npz", *network_and_cache(folder))
-
-    images = images_of(folder, "samples")
-    assert "float32 with values from -1 to 1" in mistake(arr_0=(images > 127).astype(np.float32) * 2 - 1)
-    assert "(5, 3, 40, 40); must be (N, H, W, 3)" in mistake(arr_0=images.transpose(0, 3, 1, 2).copy())
-    assert "needs arr_0" in mistake(pictures=images)
-    assert "only one of mu and sigma" in mistake(arr_0=images, mu=np.zeros(2048))
-    assert "mu has shape (5,)" in mistake(mu=np.zeros(5), sigma=np.eye(5))
-    assert "3 images; at least 4" in mistake(arr_0=images[:3])
-    assert "no such file" in fails(capsys, tmp_path / "none", tmp_path / "bad.npz")
-    (tmp_path / "text.npz").write_text("no zip")
-    assert "not a .npz file" in fails(capsys, tmp_path / "text.npz", tmp_path / "bad.npz")
-
-
 def test_an_npz_that_the_system_cannot_read_is_not_called_damaged(folder, capsys, monkeypatch):
     stale = mock.Mock(side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
     for module, name in ((zipfile, "ZipFile"), (image_sets, "open")):
@@ -290,23 +272,10 @@ def test_damaged_npz_is_noticed_while_it_is_read(folder, tmp_path):
     assert zipfile.ZipFile(tmp_path / "good.npz").testzip() is None
 
 
-def npy(array=None, version=(1, 0), **header):
-    """The bytes of a .npy file, whose header may say something else than its array."""
+def npy(array, version=(1, 0)):
     stream = io.BytesIO()
-    if not header:
-        np.lib.format.write_array(stream, array, version=version)
-        return stream.getvalue()
-    header = {"descr": "|u1", "fortran_order": False, "shape": (4,)} | header
-    text = repr(header).encode().ljust(117) + b"\n"
-    length = len(text).to_bytes(2 if version == (1, 0) else 4, "little")
-    return b"\x93NUMPY" + bytes(version) + length + text + bytes(4 if array is None else array)
-
-
-def zipped(path, **members):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(f"{name}.npy", data)
-    return path
+    np.lib.format.write_array(stream, array, version=version)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
@@ -317,52 +286,6 @@ def test_npy_headers_of_every_version_are_read(version):
     assert read_npy_header(stream, len(data)) == ((2, 3, 4), np.int16)
     assert stream.read() == array.tobytes()
     assert read_npy_header(io.BytesIO(npy(np.zeros((3, 2), order="F"))), row_major=False) == ((3, 2), np.float64)
-
-
-@pytest.mark.parametrize(
-    ("data", "what"),
-    [
-        (b"notnpy" * 20, "is not a readable .npy array (the magic string"),
-        (b"", "is not a readable .npy array"),
-        (npy(np.zeros(4, np.uint8))[:30], "is not a readable .npy array"),
-        (npy(version=(9, 0), shape=(4,)), "its version 9.0 is unknown"),
-        (npy(shape=(-1, 4)), "has the impossible shape (-1, 4)"),
-        (npy(shape=(2**70, 4)), "has a header that promises 4,722,366,482,869,645,213,696 bytes where there are 4"),
-        (npy(shape=(5,)), "promises 5 bytes where there are 4"),
-        (npy(shape=(2, 2), fortran_order=True), "column-major (Fortran) order; save it in row-major order"),
-        (npy(descr="|O"), "holds Python objects"),
-        (npy(descr="|z9"), "is not a readable .npy array"),
-    ],
-)
-def test_npy_headers_that_cannot_be_right_are_refused(data, what):
-    with pytest.raises(ValueError) as error:
-        read_npy_header(io.BytesIO(data), len(data))
-    assert what in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["arr_0", "arr_1", "mu", "sigma_s"])
-def test_members_that_cannot_be_right_are_refused_unread(folder, capsys, tmp_path, name):
-    """By file names and one line, among them an array of 7 TiB that would be allocated before a byte of it is read."""
-    good = {"arr_0": npy(images_of(folder, "samples")), **({"mu": b"", "sigma": b""} if name == "mu" else {})}
-    good |= {"mu_s": npy(np.zeros(2023)), "sigma_s": b""} if name == "sigma_s" else {}
-    for data, what in (
-        (npy(shape=(7 * 2**40,)), "has a header that promises 7,696,581,394,432 bytes"),
-        (b"notnpy", "is not a readable .npy array"),
-        (npy(np.array([None, {}]), shape=(2,), descr="|O"), "holds Python objects"),
-    ):
-        path = zipped(tmp_path / "bad.npz", **{**good, name: data})
-        assert f"bad.npz: {name} {what}" in fails(capsys, folder / "reference.npz", path, *network_and_cache(folder))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -1e31])
-@pytest.mark.parametrize("name", ["mu", "sigma_s"])
-def test_statistics_that_are_not_finite_are_refused(tmp_path, name, value):
-    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
-    arrays[name].flat[5] = value
-    np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(UserError, match=rf"bad.npz: {name} holds NaN, infinity or values above"):
-        open_images(tmp_path / "bad.npz")
 
 
 def test_statistics_may_be_of_any_order_and_type_of_number(tmp_path):
@@ -385,32 +308,12 @@ def test_a_damaged_statistic_is_noticed(tmp_path):
         open_images(tmp_path / "bad.npz")
 
 
-def test_what_is_no_regular_file_is_refused_by_name(folder, capsys, tmp_path):
-    """A reader of a FIFO would wait for ever."""
-
-    def line(path):
-        return fails(capsys, folder / "reference.npz", path, *network_and_cache(folder))
-
-    os.mkfifo(tmp_path / "fifo.npz")
-    assert "fifo.npz: not a regular file" in line(tmp_path / "fifo.npz")
-    (tmp_path / "gone.npz").symlink_to("nothing.npz")
-    assert "gone.npz: a link to a file that does not exist" in line(tmp_path / "gone.npz")
-    (tmp_path / "loop.npz").symlink_to("loop.npz")
-    assert "loop.npz: a link to a file that does not exist" in line(tmp_path / "loop.npz")
-    report = tmp_path / "samples.npz.metrics.json"
-    report.write_text("{}")
-    assert "metrics.json: a report, not a set of images" in line(report)
-
-    images = tmp_path / "images"
-    shutil.copytree(folder / "samples", images)
-    os.mkfifo(images / "zzz.png")
-    assert "zzz.png: not a regular file" in line(images)
+def test_an_image_that_is_no_regular_file_is_not_waited_for(folder, tmp_path):
+    """As where it was replaced after the check; a reader of a FIFO would wait for ever."""
+    shutil.copytree(folder / "samples", tmp_path / "images")
+    os.mkfifo(tmp_path / "images/zzz.png")
     with pytest.raises(UserError, match=r"zzz.png: not a readable image \(not a regular file"):
-        list(open_images(images).batches(5, 6, 1))
-    (images / "zzz.png").unlink()
-    (images / "zzz.png").symlink_to("loop.png")
-    (images / "loop.png").symlink_to("zzz.png")
-    assert "png: a link to a file that does not exist" in line(images)
+        list(open_images(tmp_path / "images").batches(5, 6, 1))
 
 
 def test_an_image_above_the_limit_of_pillow_gets_one_line(folder, capsys, monkeypatch):
@@ -438,26 +341,6 @@ def test_file_names_may_hold_any_bytes(folder, tmp_path):
     shutil.copy(folder / "samples" / "000000.png", path)
     listing = subprocess.run("sha256sum *.png", shell=True, cwd=tmp_path, capture_output=True).stdout
     assert open_images(tmp_path).checksum() == hashlib.sha256(listing).hexdigest()
-
-
-def test_mistakes_in_folders_get_one_line(folder, capsys, tmp_path):
-    def mistake():
-        return fails(capsys, folder / "reference.npz", tmp_path, *network_and_cache(folder))
-
-    assert "no image in this folder" in mistake()
-    for i in range(4):
-        Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    Image.new("RGB", (48, 32)).save(tmp_path / "4.png")
-    assert "4.png: 48x32 pixels, but" in mistake()
-    (tmp_path / "4.png").write_bytes(b"not an image")
-    assert "4.png: not a readable image" in mistake()
-    data = (folder / "samples" / "000000.png").read_bytes()
-    (tmp_path / "4.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"4.png: not a readable image \(image file is truncated.*; remove it$"):
-        list(open_images(tmp_path).batches(4, 5, 1))
-    Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(tmp_path / "4.png")
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        list(open_images(tmp_path).batches(4, 5, 1))
 
 
 def test_outputs_are_checked_before_anything_slow(folder, monkeypatch, capsys, tmp_path):
@@ -548,25 +431,6 @@ def test_loading_the_network_leaves_the_random_state(folder):
     before = torch.get_rng_state()
     load_inception(folder / "inception.pth")
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_weights_that_are_code_or_another_network_are_refused(folder, capsys, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    inputs = folder / "reference.npz", folder / "samples.npz", "--inception-weights", tmp_path / "weights.pth"
-    (tmp_path / "weights.pth").write_bytes(pickle.dumps(Code(), protocol=2))
-    assert "weights.pth: refused, it carries code (posix.mkdir)" in fails(capsys, *inputs)
-    torch.save({"code": Code()}, tmp_path / "weights.pth")
-    assert "weights.pth: refused, it carries code (posix.mkdir)" in fails(capsys, *inputs)
-    assert not (tmp_path / "ran").exists()
-    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "weights.pth")
-    assert "weights.pth: not the weights" in fails(capsys, *inputs)
-    state = torch.load(folder / "inception.pth")
-    state["Mixed_6d.branch1x1.bn.weight"][7] = torch.nan
-    torch.save(state, tmp_path / "weights.pth")
-    assert "weights.pth: Mixed_6d.branch1x1.bn.weight holds NaN or infinity" in fails(capsys, *inputs)
 
 
 def test_shares_cover_every_item_once():

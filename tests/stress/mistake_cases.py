@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import command_module
-from stress.mistake_inputs import LISTS
+from stress.mistake_inputs import LISTS, WORDS
 
 from runtime.config import field_types, flag
 
@@ -44,7 +44,7 @@ KINDS = ("values", *re.findall(r"^\[(\w+)\]$", TABLE, re.M))
 
 @dataclass(frozen=True)
 class Case:
-    """A mistake. word: what the line must hold. status: the exit statuses that are right; 0 is for what is no mistake.
+    """A mistake. word, more: what the line must hold. status: the exit statuses that are right; 0 is for no mistake.
     ranks: number of processes. alone: whether to start Python anew, as a user does. limit: bytes that a file may grow to.
     interrupt: the text after which Ctrl-C is pressed. slow: whether it takes seconds."""
 
@@ -58,6 +58,7 @@ class Case:
     limit: int | None = None
     interrupt: str | None = None
     slow: bool = False
+    more: str = ""
 
     @property
     def is_simple(self):
@@ -124,9 +125,9 @@ def table_cases():
             limits, ranks = settings.get("limit", "").split(","), settings.get("ranks", "1").split(",")
             word = word if "|" in line else extra.split()[0]
             made = expansions(extra.split(), word)
-            for command, (words, said), limit, number in itertools.product(commands.split(", "), made, limits, ranks):
-                more = {"ranks": int(number), "limit": int(limit) if limit else None, **fixed}
-                yield Case(command, kind, combine(VALID[command].split(), words), said, **more)
+            for command, (words, said, more), limit, number in itertools.product(commands.split(", "), made, limits, ranks):
+                needs = {"ranks": int(number), "limit": int(limit) if limit else None, **fixed}
+                yield Case(command, kind, combine(VALID[command].split(), words), said, more=more, **needs)
 
 
 def combine(valid, words):
@@ -141,17 +142,17 @@ def split_arguments(words):
     return words[:number], words[number:]
 
 
-def expansions(words, expected):
-    """(words, what the error must say) for each choice in the braces of the words."""
+def expansions(words, expected, more=""):
+    """(words, what the error must say, what else) for each choice in the braces of the words."""
     place = next((i for i, word in enumerate(words) if re.search(r"\{.+?\}", word)), None)
     if place is None:
-        yield words, expected
+        yield words, expected, more
         return
     before, choices, after = re.split(r"\{(.+?)\}", words[place], maxsplit=1)
-    for choice in (name for part in choices.split(",") for name in LISTS.get(part, [part])):
+    for of, choice in ((part, name) for part in choices.split(",") for name in LISTS.get(part, [part])):
         said = re.match(r"[\w.-]{0,30}", choice, re.ASCII)[0].removesuffix(".")
         made = [*words[:place], f"{before}{choice}{after}".replace("{}", choice), *words[place + 1 :]]
-        yield from expansions(made, expected.replace("{}", said))
+        yield from expansions(made, expected.replace("{}", said), more or WORDS.get(of, {}).get(choice, ""))
 
 
 def all_cases():

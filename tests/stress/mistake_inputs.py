@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -19,17 +20,40 @@ NAN, INF, HUGE = float("nan"), float("inf"), 10**9
 SPECIAL = ("pipe", "socket", "broken-link", "link-loop", "empty", "text", "bytes", "folder")
 SPOILED = ("pipe", "folder", "link-loop", "missing", "empty", "text", "bytes")
 NAMES = ("caf\udce9", "new\nline", "\u202e", "a b")
-CHECKPOINTS = ("truncated.pt", "half.pt", "tail.pt", "zip.pt", "code.pt", "list.pt", "number.pt", "tensor.pt", "png.pt",
-    "npz.pt", "truncated.safetensors", "header.safetensors", "metadata.safetensors", "other.safetensors",
+CHECKPOINTS = ("truncated.pt", "half.pt", "tail.pt", "zip.pt", "code.pt", "pickle.pt", "list.pt", "number.pt", "tensor.pt",
+    "png.pt", "npz.pt", "truncated.safetensors", "header.safetensors", "metadata.safetensors", "other.safetensors",
     "text.safetensors")  # fmt: skip
 PICTURES = ("truncated.png", "text.png", "empty.png", "bomb.png", "pipe.png", "broken-link.png", "link-loop.png",
     "bytes.jpg", "caf\udce9.png", "new\nline.png")  # fmt: skip
-DIT = ("config-missing", "config-list", "config-sizes", "weights-missing", "weights-truncated", "weights-other", "kind",
-    "names")  # fmt: skip
-ARRAYS = tuple(
-    "truncated crc encrypted method empty-zip object 7TiB huge negative shape-text version notnpy header float int flat "
-    "grey none text fortran only-sigma no-arrays mu-nan sigma-inf mu-short mu-text mu-huge mu-complex".split()
-)
+DIT = {  # what is wrong with a folder in diffusers' format: what the error says
+    "config-missing": "no transformer/config.json", "config-list": "not a JSON object", "config-sizes": "depth 'x'",
+    "kind": "UNet2DModel", "design": "another design", "depth": "depth 1000000000", "heads": "not a DiT of this kind",
+    "width": "fit", "weights-missing": "has no weights", "weights-truncated": "truncated", "weights-other": "is missing",
+    "weights-more": "q_norm must be absent", "weights-nan": "not finite", "embedders": "differs between the blocks",
+    "names": "no name of class 1", "names-numbers": "class_names", "index": "not a JSON object",
+    "bin-code": "it carries code",
+}  # fmt: skip
+ARRAYS = {  # what is wrong with an .npz file: what the error says
+    "truncated": "not a .npz file", "crc": "Bad CRC-32", "encrypted": "is encrypted", "method": "compression method",
+    "empty-zip": "needs arr_0", "object": "holds Python objects",
+    "7TiB": "promises 7,864,320,000,000 bytes where there are 0", "huge": "promises",
+    "one-more": "promises 1,153 bytes where there are 1,152", "negative": "the impossible shape (-6, 8, 8, 3)",
+    "shape-text": "not a readable .npy array", "version": "its version 9.0 is unknown",
+    "header": "not a readable .npy array", "notnpy": "not a readable .npy array (the magic string",
+    "empty-member": "arr_0 is not a readable .npy array", "cut-header": "arr_0 is not a readable .npy array",
+    "kind": "arr_0 is not a readable .npy array", "float": "float64 with values from -1 to -1", "int": "must be uint8",
+    "flat": "must be (N, H, W, 3)", "grey": "must be (N, H, W, 3)", "none": "must be (N, H, W, 3)",
+    "text": "must be (N, H, W, 3)", "fortran": "column-major", "only-sigma": "only one of mu and sigma",
+    "no-arrays": "needs arr_0", "mu-nan": "mu holds NaN, infinity or values above", "sigma-inf": "sigma holds NaN",
+    "sigma_s-nan": "sigma_s holds NaN", "mu-short": "mu has shape (5,)", "mu-text": "must be floating-point numbers",
+    "mu-huge": "mu holds NaN", "mu-complex": "must be floating-point numbers", "mu-object": "mu holds Python objects",
+    "labels-notnpy": "arr_1 is not a readable .npy array", "sigma_s-7TiB": "sigma_s has a header that promises",
+}  # fmt: skip
+WORDS = {  # what the error says of each choice in a list
+    "folders": DIT, "arrays": ARRAYS,
+    "checkpoints": dict.fromkeys(("code.pt", "pickle.pt"), "refused, it carries code (posix.system)"),
+    "pictures": {"truncated.png": "not a readable image (image file is truncated)", "text.png": "not a readable image"},
+}  # fmt: skip
 ROWS = {"garbage": b"not JSON\n", "numbers": b"3\nnull\n", "nested": b"[" * 100_000 + b"\n", "bytes": b"\xff\xfe\n"}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,19 +191,22 @@ def npz_files():
             content[good.index(mark) + place] = value
         return bytes(content)
 
-    def shaped(shape, kind="|u1", version=1):
-        text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}"
-        return npz_bytes({}, arr_0=npy_header(text, version))
+    def header(shape, kind="|u1", version=1, data=b""):
+        return npy_header(f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}", version, data)
+
+    def shaped(*words, **named):
+        return npz_bytes({}, arr_0=header(*words, **named))
 
     arrays = {
-        "float": images / 255, "int": images.astype(int), "flat": images[0], "grey": images[..., :1], "none": images[:0],
-        "few": images[:2], "text": np.array(["a"]), "fortran": np.asfortranarray(images),
+        "float": images / 127.5 - 1, "int": images.astype(int), "flat": images[0], "grey": images[..., :1],
+        "none": images[:0], "few": images[:2], "text": np.array(["a"]), "fortran": np.asfortranarray(images),
     }  # fmt: skip
     moments = {
         "only-mu": {"mu": mu}, "only-sigma": {"sigma": sigma}, "no-arrays": {"x": mu},
         "mu-nan": {"mu": mu * NAN, "sigma": sigma}, "sigma-inf": {"mu": mu, "sigma": np.full_like(sigma, INF)},
         "mu-short": {"mu": mu[:5], "sigma": sigma}, "mu-text": {"mu": np.array(["a"] * 2048), "sigma": sigma},
         "mu-huge": {"mu": mu + 1e35, "sigma": sigma}, "mu-complex": {"mu": mu * 1j, "sigma": sigma},
+        "sigma_s-nan": {"mu": mu, "sigma": sigma, "mu_s": mu[:2023], "sigma_s": np.full((2023, 2023), NAN, np.float32)},
     }  # fmt: skip
     flipped = bytearray(good)
     flipped[len(good) // 3] ^= 4
@@ -189,6 +216,11 @@ def npz_files():
         "huge": shaped(f"({2**62}, 8, 8, 3)"), "negative": shaped("(-6, 8, 8, 3)"), "shape-text": shaped("'six'"),
         "version": shaped("(6, 8, 8, 3)", version=9), "notnpy": npz_bytes({}, arr_0=b"not an array"),
         "header": npz_bytes({}, arr_0=npy_header("{'descr': __import__('os')")),
+        "empty-member": npz_bytes({}, arr_0=b""), "kind": shaped("(6, 8, 8, 3)", "|z9"),
+        "cut-header": npz_bytes({}, arr_0=npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (4,), }")[:30]),
+        "one-more": shaped("(1153,)", data=bytes(1152)), "labels-notnpy": npz_bytes({"arr_0": images}, arr_1=b"notnpy"),
+        "mu-object": npz_bytes({"sigma": sigma}, mu=header("(2048,)", "|O")),
+        "sigma_s-7TiB": npz_bytes({"mu": mu, "sigma": sigma, "mu_s": mu[:2023]}, sigma_s=header(f"({2**40},)", "<f8")),
         **{name: npz_bytes({"arr_0": array}) for name, array in arrays.items()},
         **{name: npz_bytes(values) for name, values in moments.items()},
     }  # fmt: skip
@@ -330,7 +362,8 @@ def make_checkpoints(inputs):
     model_file(inputs / "tiny.pt")  # until a run's takes its place
     model_file(inputs / "no-null.pt", class_dropout_prob=0.0)
     model_file(inputs / "unconditional.pt", num_classes=0)
-    model_file(inputs / "latent.pt", {"vae": "in/vae", "image_size": 16}, in_channels=4, input_size=2, patch_size=1)
+    latent = {"in_channels": 4, "input_size": 2, "patch_size": 1, "depth": 2}
+    model_file(inputs / "latent.pt", {"vae": "in/vae", "image_size": 16}, **latent)
     model_file(inputs / "colour.pt", {"image_size": 16}, ["ant", "bee", "cat"], in_channels=3, input_size=16, num_classes=3)
     torch.save(torch.load(inputs / "tiny.pt")["ema"], inputs / "no-heads.pt")
 
@@ -355,7 +388,8 @@ def make_records(inputs):
     contents = {
         "truncated.pt": whole[:-200], "half.pt": whole[: len(whole) // 2], "tail.pt": whole[500:],
         "zip.pt": b"PK\x05\x06" + bytes(18), "png.pt": (inputs / "image.png").read_bytes(),
-        "npz.pt": npz_bytes({"arr_0": np.zeros(3)}), "truncated.safetensors": weights.read_bytes()[:-100],
+        "npz.pt": npz_bytes({"arr_0": np.zeros(3)}), "pickle.pt": pickle.dumps(Code(), protocol=2),
+        "truncated.safetensors": weights.read_bytes()[:-100],
         "header.safetensors": b"\xff" * 8 + b"{}", "text.safetensors": b"some text",
     }  # fmt: skip
     for name, content in contents.items():
@@ -405,6 +439,8 @@ def make_autoencoders(inputs):
 
 def make_variants(inputs):
     """Folders of latents, of samples, of runs and in diffusers' format, with one thing wrong in each."""
+    from safetensors.torch import load_file, save
+
     latents, images, run, dit = (inputs / name for name in ("latents", "set-whole", "run-whole", "dit-whole"))
     first, last = (latents / f"shard-0000{number}.safetensors" for number in (0, 1))
     variants(latents, "latents-shard", first.name, kinds(*SPOILED))
@@ -412,7 +448,7 @@ def make_variants(inputs):
     damages = {**kinds("missing", "text", "empty"), "truncated": last.read_bytes()[:-100]}
     variants(latents, "latents-last", last.name, damages)
 
-    variants(images, "set-options.json", "set/options.json", kinds(*SPOILED, "list"))
+    variants(images, "set-options.json", "set/options.json", {**kinds(*SPOILED, "list"), "nested": b"[" * 100_000})
     variants(images, "set", "set/options.json", SETTINGS)
     variants(images, "set-npz", "set.npz", kinds("folder"))
     variants(images, "set-png", "set/000000.png", kinds("folder", "pipe"))
@@ -431,11 +467,21 @@ def make_variants(inputs):
     for path in (inputs / "run-all-damaged/checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-50])
 
-    other = (inputs / "bytes/other.safetensors").read_bytes()
     variants(dit, "dit", "transformer/config.json", {
         "config-missing": "missing", "config-list": lambda config: [1], "config-sizes": change(num_layers="x"),
-        "kind": change(_class_name="UNet2DModel"),
+        "kind": change(_class_name="UNet2DModel"), "design": change(norm_type="ada_norm_single"),
+        "depth": change(num_layers=10**9), "heads": change(attention_head_dim=None), "width": change(attention_head_dim=4),
     })  # fmt: skip
-    weights = {"weights-missing": "missing", "weights-truncated": b"abc", "weights-other": other}
-    variants(dit, "dit", "transformer/diffusion_pytorch_model.safetensors", weights)
-    variants(dit, "dit", "model_index.json", {"names": change(id2label={"0": 3})})
+    place = "transformer/diffusion_pytorch_model.safetensors"
+    tensors, bias = load_file(dit / place), "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.bias"
+    changed = {
+        "weights-more": {**tensors, "q_norm": torch.ones(1)}, "embedders": {**tensors, bias: tensors[bias] + 1},
+        "weights-nan": {**tensors, "proj_out_2.bias": tensors["proj_out_2.bias"] * NAN},
+    }  # fmt: skip
+    weights = {"weights-missing": "missing", "weights-truncated": b"abc", "weights-other": {"a": torch.zeros(3)}, **changed}
+    variants(dit, "dit", place, {name: save(made) if isinstance(made, dict) else made for name, made in weights.items()})
+    names = {"names": {"0": 3}, "names-numbers": {str(i): i for i in range(10)}}
+    names = {name: change(id2label=labels) for name, labels in names.items()} | {"index": "text"}
+    variants(dit, "dit", "model_index.json", names)
+    code = {"code": (inputs / "bytes/code.pt").read_bytes()}
+    variants(inputs / "dit-weights-missing", "dit-bin", place.replace(".safetensors", ".bin"), code)

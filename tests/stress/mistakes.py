@@ -175,6 +175,7 @@ def judge(case, statuses, stdout, stderr, late=False, interrupted=False):
     lines = [line for text in stderr for line in text.replace("\r", "\n").split("\n")]
     errors = [line for line in lines if re.match(r"\S+: error: ", line)]
     is_mistake, may_be = 0 not in case.status, len(case.status) > 1 and 0 in case.status
+    missing = [word for word in (case.word, case.more) if word not in "\n".join(errors or stdout)]
     stopped = case.word.startswith("Stopped")  # a run that was interrupted says so in its log, and not as an error
     faults = {
         "did not end": late,
@@ -183,7 +184,7 @@ def judge(case, statuses, stdout, stderr, late=False, interrupted=False):
         f"status {statuses}": not late and not {*statuses} <= {*case.status},
         f"{len(errors)} error lines": len(errors) != is_mistake and not stopped and not (may_be and len(errors) < 2),
         "more than one line": len(errors) == 1 and not any(text.rstrip("\n").endswith(errors[0]) for text in stderr),
-        f"does not say {case.word!r}": is_mistake and case.word not in "\n".join(errors or stdout),
+        f"does not say {missing}": is_mistake and bool(missing),
         "a long line": bool(errors) and len(errors[0]) > 800,
     }
     return [fault for fault, found in faults.items() if found], errors[0] if errors else ""
