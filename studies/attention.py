@@ -22,6 +22,7 @@ from data.clips import SIDE, MovingDigits
 from data.order import GlobalOrder
 from models import BLOCKS, DiTBlock
 from runtime.config import Config, option
+from runtime.errors import UserError
 from runtime.parser import Parser
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline, to_uint8
@@ -116,6 +117,9 @@ def main(argv=None):
     with parser.report_errors():
         torch.set_num_threads(1)
         source, rows = Checkpoint.open(config.init_from) if config.init_from else None, []
+        if source and (source.sizes.sides, source.sizes.patch) != ((1, SIDE, SIDE), (1, 4, 4)):
+            problem, way_out = "no model of single moving digits", "train one: --num-frames 1 --patch-size 4 --rope"
+            raise UserError(f"--init-from {config.init_from}", problem, way_out)
         for seed in config.seeds:
             runs = [Run(config, block, seed, source) for block in config.blocks]
             while open_runs := [run for run in runs if run.seconds < config.seconds]:
