@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -387,23 +386,6 @@ def test_damaged_features_in_the_cache_are_named(folder, measured, capsys, tmp_p
     assert "--cache" in line
     assert "cannot be read" in line
     assert "delete it" in line
-
-
-def test_ctrl_c_ends_with_one_line(folder, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(comparison, "load_network", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        main(folder / "reference.npz", folder / "samples.npz", *network_and_cache(folder))
-    assert stop.value.code == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("error: interrupted")
-
-
-def test_a_command_line_is_parsed_without_slow_imports():
-    slow = {"torch", "numpy", "scipy", "PIL"}
-    code = f"import sys, evaluate, tools.sweep; assert not {slow} & sys.modules.keys(), {slow} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_network_is_downloaded_once_and_checked(monkeypatch, capsys, tmp_path, folder):

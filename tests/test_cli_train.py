@@ -191,18 +191,6 @@ def damage(path):
     path.write_bytes(content)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path, capfd):
-    command = [*TINY, "--ckpt-every", 2, "--run-dir", tmp_path]
-    assert call(train.main, *command, "--max-steps", 4) == 0
-    for path in checkpoint.newest_first(tmp_path / "checkpoints"):
-        damage(path)
-    records = (path for path in tmp_path.rglob("*.*") if path.is_file() and path.name != "status.json")
-    before = {path: path.read_bytes() for path in records}
-    assert call(train.main, *command, "--max-steps", 6) == 2
-    assert "all of its checkpoints (2) are damaged" in capfd.readouterr().err
-    assert all(path.read_bytes() == content for path, content in before.items()), "records and files must stay"
-
-
 def test_a_damaged_later_checkpoint_is_not_the_one_that_pruning_keeps(tmp_path):
     command = [*TINY, "--run-dir", tmp_path, "--max-steps"]
     assert call(train.main, *command, 2) == 0
@@ -263,12 +251,6 @@ def test_records_that_cannot_be_written_stop_the_run(tmp_path, monkeypatch, capf
     monkeypatch.setattr(run_folder.RunFolder, "start", start_on_a_full_disk)
     assert call(train.main, *TINY, "--run-dir", tmp_path, "--max-steps", 50) == 1
     assert f"error: {tmp_path}: cannot be written to (No space left on device)" in capfd.readouterr().err
-
-
-def test_a_file_in_place_of_the_folder_of_checkpoints_is_named(tmp_path, capfd):
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    assert call(train.main, *TINY, "--run-dir", tmp_path, "--max-steps", 2) == 2
-    assert f"{tmp_path}/checkpoints: is a file, where the run has its folder" in capfd.readouterr().err
 
 
 def elsewhere(argv):
@@ -836,15 +818,6 @@ def test_torchrun_restarts_a_killed_rank_and_a_hang_up_is_saved(tmp_path, image_
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Faults that were mended
-
-
-def test_an_option_that_was_off_may_not_be_switched_on(tmp_path, capsys):
-    """None is recorded too: a run without clipping must not be resumed with it, silently."""
-    command = [*TINY, "--run-dir", tmp_path]
-    assert call(train.main, *command, "--max-steps", 2) == 0
-    assert latest(tmp_path)["args"]["clip_grad_norm"] is None
-    assert call(train.main, *command, "--max-steps", 4, "--clip-grad-norm", 0.001) == 2
-    assert "--clip-grad-norm None, now 0.001" in capsys.readouterr().err
 
 
 def apart(argv):

@@ -372,15 +372,6 @@ def test_a_recipe_is_recorded_in_full_and_what_is_given_wins(tmp_path):
     assert call(train.main, *TINY, "--max-steps", 2, "--run-dir", tmp_path / "fast") == 2  # the paper's recipe now
 
 
-def test_without_its_switch_a_resumed_run_is_refused(tmp_path, capsys):
-    assert call(train.main, *TINY, "--predict", "v", "--max-steps", 2, "--run-dir", tmp_path) == 0
-    assert call(train.main, *TINY, "--max-steps", 4, "--run-dir", tmp_path) == 2
-    assert "model predict v, now eps" in capsys.readouterr().err
-    argv = [*TINY, "--predict", "v", "--timestep-sampling", "logit-normal", "--max-steps", 4, "--run-dir", tmp_path]
-    assert call(train.main, *argv) == 2
-    assert "--timestep-sampling uniform, now logit-normal" in capsys.readouterr().err
-
-
 def test_a_run_with_an_option_that_was_removed_needs_consent_to_go_on_and_can_be_drawn_from(tmp_path, capsys):
     run, argv = tmp_path / "run", [*TINY, "--max-steps", 2, "--run-dir", tmp_path / "run"]
     assert call(train.main, *argv) == 0
@@ -397,12 +388,6 @@ def test_a_run_with_an_option_that_was_removed_needs_consent_to_go_on_and_can_be
     assert call(train.main, *argv, "--allow-changes") == 0
     assert "Changed on resuming: --loss-weight min-snr, now uniform (the option was removed)" in capsys.readouterr().out
     assert call(train.main, *argv) == 0, "which is recorded: the next time there is nothing to ask"
-
-
-def test_a_sampler_of_flows_does_not_fit_a_diffusion(tiny_checkpoint, tmp_path, capsys):
-    argv = ("--ckpt", tiny_checkpoint, *ONE_IMAGE, "--sampler", "flow-heun", "--output", tmp_path / "out.png")
-    assert call(sample_command.main, *argv) == 2
-    assert "--sampler flow-heun: " in capsys.readouterr().err
 
 
 def test_switches_survive_safetensors_and_are_refused_where_they_would_be_lost(tmp_path, capsys):

@@ -465,7 +465,9 @@ def make_variants(inputs):
     variants(run, "run-rows", "metrics.jsonl", {name: rows + more for name, more in ROWS.items()})
     variants(run, "run-all", "status.json", {"damaged": b"{}"})
     for path in (inputs / "run-all-damaged/checkpoints").iterdir():
-        path.write_bytes(path.read_bytes()[:-50])
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
 
     variants(dit, "dit", "transformer/config.json", {
         "config-missing": "missing", "config-list": lambda config: [1], "config-sizes": change(num_layers="x"),
