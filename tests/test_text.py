@@ -402,14 +402,14 @@ def test_grids_validation_and_fid_are_made_of_texts(argv, tmp_path, inception_fi
     monkeypatch.setattr(Pipeline, "denoiser", lambda self, y: seen.append(y) or denoiser(self, y))
     random = np.random.default_rng(0)
     np.savez(tmp_path / "reference.npz", arr_0=random.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
-    watch = ["--sample-every", 2, "--val-every", 2, "--val-data-path", "digits", "--eval-every", 2, "--eval-samples", 3]
-    watch += ["--eval-reference", tmp_path / "reference.npz", "--inception-weights", inception_file]
-    watch += ["--eval-sampling-steps", 2, "--eval-cfg-scale", 2]
-    for name, extra in {"data": [], "prompts": ["--sample-prompts", "a seven", "--sample-prompts", "a two"]}.items():
+    watch = ["--sample-every", 2, "--val-every", 2, "--val-data-path", "digits"]
+    fid = ["--eval-every", 2, "--eval-samples", 3, "--eval-sampling-steps", 2, "--eval-cfg-scale", 2]
+    fid += ["--eval-reference", tmp_path / "reference.npz", "--inception-weights", inception_file]
+    prompts = ["--sample-prompts", "a seven", "--sample-prompts", "a two"]
+    for name, extra, drawn in (("data", fid, 16 + 3), ("prompts", prompts, 2)):
         seen.clear()
         assert call(train.main, *argv, *watch, *extra, "--max-steps", 2, "--run-dir", tmp_path / name) == 0
-        grid, fid = (sum(len(y) for y in part) for part in (seen[:-1], seen[-1:]))
-        assert (grid, fid) == (16 if name == "data" else 2, 3)
+        assert sum(map(len, seen)) == drawn
         assert all(y.shape[1:] == (LENGTH, WIDTH + 1) for y in seen)
         assert not torch.equal(seen[0][0], seen[0][1])
     values = metrics(tmp_path / "data")
