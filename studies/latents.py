@@ -84,17 +84,17 @@ def read(config):
 
 
 def colours(config, images):
-    photos = images[:8]
+    photos, labels = images[:8], range(len(images[:8]))
     rows = [photos]
     for kind in config.kinds:
         folder, run = (Path(config.output) / f"{kind}-{name}" for name in ("autoencoder", "run"))
         if not folder.exists():
             train_autoencoder(kind, images, config.autoencoder_steps).save_pretrained(folder)
         options = {"vae": str(folder), "latent_norm": "channel", "patch_size": 2, "max_steps": config.steps}
-        pipeline = draw_from(photos, range(8), run, options)
+        pipeline = draw_from(photos, labels, run, options)
         decoded = to_uint8(pipeline.space.decode(pipeline.space.encode(to_model_range(photos))))
-        rows += [torch.from_numpy(decoded).permute(0, 3, 1, 2), draw(pipeline, range(8))]
-        draw_grid(torch.cat(rows).permute(0, 2, 3, 1).numpy(), 8).save(Path(config.output) / "colours.png")
+        rows += [torch.from_numpy(decoded).permute(0, 3, 1, 2), draw(pipeline, labels)]
+        draw_grid(torch.cat(rows).permute(0, 2, 3, 1).numpy(), len(photos)).save(Path(config.output) / "colours.png")
         report(config, kind=kind, decoded=explained(photos, rows[-2]), drawn=explained(photos, rows[-1]))
 
 
