@@ -52,10 +52,10 @@ PROMPTS := --prompt "a handwritten zero" "the number 3, drawn by hand" "a seven"
 demo-text: setup
 	$(VENV)/python train.py --data-path digits --vae none --image-size 8 --text-encoder minilm --text-length 16 \
 	    --run-dir $(TEXT)/run --model DiT-S/2 --hidden-size 96 --depth 4 --num-heads 4 --global-batch-size 64 --lr 2e-3 \
-	    --ema-warmup --max-steps 1500
-	$(VENV)/python sample.py --ckpt $(TEXT)/run/checkpoints/0001500.pt $(PROMPTS) --cfg-scale 3 --num-sampling-steps 50 \
+	    --ema-warmup --max-steps 1000
+	$(VENV)/python sample.py --ckpt $(TEXT)/run/checkpoints/0001000.pt $(PROMPTS) --cfg-scale 3 --num-sampling-steps 50 \
 	    --samples-per-label 5 --columns 5 --enlarge 24 --captions --output demo/text.png
-	$(VENV)/python -m studies.text_digits --ckpt $(TEXT)/run/checkpoints/0001500.pt
+	$(VENV)/python -m studies.text_digits --ckpt $(TEXT)/run/checkpoints/0001000.pt
 	@echo "Look at demo/text.png"
 
 # Two runs at a time, each on one core. The same command resumes what was stopped.

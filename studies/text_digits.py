@@ -1,6 +1,6 @@
 """The digits drawn by prompts: whether a model draws what the words say. Also makes a random text encoder to compare with.
 
-    python -m studies.text_digits --ckpt demo/text/run/checkpoints/0001500.pt
+    python -m studies.text_digits --ckpt demo/text/run/checkpoints/0001000.pt
     python -m studies.text_digits --make-encoder demo/random
 
 The captions of the data are made from the templates in data/captions.py. UNSEEN has templates that are never trained on,
