@@ -213,9 +213,7 @@ def list_table(config):
         names = [f"{classes[number]}/{name}" for number, name in zip(labels, names, strict=True)]
     used = {"images": table.column, "labels": label, "texts": text}
     used = ", ".join(f"{what} {printable(name)}" for what, name in used.items() if name)
-    sizes = []  # which tell rows apart that have no names
-    if not all(paths):
-        sizes = map(str, pc.binary_length(table.data).to_pylist())
+    sizes = [] if all(paths) else map(str, pc.binary_length(table.data).to_pylist())  # tell rows apart that have no names
     listing = make_listing(names, labels, classes, [f"Columns of {config.data_path}: {used}"], sizes)
     listing.table, listing.captions = table, table.captions(text) if text else None
     return listing
