@@ -364,10 +364,7 @@ def test_outputs_are_checked_before_anything_slow(folder, monkeypatch, capsys, t
 
 
 def test_a_full_disk_loses_no_numbers(folder, measured, monkeypatch, capsys, tmp_path):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files, "replace_file", full)
+    monkeypatch.setattr(files, "replace_file", mock.Mock(side_effect=OSError(28, "No space left on device")))
     images = folder / "reference.npz", folder / "samples.npz"
     weights = "--inception-weights", folder / "inception.pth"
     with pytest.raises(SystemExit) as stop:

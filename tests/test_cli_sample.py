@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -67,17 +68,10 @@ def test_a_grid_is_written(tiny_checkpoint, tmp_path, capsys):
     assert output.read_bytes() != before
 
 
-def fail(error):
-    def call(*args, **options):
-        raise error
-
-    return call
-
-
 @pytest.mark.parametrize("option", ["--output", "--save-trajectory"])
 def test_a_folder_that_is_closed_to_us_is_refused_before_any_work(tiny_checkpoint, tmp_path, monkeypatch, capsys, option):
     monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path / "closed"))  # root may write anywhere
-    monkeypatch.setattr(pipeline.Pipeline, "build", fail(AssertionError("a model is built")))
+    monkeypatch.setattr(pipeline.Pipeline, "build", mock.Mock(side_effect=AssertionError("a model is built")))
     (tmp_path / "closed").mkdir()
     output = ["--output", tmp_path / "a.png", option, tmp_path / "closed/a.gif"]
     assert call(sample.main, "--ckpt", tiny_checkpoint, *output) == 2
@@ -86,7 +80,7 @@ def test_a_folder_that_is_closed_to_us_is_refused_before_any_work(tiny_checkpoin
 
 @pytest.mark.parametrize("name", ["a.png", "t.png", "t.gif"])
 def test_a_full_disk_is_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys, name):
-    full, write = fail(OSError(errno.ENOSPC, "No space left on device")), grid.replace_file
+    write, full = grid.replace_file, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(grid, "replace_file", lambda path, w: full() if Path(path).name == name else write(path, w))
     command = ["--ckpt", tiny_checkpoint, *SHORT, "--labels", 1, "--output", tmp_path / "a.png"]
     assert call(sample.main, *command, *([] if name == "a.png" else ["--save-trajectory", tmp_path / name])) == 1
@@ -104,7 +98,7 @@ def test_a_full_disk_is_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys,
     ],
 )
 def test_what_stops_it_is_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys, error, status, words):
-    monkeypatch.setattr(pipeline.Pipeline, "steps", fail(error))
+    monkeypatch.setattr(pipeline.Pipeline, "steps", mock.Mock(side_effect=error))
     assert call(sample.main, "--ckpt", tiny_checkpoint, "--output", tmp_path / "a.png") == status
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -134,11 +135,8 @@ def test_what_killed_writes_left_is_removed(undisturbed, tiny_checkpoint, tmp_pa
 
 
 def full_disk_of_rank_1(argv):
-    def no_room(path, write):
-        raise OSError(28, "No space left on device")
-
     if os.environ["RANK"] == "1":
-        image_set.replace_file = no_room
+        image_set.replace_file = mock.Mock(side_effect=OSError(28, "No space left on device"))
     sample_ddp.main(argv)
 
 
@@ -274,13 +272,6 @@ def test_values_of_another_type_in_the_record_differ(undisturbed, tiny_checkpoin
     assert "--cfg-scale ['1.5'], now 1.5" in capsys.readouterr().err
 
 
-def fail(error):
-    def call(*args, **options):
-        raise error
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
@@ -291,7 +282,7 @@ def fail(error):
     ],
 )
 def test_what_stops_it_is_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys, error, status, words):
-    monkeypatch.setattr(pipeline.Pipeline, "noise", fail(error))
+    monkeypatch.setattr(pipeline.Pipeline, "noise", mock.Mock(side_effect=error))
     assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == status
     out, err = capsys.readouterr()
     assert words in err.splitlines()[-1]

@@ -446,10 +446,7 @@ def test_the_last_good_checkpoint_is_one_that_an_update_was_made_from(tmp_path, 
 
 @pytest.mark.parametrize("error", [ValueError("not foreseen"), OSError(5, "Input/output error")])
 def test_whatever_ends_the_writing_of_a_checkpoint_is_recorded(tmp_path, monkeypatch, error):
-    def fail(saver):
-        raise error
-
-    monkeypatch.setattr(BackgroundSaver, "_prune", fail)
+    monkeypatch.setattr(BackgroundSaver, "_prune", mock.Mock(side_effect=error))
     try:
         status = call(train.main, *TINY, "--run-dir", tmp_path, "--max-steps", 2)
     except ValueError:

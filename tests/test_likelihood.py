@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -225,20 +226,14 @@ def test_outputs_are_checked_before_anything_slow(capfd, tmp_path, monkeypatch, 
 
 
 def test_a_full_disk_and_ctrl_c_end_with_one_line(capfd, tmp_path, monkeypatch, tiny_checkpoint):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
     argv = options(tiny_checkpoint, tmp_path / "a.json")
     with monkeypatch.context() as patch:
-        patch.setattr(likelihood.files, "replace_file", full)
+        patch.setattr(likelihood.files, "replace_file", mock.Mock(side_effect=OSError(28, "No space left on device")))
         assert call(command.main, *argv) == 1
     out, err = capfd.readouterr()
     assert "bits per dimension" in out, "the numbers are not lost"
     assert "a.json: cannot be written (No space left on device)" in err.splitlines()[-1]
-    monkeypatch.setattr(likelihood, "bound", interrupted)
+    monkeypatch.setattr(likelihood, "bound", mock.Mock(side_effect=KeyboardInterrupt))
     assert call(command.main, *argv) == 130
     assert capfd.readouterr().err.splitlines()[-1].endswith("error: interrupted")
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -234,10 +235,7 @@ def test_mistakes_get_one_line_before_anything_is_drawn(lively, reference, tmp_p
 
 
 def test_a_full_disk_is_one_line(lively, reference, tmp_path, monkeypatch, capfd):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sweep_module.files, "write_json", full)
+    monkeypatch.setattr(sweep_module.files, "write_json", mock.Mock(side_effect=OSError(28, "No space left on device")))
     assert call(sweep.main, *command(lively, reference, tmp_path)) == 1
     line = "results.json: cannot be written (No space left on device); the rows so far are kept"
     assert line in capfd.readouterr().err.strip().splitlines()[-1]
