@@ -20,7 +20,7 @@ from runtime.errors import UserError
 from runtime.files import checksum, checksum_of_text
 from runtime.shapes import ImageSize, plain_size
 
-WRAPPERS = ("module.", "_orig_mod.")  # before the names of a model that DDP or torch.compile has wrapped
+FIRST = "x_embedder.proj.weight"  # before it stands what has wrapped the model: module. of DDP, _orig_mod. of torch.compile
 FACTOR = 8  # pixels per latent cell of the autoencoder that models without a record were trained on
 
 
@@ -208,9 +208,9 @@ class Checkpoint:
         if not tensors or not all(isinstance(key, str) and isinstance(tensors[key], torch.Tensor) for key in tensors):
             raise CheckpointError(f"{self.path}: not a checkpoint of this project: it holds neither weights nor `ema` or "
                                   "`model`")  # fmt: skip
-        for prefix in WRAPPERS:
-            if all(key.startswith(prefix) for key in tensors):
-                return self._tensors({key.removeprefix(prefix): value for key, value in tensors.items()})
+        wrapped = next((key for key in tensors if key.endswith(f".{FIRST}")), "")
+        if (prefix := wrapped.removesuffix(FIRST)) and all(key.startswith(prefix) for key in tensors):
+            return {key.removeprefix(prefix): value for key, value in tensors.items()}
         return tensors
 
     @property

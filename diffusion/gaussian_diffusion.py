@@ -149,9 +149,10 @@ class GaussianDiffusion:
     # The reverse process
 
     def call_model(self, model, x_t, t, model_kwargs=None):
-        """The output of the model at step t, and what else it returns: the second of a pair, or None."""
+        """The output of the model at step t, and what else it returns: the second of a pair, a list of more, or None."""
         output = model(x_t, self.model_timesteps(t, x_t), **(model_kwargs or {}))
-        return output if isinstance(output, tuple) else (output, None)
+        output, *extra = output if isinstance(output, tuple | list) else (output, None)
+        return output, extra[0] if len(extra) == 1 else extra
 
     def model_timesteps(self, t, x):
         """The timesteps of the full process, which models and classifiers are told: (N,) int64."""

@@ -418,6 +418,7 @@ def test_a_config_that_is_recorded_is_read_and_not_inferred():
     lambda weights: {"state_dict": weights},
     lambda weights: {"module": {**weights, "step": 7}},
     lambda weights: {"model": {f"module._orig_mod.{key}": value for key, value in weights.items()}},
+    lambda weights: {"state_dict": {f"net.{key}": value for key, value in weights.items()}},
 ])  # fmt: skip
 def test_state_dicts_as_other_trainers_write_them_are_read(wrap):
     model = fill(DiT(**SMALL))

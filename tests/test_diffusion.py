@@ -340,6 +340,7 @@ def test_a_model_may_return_more_than_its_output():
 
     p = diffusion.p_mean_variance(model, X_0, t)
     assert p.pop("extra") == "extra"
+    assert diffusion.p_mean_variance(lambda x, t: [model(x, t)[0], 1, 2], X_0, t)["extra"] == [1, 2]
     plain = diffusion.p_mean_variance(stub(True), X_0, t)
     assert p.keys() == plain.keys()
     assert all(torch.equal(p[name], plain[name]) for name in p)

@@ -284,7 +284,7 @@ def test_paths_that_cannot_be_used_are_refused_before_work(tmp_path):
         (lambda: files.check_input(tmp_path / "a", "--x", "folder"), f"no such folder; check the path {tmp_path}/a"),
         (lambda: files.check_input(tmp_path / "link", "--x", "file"), "no such file (a link to what does not exist); "),
         (lambda: files.check_input(tmp_path / "file/a", "--x", "file"), "cannot be read (Not a directory); name another"),
-        (lambda: files.check_input("a\0", "--x", "file"), "cannot be read (embedded null byte); name another file"),
+        (lambda: files.check_input("a\0", "--x", "file"), "cannot be read ("),  # Python's words differ
     ):
         with pytest.raises(UserError) as error:
             check()
@@ -458,7 +458,8 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored():
 def without_unix(argv):
     """What a user of Windows starts. The modules that this process has are read again, without what Windows lacks."""
     for name, module in [*sys.modules.items()]:
-        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT) and "/tests/" not in module.__file__:
+        file = Path(getattr(module, "__file__", None) or "/")
+        if file.is_relative_to(ROOT) and not {"tests", "site-packages"}.intersection(file.parts):  # .venv is below ROOT
             del sys.modules[name]
     sys.modules |= dict.fromkeys(("fcntl", "resource"))
     for name in ("SIGUSR1", "SIGCHLD", "SIGHUP"):
