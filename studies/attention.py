@@ -47,16 +47,13 @@ class FramesBlock(DiTBlock):
         return x.unflatten(0, (-1, frames)).flatten(1, 2)
 
 
-BLOCKS["frames"] = FramesBlock
-
-
 @dataclass(frozen=True)
 class AttentionConfig(Config):
     """Options of attention.py."""
 
     init_from: str | None = option(None, "a model of single moving digits, of whose sizes and weights all start (default: "
         "random)", metavar="WHERE")  # fmt: skip
-    blocks: tuple[str, ...] = option(("adaln-zero", "space-time", "frames"), "designs", choices=tuple(BLOCKS))
+    blocks: tuple[str, ...] = option(("adaln-zero", "space-time", "frames"), "designs", choices=(*BLOCKS, "frames"))
     seconds: float = option(120.0, "processor time of each design's training", above=0)
     seeds: tuple[int, ...] = option((0,), "of weights, data and noise of the training", low=0)
     frames: int = option(6, "of a clip", low=2, high=64)
@@ -112,6 +109,7 @@ class Run:
 
 
 def main(argv=None):
+    BLOCKS["frames"] = FramesBlock
     parser = Parser(AttentionConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: several
 
 from helpers import Ranks, call, make_autoencoder, make_images, make_inception
 
+from models import BLOCKS
 from training import watchers
 
 gc.set_threshold(50_000)  # as commands have it, see runtime/parser.py
@@ -34,6 +36,13 @@ TINY = (
     "--data-path digits --vae none --image-size 8 --num-classes 10 --hidden-size 16 --depth 1 --num-heads 2 "
     "--patch-size 2 --global-batch-size 12 --lr 1e-3 --device cpu --log-every 2 --num-workers 0"
 ).split()
+
+
+@pytest.fixture(autouse=True)
+def known_blocks():
+    """Studies add designs to the table, which is as it was for the next test."""
+    with mock.patch.dict(BLOCKS):
+        yield
 
 
 @pytest.fixture

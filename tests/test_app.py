@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -31,6 +32,7 @@ from models import DiT
 from runtime.errors import UserError
 from sampling import web
 from sampling.config import ComputeConfig
+from sampling.pipeline import Pipeline
 from tools import app, convert
 
 CPU = ComputeConfig(device="cpu")
@@ -257,8 +259,14 @@ def url(ckpt, tmp_path_factory):
     pytest.importorskip("gradio", reason="the package gradio is not installed")
     folder, port = tmp_path_factory.mktemp("app"), free_port()
 
+    def paced(pipeline, *args, draw=Pipeline.steps, **options):
+        for out in draw(pipeline, *args, **options):
+            time.sleep(0.02)  # so that nobody's thousand steps are over before he has stopped them
+            yield out
+
     def serve(argv):
         os.chdir(folder)
+        Pipeline.steps = paced
         os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
         app.main(argv)
 
