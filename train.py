@@ -37,6 +37,11 @@ class TrainConfig(Config):
     vae: str = option("ema", 'autoencoder: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub name of an '
         'autoencoder of diffusers, or "none" for pixels', basic=True)  # fmt: skip
 
+    @classmethod
+    def from_flat(cls, values):
+        """As of every config; --recipe stands for what it stands for on the command line, where `values` lack it."""
+        return super().from_flat(PRESETS.get(values.get("recipe"), {}) | values)
+
     def check(self):
         if self.data.kind != "classes" and self.model.num_classes:
             option = "--text-encoder" if self.data.text_encoder else f"--condition {self.data.kind}"

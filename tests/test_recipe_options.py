@@ -358,6 +358,13 @@ def test_a_sampler_takes_the_models_time_shift():
     assert seen == pytest.approx([1000.0, 900.0, 750.0, 500.0])
 
 
+def test_a_recipe_stands_for_the_same_from_python():
+    given = {"data_path": "digits", "vae": "none", "recipe": "fast"}
+    words = ["--data-path", "digits", "--vae", "none", "--recipe", "fast"]
+    assert train.TrainConfig.from_flat(given) == train.make_parser().parse(words)
+    assert train.TrainConfig.from_flat(given | {"objective": "diffusion"}).model.objective == "diffusion"
+
+
 def test_a_recipe_is_recorded_in_full_and_what_is_given_wins(tmp_path):
     assert call(train.main, *TINY, "--recipe", "fast", "--max-steps", 1, "--run-dir", tmp_path / "fast") == 0
     state = latest(tmp_path / "fast")
