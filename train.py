@@ -99,7 +99,8 @@ def train(config, signals=None, dataset=None, watchers=()):
     # first the options that a resumed run may change
     advice = f"pass --grad-accum or --grad-checkpoint{shard}; in a new run, "
     advice += f"lower --global-batch-size {config.recipe.global_batch_size}"
-    with processes(config.compute.device, config.compute.timeout) as context, explain_out_of_memory(advice):
+    stop = signals and (lambda: signals.requested)
+    with processes(config.compute.device, config.compute.timeout, stop) as context, explain_out_of_memory(advice):
         with context.together():
             resumed = resume.peek(config.run, config.model.num_heads)
             config, source = setup.resolve(config, context, resumed)

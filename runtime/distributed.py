@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+import time
 import uuid
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -140,22 +141,23 @@ def first_sentence(error):
 
 
 @contextlib.contextmanager
-def processes(device=None, timeout=None):
+def processes(device=None, timeout=None, stop=None):
     """The Context of this process, joined to those that torchrun or srun has started, until the block ends.
 
     device: "cuda", "mps", "cpu"; None for the best one. timeout: seconds after which a process that waits for the others
-    gives up; None for PyTorch's own, 30 minutes with gloo and 10 with NCCL. Raises UserError for a device that is missing
-    or cannot be shared, and LostProcessError where the connection to another process breaks."""
+    gives up; None for PyTorch's own, 30 minutes with gloo and 10 with NCCL. stop: whether a signal that the caller handles
+    has asked for an end; while the others are waited for, that is a KeyboardInterrupt. Raises UserError for a device that
+    is missing or cannot be shared, and LostProcessError where the connection to another process breaks."""
     advice = "a process, a host or the network has failed: see the output of the others; the same command resumes"
     try:
-        context = setup(device, timeout)
+        context = setup(device, timeout, stop)
         with explain("lost the connection to another", advice):
             yield context
     finally:
         close()
 
 
-def setup(device=None, timeout=None):
+def setup(device=None, timeout=None, stop=None):
     """Join the other processes; see `processes`, which also leaves them."""
     name = pick_device(device)
     rank, local_rank, world_size = launched()
@@ -180,7 +182,7 @@ def setup(device=None, timeout=None):
         advice = "check that each host's name stands for an address that the others reach, not for 127.0.1.1, or set "
         advice += "GLOO_SOCKET_IFNAME to the name of the network interface, such as eth0"
         with explain("cannot connect to the others", advice):
-            store = wait_for_others(lambda: meet(rank, world_size), rank, world_size)
+            store = wait_for_others(lambda: meet(rank, world_size), rank, world_size, stop)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
             context.host_group = dist.new_group(backend="gloo", timeout=patience) if name == "cuda" else dist.group.WORLD
     return context
@@ -192,7 +194,7 @@ def meet(rank, world_size):
     return dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
 
 
-def wait_for_others(join, rank, world_size, after=10.0):
+def wait_for_others(join, rank, world_size, stop=None, after=10.0):
     """join(), which returns when all processes are there. Prints a line where that takes longer than so many seconds. It is
     called in a thread, because this one would not notice Ctrl-C while it waits in PyTorch's C++ code."""
     found = Future()
@@ -204,13 +206,17 @@ def wait_for_others(join, rank, world_size, after=10.0):
             found.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    if wait([found], timeout=after).done:
-        return found.result()
     start = "start all of them with srun or torchrun"
     if "RANK" not in os.environ:  # a shell inside of an allocation looks like the first of its tasks
         start += ", or set SLURM_STEP_NUM_TASKS=1 for one process alone"
     text = f"process {rank} of {world_size} waits for the other {world_size - 1} to start, for up to {JOIN}; {start}"
-    print(text, file=sys.stderr, flush=True)
+    begin = time.monotonic()
+    while not wait([found], timeout=min(after, 0.5)).done:
+        if stop and stop():
+            raise KeyboardInterrupt  # there is nothing to save yet
+        if text and time.monotonic() - begin >= after:
+            print(text, file=sys.stderr, flush=True)
+            text = None
     return found.result()
 
 

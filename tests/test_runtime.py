@@ -358,14 +358,13 @@ def in_a_shell_of_srun(argv):
     train.main(argv)
 
 
-def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(environment, ranks, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(number, environment, ranks, tmp_path):
     run = ranks(in_a_shell_of_srun, [*TINY, "--max-steps", 1, "--run-dir", tmp_path])
     wait_for(lambda: "one process alone\n" in run.text())
     text = run.text()
     assert text.startswith("process 0 of 4 waits for the other 3 to start, for up to 0:10:00; start all of them")
-    for _ in range(2):  # the second Ctrl-C stops at once, see StopSignals
-        os.kill(run.processes[0].pid, signal.SIGINT)
-        time.sleep(1.1)
+    os.kill(run.processes[0].pid, number)
     assert run.wait(timeout=10) == [130]
     assert run.text().count("\n") == 2
     way_out = re.search(r"set (\w+)=(\d) for one process alone", text)
