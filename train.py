@@ -40,7 +40,8 @@ class TrainConfig(Config):
     @classmethod
     def from_flat(cls, values):
         """As of every config; --recipe stands for what it stands for on the command line, where `values` lack it."""
-        return super().from_flat(PRESETS.get(values.get("recipe"), {}) | values)
+        recipe = values.get("recipe")
+        return super().from_flat((PRESETS.get(recipe, {}) if isinstance(recipe, str) else {}) | values)
 
     def check(self):
         if self.data.kind != "classes" and self.model.num_classes:

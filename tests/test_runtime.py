@@ -349,18 +349,19 @@ def test_words_about_a_failed_write_are_true(tmp_path, monkeypatch, capfd):
 SHELL = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "1234"}
 
 
-def in_a_shell_of_srun(argv):
-    """A plain `python train.py` in the shell of `srun --ntasks-per-node=4 --pty bash`: the first of four processes."""
+def in_a_shell_of_srun(job, argv):
+    """A plain `python train.py` in the shell of `srun --ntasks-per-node=4 --pty bash`, the first of four. The port
+    is made of the job's number."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    os.environ |= SHELL
+    os.environ |= SHELL | {"SLURM_JOB_ID": str(job)}
     distributed.wait_for_others = functools.partial(distributed.wait_for_others, after=0.1)
     train.main(argv)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(number, environment, ranks, tmp_path):
-    run = ranks(in_a_shell_of_srun, [*TINY, "--max-steps", 1, "--run-dir", tmp_path])
+    run = ranks(functools.partial(in_a_shell_of_srun, 1234 + number), [*TINY, "--max-steps", 1, "--run-dir", tmp_path])
     wait_for(lambda: "one process alone\n" in run.text())
     text = run.text()
     assert text.startswith("process 0 of 4 waits for the other 3 to start, for up to 0:10:00; start all of them")
