@@ -25,6 +25,8 @@ from checkpoint import files
 
 ROOT = Path(__file__).parents[1]
 
+# Whether this version of PyTorch shards models on CPUs; train.py --shard asks itself (training/sharding.py)
+SHARDS = torch.__version__ >= (2, 15)
 TIMINGS = {"steps_per_second", "images_per_second", "peak_memory_gib", "training_seconds", "utilization"}
 
 

@@ -7,7 +7,7 @@ import pytest
 import sklearn.datasets  # noqa: F401
 import torch
 from conftest import TINY
-from helpers import assert_same_state, call, latest, without_timings
+from helpers import SHARDS, assert_same_state, call, latest, without_timings
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import normal
@@ -220,11 +220,14 @@ def gradients(context, **compute):
     return found, torch.cat(context.all_gather(losses["loss"])).tolist()
 
 
+SHARING = (None, "all") if SHARDS else (None,)  # with DDP, and with --shard
+
+
 def save_gradients(argv):
-    """In each process, with DDP and with --shard."""
+    """In each process, as SHARING says."""
     (folder,) = argv
     with processes("cpu") as context:
-        for how in (None, "all"):
+        for how in SHARING:
             found = gradients(context, shard=how)
             if context.is_main:
                 torch.save(found, f"{folder}/{how}.pt")
@@ -247,7 +250,7 @@ def test_two_processes_have_one_processs_gradients(ranks, tmp_path, expected):
     """The target's passes go past DDP, whose exchange they would disturb without a word."""
     done = ranks(save_gradients, (tmp_path,), 2)
     assert done.wait() == [0, 0], done.text() + done.text(1)
-    for how in (None, "all"):
+    for how in SHARING:
         assert_same_gradients(torch.load(tmp_path / f"{how}.pt"), expected)
 
 

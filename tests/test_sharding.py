@@ -11,7 +11,7 @@ import pytest
 import sklearn.datasets  # noqa: F401
 import torch
 from conftest import TINY
-from helpers import Ranks, assert_same_state, call, flat, latest, without_timings
+from helpers import SHARDS, Ranks, assert_same_state, call, flat, latest, without_timings
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
@@ -25,7 +25,10 @@ from training.config import ComputeConfig, RecipeConfig
 from training.cost import build, training_memory
 from training.trainer import Trainer
 
-pytestmark = pytest.mark.xdist_group("sharding")  # fixtures of seconds are made once
+pytestmark = [
+    pytest.mark.xdist_group("sharding"),  # fixtures of seconds are made once
+    pytest.mark.skipif(not SHARDS, reason="this version of PyTorch does not shard models on CPUs"),
+]
 
 OPTIONS = {
     "plain": {},
