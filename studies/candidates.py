@@ -36,6 +36,7 @@ from evaluation.features import load_network, resize
 from evaluation.metrics import Statistics, standard_errors
 from models import BLOCKS, DiTBlock
 from runtime.config import option
+from runtime.errors import UserError
 from runtime.files import replace_file, write_errors, write_json
 from runtime.parser import Parser
 from studies import recipes
@@ -170,6 +171,8 @@ class MuonAndAdamW:
     def __init__(self, model, recipe):
         matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
         others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError("--recipes muon", f"PyTorch {torch.__version__} has no Muon", "use version 2.9 or later")
         muon = torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
         self.both = muon, torch.optim.AdamW(others, lr=recipe.lr, betas=recipe.betas, weight_decay=0, fused=True)
         self.param_groups = [{"lr": recipe.lr}]

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import functools
-import importlib.util
 import io
 import os
 import shlex
@@ -211,14 +210,12 @@ def test_classes_are_offered_by_number_and_name(ckpt, tmp_path):
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert call(app.main) == 2
-    assert capsys.readouterr().err == (
-        'app.py: error: the page needs the package gradio; install it with: pip install "gradio>=6"\n'.replace(
-            "app.py", Path(sys.argv[0]).name
-        )
-    )
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    for found, what in (((), "which is not installed"), ((6, 23), "6.24 or later, here is 6.23")):
+        monkeypatch.setattr(app, "gradio_version", lambda found=found: found)
+        assert call(app.main) == 2
+        text = f'error: the page needs the package gradio, {what}; install it with: pip install "gradio>=6.24"\n'
+        assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: {text}"
+    monkeypatch.setattr(app, "gradio_version", lambda: (6, 24))
     for argv, words in (
         ([], "make demo"),
         (["--ckpt", "nowhere.pt"], "no such file"),

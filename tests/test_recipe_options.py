@@ -23,7 +23,7 @@ from diffusion import check_sampler, create_diffusion, make_objective, sample, s
 from diffusion.flow import Flow, eps_denoiser, flow_log_likelihood
 from diffusion.registry import OBJECTIVES, SAMPLERS, Objective
 from models import DiT
-from runtime.distributed import setup
+from runtime import distributed
 from sampling.config import GuidanceConfig, SamplerConfig
 from sampling.pipeline import Pipeline
 from studies.gaussian import ALPHA_BAR, MU, S, alpha_bar_at, denoiser, velocity
@@ -119,7 +119,7 @@ def test_timesteps_of_training_follow_the_shifted_distribution(sampling):
     dataset, recipe = Digits(image_size=8), RecipeConfig(global_batch_size=100, timestep_sampling=sampling)
     sizes = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 10}
     model, found = DiT(**sizes, objective="flow", predict="v", learn_sigma=False, time_shift=2.5), []
-    trainer = Trainer(recipe, ComputeConfig(), setup("cpu"), model, Pixels(channels=1))
+    trainer = Trainer(recipe, ComputeConfig(), distributed.setup("cpu"), model, Pixels(channels=1))
     losses = trainer.objective.training_losses
     trainer.objective.training_losses = lambda model, x, t, *rest: found.append(t) or losses(model, x, t, *rest)
     for batch in make_loader(dataset, GlobalOrder(len(dataset), 100, seed=0, stop=2000)):

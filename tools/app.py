@@ -1,6 +1,6 @@
 """Draw images in the browser: a web page for one or more visitors.
 
-    pip install "gradio>=6"
+    pip install "gradio>=6.24"
     python -m tools.app                                # assets/mnist.safetensors; the others below demo/ and results/
     python -m tools.app --ckpt results/xl2 --precision bf16 --port 8000
 
@@ -8,7 +8,7 @@ The page shows what sample.py draws for the same settings. Only this machine can
 """
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import os
 import signal
 import socket
@@ -52,9 +52,19 @@ def main(argv=None):
     parser = Parser(AppConfig, __doc__)
     config = parser.parse(argv)
     with parser.report_errors():
-        if not importlib.util.find_spec("gradio"):
-            raise UserError('the page needs the package gradio; install it with: pip install "gradio>=6"')
+        found = gradio_version()
+        if found < (6, 24):
+            what = f"6.24 or later, here is {'.'.join(map(str, found))}" if found else "which is not installed"
+            raise UserError(f'the page needs the package gradio, {what}; install it with: pip install "gradio>=6.24"')
         serve(config)
+
+
+def gradio_version():
+    """(major, minor), or () where it is not installed."""
+    try:
+        return tuple(map(int, importlib.metadata.version("gradio").split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
 
 
 def serve(config):
