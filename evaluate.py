@@ -9,6 +9,7 @@ Each input is an .npz file (arr_0: uint8 images (N, H, W, 3); or mu, sigma, mu_s
 The numbers, and what they were made from, are written to SAMPLES.metrics.json.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import sys
 
 from evaluation.config import EvaluateConfig

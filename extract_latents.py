@@ -6,6 +6,7 @@
 Run again after an interruption, the command makes the shards that are missing or damaged, and leaves the others alone.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 from data.config import ExtractConfig
 from runtime.parser import Parser
 

@@ -10,6 +10,7 @@
 With the same weights and seed these are the original release's images, on the CPU; for sets of images see sample_ddp.py.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import sys
 
 from runtime.parser import Parser

@@ -6,6 +6,7 @@
 Image i depends on the seed and on i alone. After an interruption the same command draws the images that are missing.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial

@@ -7,6 +7,7 @@ The recipe is the paper's (section 4): AdamW, constant learning rate 1e-4, no we
 0.9999. A command with --run-dir, given again, resumes where the run stopped.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import sys
 from dataclasses import dataclass, replace
 

@@ -18,6 +18,7 @@ from runtime.devices import pick_device
 from runtime.errors import RunError, UserError
 from runtime.launch import launched, rendezvous_address
 
+ALONE = ", or set SLURM_STEP_NUM_TASKS=1 for one process alone"
 JOIN = datetime.timedelta(minutes=10)  # in which all processes have to start; torchrun, too, waits so long for its nodes
 
 
@@ -124,14 +125,17 @@ class LostProcessError(RunError):
 
 
 @contextlib.contextmanager
-def explain(what, advice):
-    """Raise a RuntimeError of process groups as one line: "process 1 {what} (Connection closed by peer ...); {advice}"."""
+def explain(what, advice, taken=None):
+    """Raise a RuntimeError of process groups as one line: "process 1 {what} (Connection closed by peer ...); {advice}".
+
+    taken: the advice where the port is another process's."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise LostProcessError(f"process {launched()[0]} {what} ({first_sentence(error)}); {advice}") from None
+        why, in_use = first_sentence(error), "EADDRINUSE" in str(error)
+        raise LostProcessError(f"process {launched()[0]} {what} ({why}); {taken if in_use else advice}") from None
 
 
 def first_sentence(error):
@@ -181,7 +185,9 @@ def setup(device=None, timeout=None, stop=None):
         patience = datetime.timedelta(seconds=timeout) if timeout else None
         advice = "check that each host's name stands for an address that the others reach, not for 127.0.1.1, or set "
         advice += "GLOO_SOCKET_IFNAME to the name of the network interface, such as eth0"
-        with explain("cannot connect to the others", advice):
+        taken = f"another process has port {os.environ['MASTER_PORT']}, perhaps a command that was started the same way: "
+        taken += f"wait for it{ALONE if 'RANK' not in os.environ else ''}, or set MASTER_PORT to another number"
+        with explain("cannot connect to the others", advice, taken):
             store = wait_for_others(lambda: meet(rank, world_size), rank, world_size, stop)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
             context.host_group = dist.new_group(backend="gloo", timeout=patience) if name == "cuda" else dist.group.WORLD
@@ -208,7 +214,7 @@ def wait_for_others(join, rank, world_size, stop=None, after=10.0):
     threading.Thread(target=call, daemon=True).start()
     start = "start all of them with srun or torchrun"
     if "RANK" not in os.environ:  # a shell inside of an allocation looks like the first of its tasks
-        start += ", or set SLURM_STEP_NUM_TASKS=1 for one process alone"
+        start += ALONE
     text = f"process {rank} of {world_size} waits for the other {world_size - 1} to start, for up to {JOIN}; {start}"
     begin = time.monotonic()
     while not wait([found], timeout=min(after, 0.5)).done:

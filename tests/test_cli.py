@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,24 @@ def test_commands_start_without_slow_imports(name):
     assert done.stdout.endswith("\n1000\n"), "OpenMP's threads would spin beside other work"
     slow = done.stderr.split("\n")[1:]  # after the line about the typo
     assert slow == ["", ""], "these modules take seconds to import, for which --help and mistakes would wait"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_during_the_first_imports_ends_with_one_line(name, tmp_path):
+    """Sent when the command imports its first module of more than a few lines, before it can handle signals."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'runtime.config':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    words = ["-m", name] if "." in name else [f"{name}.py"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr == f"{name.split('.')[-1]}.py: error: interrupted\n"
+    assert done.returncode == -signal.SIGINT, "a shell has to see that it was interrupted"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -373,6 +373,20 @@ def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(number, envi
     assert launched() == (0, 0, 1), "the advice has to work"
 
 
+def test_a_second_command_in_the_shell_of_srun_is_told_that_the_port_is_taken(environment, ranks, tmp_path):
+    """The first of it waits at the port that is made of the job's number, for processes that nobody starts."""
+    runs = [[*TINY, "--max-steps", 1, "--run-dir", tmp_path / name] for name in "ab"]
+    first = ranks(functools.partial(in_a_shell_of_srun, 1300), runs[0])
+    wait_for(lambda: "waits for the other 3" in first.text())
+    second = ranks(functools.partial(in_a_shell_of_srun, 1300), runs[1])
+    assert second.wait() == [1]
+    line = second.text().splitlines()[-1]
+    assert "another process has port 21300" in line and "GLOO" not in line
+    way_out = re.search(r"set (SLURM_\w+)=(\d) for one process alone, or set MASTER_PORT", line)
+    environment(**SHELL | {way_out[1]: way_out[2]})
+    assert launched() == (0, 0, 1), "the advice has to work"
+
+
 def test_output_that_nobody_reads_is_no_error(capfd):
     reading, writing = os.pipe()
     os.close(reading)

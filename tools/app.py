@@ -7,6 +7,7 @@
 The page shows what sample.py draws for the same settings. Only this machine can open it, unless --host says otherwise.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import contextlib
 import importlib.metadata
 import os

@@ -8,6 +8,7 @@ The paper's "Gflops" are GMACs: 1e9 multiply-accumulates of the matrix products,
 one forward pass of one image. A MAC is two FLOPs. studies/published.py compares our counts with the paper's.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import json
 from dataclasses import dataclass, replace
 

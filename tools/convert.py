@@ -8,6 +8,7 @@ The weights are the averaged ones where there are any, and every conversion is e
 docs/interchange.md tells what each form holds, and how the folder is used with diffusers.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import os
 import shlex
 from dataclasses import dataclass

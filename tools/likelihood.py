@@ -9,6 +9,7 @@ averaged ones, and pixels have 256 levels. (The digits have 17 levels, spread ov
 of every timestep and their standard errors over the images are written to --output, and a plot of the terms beside it.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 from evaluation.config import LikelihoodConfig
 from runtime.parser import Parser
 

@@ -8,6 +8,7 @@ samples of a run change: an animation of the grids that train.py --sample-every 
 The numbers are those of metrics.jsonl in the run folders. The panels for which no run has numbers are left out.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import json
 import math
 import sys

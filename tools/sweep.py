@@ -10,6 +10,7 @@ printed as they come and kept in --output, from where the same command resumes. 
 setting is named, with the commands that draw it.
 """
 
+import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 from evaluation.config import SweepConfig
 from runtime.parser import Parser
 
