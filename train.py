@@ -134,7 +134,8 @@ def make_watchers(config, trainer, dataset, signals):
     """The list of what the options ask to watch: see `training.watchers`."""
     from training.watchers import Samples, Validation
 
-    monitor, evaluation, size, watchers = config.monitor, config.evaluation, config.model.image_size, []
+    monitor, evaluation, size, column = config.monitor, config.evaluation, config.model.image_size, config.data.image_column
+    watchers = []
     if monitor.val_every:
         watchers.append(Validation(monitor, trainer, config.data, config.model, config.vae, dataset.channels))
     if monitor.sample_every:
@@ -143,7 +144,7 @@ def make_watchers(config, trainer, dataset, signals):
     if evaluation.eval_every:
         from evaluation.during_training import FID  # SciPy and torch-fidelity take seconds to import
 
-        watchers.append(FID(evaluation, trainer, size, signals, monitor.watch_average))
+        watchers.append(FID(evaluation, trainer, size, signals, monitor.watch_average, column))
     return watchers
 
 

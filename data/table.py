@@ -6,6 +6,7 @@ listing = list_table(DataConfig("imagenet-1k/data"))
 image = open_image(listing.table.file(7), "row 7")
 """
 
+import contextlib
 import io
 import os
 import re
@@ -96,6 +97,24 @@ def open_rows(path):
 
     cached = os.path.isdir(os.path.join(datasets.config.HF_DATASETS_CACHE, base.replace("/", "___")))
     return attempt("--data-path", base, "table of images", "check the path, or the name on the hub", read, datasets, cached)
+
+
+def columns_in(path, columns):
+    """{option: column}, without the columns that the table at `path` lacks: options of --data-path are for other tables of
+    the command too, where they fit. NO_LABELS stays. Raises UserError."""
+    there = {NO_LABELS, *(open_rows(path).column_names if any(columns.values()) else ())}
+    return {option: column if column in there else None for option, column in columns.items()}
+
+
+@contextlib.contextmanager
+def beside_the_data():
+    """For a table beside that of --data-path: let errors of the block that advise to name a column say how it can be."""
+    try:
+        yield
+    except UserError as error:
+        name = "name one with --image-column"
+        error.way_out = (error.way_out or "").replace(name, f"{name}, if --data-path has it too, or give data with one")
+        raise
 
 
 class MappedBytes(io.RawIOBase):

@@ -30,8 +30,8 @@ class InceptionConfig(Config):
 class MeasureConfig(InceptionConfig):
     """How sets of images are compared."""
 
-    image_column: str | None = option(None, "column of Parquet or Arrow data with the images (default: the only one there "
-        "is)")  # fmt: skip
+    image_column: str | None = option(None, "column with the images, of Parquet or Arrow data that has one of that name "
+        "(default: the only one there is)")  # fmt: skip
     features: tuple[str, ...] = option(("inception",), "feature networks to measure with, several in one pass over the "
         "images: inception, as published; efficientnet-lite0; clip, for CMMD; timm:NAME for any model of timm, such as "
         "timm:vit_large_patch14_dinov2.lvd142m for FD-DINOv2 (default: inception)", metavar="NETWORK")  # fmt: skip
@@ -90,7 +90,8 @@ class EvalConfig(InceptionConfig):
     eval_every: int | None = option(None, "measure FID of the averaged weights every N steps (default: never)", low=1,
         metavar="N", changeable=True)  # fmt: skip
     eval_reference: str | None = option(None, "images that FID compares with: an .npz file, which may hold mu and sigma "
-        "instead of images, or a folder", metavar="PATH", changeable=True)  # fmt: skip
+        "instead of images, a folder, or Parquet or Arrow data, in its column of --image-column if it has one of that name",
+        metavar="PATH", changeable=True)  # fmt: skip
     eval_features: tuple[str, ...] = option(("inception",), "feature networks to measure the distance with, by the names "
         "that evaluate.py --features takes; FID is that of inception (default: inception)", metavar="NETWORK",
         changeable=True)  # fmt: skip

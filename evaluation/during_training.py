@@ -28,15 +28,16 @@ def name_of(network):
 class FID:
     """Measures FID of the averaged weights as an EvalConfig says; a watcher of `training.watchers`.
 
-    image_size: of the images in pixels. signals: StopSignals, which end a measurement. average: the trainer's to measure,
-    by its name. Of clips all frames are compared with the reference's images. Image i depends on
-    (--global-seed, i) alone, so that the number of ranks changes the result by rounding at most. torch's random state and
-    its precision settings stay as they are. All ranks make one, which measures the reference, and call it. Raises UserError
-    for a reference or weights that cannot be used."""
+    image_size: of the images in pixels. signals: StopSignals, which end a measurement. average: the trainer's to
+    measure, by its name. column: the run's --image-column, for a reference that has it. Of clips all frames are
+    compared with the reference's images. Image i depends on (--global-seed, i) alone, so that the number of ranks
+    changes the result by rounding at most. torch's random state and its precision settings stay as they are. All ranks
+    make one, which measures the reference, and call it. Raises UserError for a reference or weights that cannot be
+    used."""
 
     slow = True
 
-    def __init__(self, config, trainer, image_size, signals=None, average=None):
+    def __init__(self, config, trainer, image_size, signals=None, average=None, column=None):
         context, space, self.every, self.config = trainer.context, trainer.space, config.eval_every, config
         self.context, self.space, self.condition = context, space, trainer.condition
         self.batch_size, self.seed = min(trainer.part_size, MAX_BATCH), trainer.recipe.global_seed
@@ -44,7 +45,7 @@ class FID:
         named, self.guidance = (config.eval_sampler, config.eval_sampling_steps), GuidanceConfig(cfg_scale=scale)
         self.sampler = choose_sampler("eval", trainer.model.objective, *named, scale)
         with context.together():
-            reference = open_reference(config.eval_reference, "--eval-reference", image_size)
+            reference = open_reference(config.eval_reference, "--eval-reference", image_size, column)
         context.on_main(reference.check)
         with about("--eval-features", option="--features"), context.together():
             weights, names = config.inception_weights, config.eval_features

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from data.config import DataConfig
 from data.images import open_image
 from data.listing import ENDINGS, notes_of, to_path, walk
-from data.table import NO_LABELS, is_table, list_table
+from data.table import NO_LABELS, beside_the_data, columns_in, is_table, list_table
 from evaluation.metrics import check_covariance
 from runtime.errors import UserError, about
 from runtime.files import OF_THE_FILE, reason
@@ -32,7 +32,7 @@ MAX_RATIO = 1032  # of zip's compression (deflate)
 
 def open_images(path, column=None):
     """NpzImages, FolderImages or TableImages of `path`; raises UserError naming the file and what is wrong with it. column:
-    of a table, that holds the images (default: the only one)."""
+    of a table, that holds the images, if it has one of that name (default: the only one)."""
     path = Path(path)
     if is_table(path) and path.suffix not in (".npz", ".json"):
         with about("images", option="--data-path"):
@@ -46,12 +46,10 @@ def open_images(path, column=None):
 def open_reference(path, option, image_size, column=None):
     """The images that the option names, to compare samples of this size with. Raises UserError where that cannot be."""
     try:
-        images = open_images(path, column)
+        with beside_the_data() if option == "--eval-reference" else contextlib.nullcontext():
+            images = open_images(path, column)
     except UserError as error:
-        text = str(error)
-        if option == "--eval-reference":  # train.py's option about a column is of the data that it trains on
-            text = text.replace("name one with --image-column", "give data with one")
-        raise UserError(f"{option} {text}") from None
+        raise UserError(f"{option} {error}") from None
     where = f"{option} {images.path}"
     if images.size and tuple(images.size) != sides(image_size):
         found, wanted = ("x".join(map(str, size)) for size in (images.size, sides(image_size)))
@@ -276,11 +274,11 @@ class TableImages(FolderImages):
     """The images of a table, see `data.table`, in the order of its rows; the labels are those that training would find."""
 
     def __init__(self, path, column=None):
-        config = DataConfig(str(path), image_column=column)
+        columns = columns_in(path, {"image_column": column})
         try:
-            listing = list_table(config)
+            listing = list_table(DataConfig(str(path), **columns))
         except UserError:  # without labels, if it is for these: they are not needed
-            listing = list_table(DataConfig(str(path), image_column=column, label_column=NO_LABELS))
+            listing = list_table(DataConfig(str(path), label_column=NO_LABELS, **columns))
         self.path, self.statistics, self.notes, self.file = path, {}, listing.notes, listing.table.file
         self.names, self.labels = listing.names, np.array(listing.folders)[listing.labels]
         self.labels = None if set(listing.folders) == {"."} else self.labels

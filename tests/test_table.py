@@ -301,7 +301,21 @@ def test_a_run_is_the_same_from_files_and_from_rows_and_goes_on_from_the_other(t
     assert_same_state(latest(tmp_path / "files"), latest(tmp_path / "rows"))
 
 
-def test_evaluation_measures_rows_as_files(tmp_path):
+@pytest.fixture
+def means(monkeypatch):
+    """A feature network called mean: the colour of an image."""
+    from evaluation.features import NETWORKS, FeatureNetwork, Outputs
+
+    class Mean(FeatureNetwork):
+        preprocessing, weights = "means", {"path": "", "sha256": "0" * 64}
+
+        def outputs(self, images):
+            return Outputs(pooled=images.float().mean((1, 2)))
+
+    monkeypatch.setitem(NETWORKS, "mean", Mean)
+
+
+def test_evaluation_measures_rows_as_files(tmp_path, means):
     random = np.random.default_rng(0)
     for name in ("ant", "bee"):
         (tmp_path / "files" / name).mkdir(parents=True)
@@ -316,21 +330,40 @@ def test_evaluation_measures_rows_as_files(tmp_path):
     assert (rows.labels.tolist(), rows.jpeg, rows.size) == (files.labels.tolist(), 1, (8, 8))
     assert np.array_equal(next(rows.batches(2, 7, 5)), next(files.batches(2, 7, 5)))
     options = ["--features", "mean", "--resamples", 0, "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        from evaluation.features import NETWORKS, FeatureNetwork, Outputs
-
-        class Mean(FeatureNetwork):
-            preprocessing, weights = "means", {"path": "", "sha256": "0" * 64}
-
-            def outputs(self, images):
-                return Outputs(pooled=images.float().mean((1, 2)))
-
-        patch.setitem(NETWORKS, "mean", Mean)
-        for kind in ("files", "rows"):
-            assert call(evaluate.main, tmp_path / "files", tmp_path / kind, *options) == 0
-        reports = [json.loads((tmp_path / f"{kind}.metrics.json").read_text()) for kind in ("files", "rows")]
+    for kind in ("files", "rows"):
+        assert call(evaluate.main, tmp_path / "files", tmp_path / kind, *options) == 0
+    reports = [json.loads((tmp_path / f"{kind}.metrics.json").read_text()) for kind in ("files", "rows")]
     numbers = [{**report, "date": None, "samples": None} for report in reports]
     assert numbers[0] == numbers[1]
+
+
+def test_tables_beside_the_data_follow_its_column_where_they_have_one_of_that_name(tmp_path, capsys, means):
+    """Held-out images and the reference of FID during training; and both sets of evaluate.py."""
+    (tmp_path / "files/ant").mkdir(parents=True)
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"files/ant/{i}.png")
+    pictures, kind = columns_of(tmp_path / "files")["image"], datasets.Image()
+    pair = write(tmp_path / "pair", {"a": pictures, "b": pictures[:1] * 6}, {"a": kind, "b": kind})
+    one, files = write(tmp_path / "one", {"picture": pictures}, {"picture": kind}), tmp_path / "files"
+
+    options = [one, pair, "--features", "mean", "--resamples", 0, "--device", "cpu"]
+    assert call(evaluate.main, *options) == 2
+    assert "name one with --image-column; its columns are a (images), b (images)" in capsys.readouterr().err
+    for column, close in (("a", True), ("b", False)):
+        assert call(evaluate.main, *options, "--image-column", column) == 0
+        report = json.loads((tmp_path / "pair.metrics.json").read_text())
+        assert (report["networks"]["mean"]["fd"] < 1e-3) == close
+
+    command = [*RUN, "--max-steps", 1, "--val-every", 1, "--eval-every", 1, "--eval-features", "mean"]
+    command += ["--eval-samples", 2, "--eval-sampling-steps", 2, "--data-path"]
+    for data, held_out, reference in ((files, pair, one), (one, one, pair)):
+        words = [data, "--val-data-path", held_out, "--eval-reference", reference, "--run-dir", tmp_path / "refused"]
+        assert call(train.main, *command, *words) == 2
+        advice = "name one with --image-column, if --data-path has it too, or give data with one; its columns are a"
+        assert advice in capsys.readouterr().err
+    for held_out, reference in ((pair, one), (one, pair)):
+        words = [pair, "--val-data-path", held_out, "--eval-reference", reference, "--image-column", "a"]
+        assert call(train.main, *command, *words, "--run-dir", tmp_path / f"{held_out.name}-run") == 0
 
 
 def test_rows_without_labels_that_are_known_can_be_measured(tmp_path):

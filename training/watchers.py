@@ -21,7 +21,7 @@ from data.config import COLUMNS
 from data.images import load_dataset
 from data.latents import StoredLatents
 from data.order import batches_of_one_shape, make_loader
-from data.table import is_table
+from data.table import beside_the_data, columns_in, is_table
 from diffusion.registry import OBJECTIVES
 from runtime import seeds
 from runtime.errors import UserError, about
@@ -102,9 +102,12 @@ class Validation:
     def __init__(self, config, trainer, data, model, vae, channels):
         self.every, self.context, self.batch_size = config.val_every, trainer.context, trainer.part_size
         self.average, context, condition = config.watch_average, trainer.context, trainer.condition
-        columns = {} if is_table(config.val_data_path) else dict.fromkeys(COLUMNS)  # training's may be rows, these files
-        data = dataclasses.replace(data, data_path=config.val_data_path, flip=False, **columns)
-        with about("--val-data-path", option="--data-path"), context.together():
+        with beside_the_data(), about("--val-data-path", option="--data-path"), context.together():
+            columns = {name: getattr(data, name) for name in COLUMNS}  # training's may be rows, these files
+            path, there = config.val_data_path, dict.fromkeys(columns)
+            if is_table(path):
+                there = context.on_main(columns_in, path, columns)
+            data = dataclasses.replace(data, data_path=path, flip=False, **there)
             held_out = load_dataset(data, model.image_size, 0, context, model.num_frames)
             if held_out.channels != channels:
                 problem = f"has images of {held_out.channels} channels, training has {channels}"
