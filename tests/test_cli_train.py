@@ -182,6 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capfd):
     newest.write_bytes(newest.read_bytes()[:-100])
     assert call(train.main, *command, "--max-steps", 4) == 0
     assert "0000004.pt: truncated or damaged" in capfd.readouterr().out
+    assert "0000004.pt: truncated or damaged" in (tmp_path / "log.txt").read_text(), "lines from before the file is open too"
     assert_same_state(latest(tmp_path), expected)
 
 
@@ -386,6 +387,7 @@ def test_changed_options_are_named_and_refused(tmp_path, capsys):
     assert "--allow-changes" in error
     assert call(train.main, *command, "--max-steps", 3, "--lr", 2e-3, "--allow-changes", "--log-every", 1) == 0
     assert latest(tmp_path)["opt"]["param_groups"][0]["lr"] == 2e-3
+    assert (tmp_path / "log.txt").read_text().count("] Changed on resuming: --lr 0.001, now 0.002\n") == 1
     assert call(train.main, *command, "--block", "adaln", "--allow-changes") == 2
     assert "block adaln-zero, now adaln" in capsys.readouterr().err
     assert call(train.main, *command, "--resume", "none") == 2

@@ -56,6 +56,7 @@ class RunFolder:
         self.run, self.context, self.outcome, self.is_new = run, context, "failed", False
         self.path = self.step = self.saver = self.error = None
         self._lock = self.log_file = self.metrics_file = self.trackers = None
+        self._early = []  # lines of the log from before its file is open
 
     @property
     def checkpoints(self):
@@ -113,6 +114,7 @@ class RunFolder:
             files.write_json(self.path / "options.json", options)
             self.log_file = open(log, "a", buffering=1, errors="backslashreplace")  # noqa: SIM115
             self.metrics_file = open(metrics, "a", buffering=1)  # noqa: SIM115
+            self.log_file.writelines(self._early)
             set_aside(self.checkpoints, step, self.log)
             self.trackers = Trackers(options["report_to"], self.path, options, self.log)
         self.is_new = False
@@ -125,9 +127,11 @@ class RunFolder:
         """Print a line, above the progress bar, and add it to log.txt."""
         if self.context.is_main:
             tqdm.write(text)
+            line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n"
             if self.log_file:
-                line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n"
                 self._keep_errors(lambda: self.log_file.write(line))
+            else:
+                self._early.append(line)
 
     def write_metrics(self, step, values):
         """Add a row to metrics.jsonl. JSON has no NaN, which means are where no update was finite: it becomes null."""
