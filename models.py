@@ -262,8 +262,9 @@ class CrossAttentionBlock(TransformerBlock):
 
 
 def modulate(x, shift, scale):
-    """x: (N, T, D). shift, scale: (N, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """x: (N, T, D). shift, scale: (N, D), or (N, 1, D)."""
+    shift, scale = (m.unsqueeze(1) if m.dim() == 2 else m for m in (shift, scale))
+    return x * (1 + scale) + shift
 
 
 class AdaLNBlock(TransformerBlock):
@@ -598,6 +599,7 @@ class DiT(nn.Module):
             raise ValueError(f"forward_with_cfg needs a doubled batch, [conditional; unconditional], not {len(x)} images")
         half = x[: x.shape[0] // 2]
         out = self(torch.cat([half, half]), t, y)
+        out = out[0] if isinstance(out, tuple | list) else out  # of a fork's forward, which may return more
         cond, uncond = out.chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)  # Ho and Salimans 2022, eq. 6, with cfg_scale = 1 + w
         eps = torch.cat([guided, guided])[:, : self.guided_channels]

@@ -68,7 +68,7 @@ class Checkpoint:
     @functools.cached_property
     def options(self):
         """The recorded options of the run, as a dict; empty for weights alone."""
-        args = self.state.get("args", {})
+        args = self.state.get("args") or {}  # another trainer's may be None
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         if not isinstance(args, dict):
             raise self._damaged(f"its options (args) are a {type(args).__name__}, not a dict")

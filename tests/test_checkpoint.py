@@ -424,6 +424,7 @@ def test_state_dicts_as_other_trainers_write_them_are_read(wrap):
     model = fill(DiT(**SMALL))
     found = Checkpoint({**wrap(model.state_dict()), "args": {"num_heads": SMALL["num_heads"]}}).weights
     assert found.keys() == model.state_dict().keys()
+    assert Checkpoint({**wrap(model.state_dict()), "args": None}).weights.keys() == found.keys()
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
 
 

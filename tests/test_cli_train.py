@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capfd):
     newest.write_bytes(newest.read_bytes()[:-100])
     assert call(train.main, *command, "--max-steps", 4) == 0
     assert "0000004.pt: truncated or damaged" in capfd.readouterr().out
-    assert "0000004.pt: truncated or damaged" in (tmp_path / "log.txt").read_text(), "lines from before the file is open too"
+    assert "0000004.pt: truncated or damaged" in (tmp_path / "log.txt").read_text(), "lines from before it is open too"
     assert_same_state(latest(tmp_path), expected)
 
 

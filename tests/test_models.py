@@ -241,6 +241,7 @@ def test_names_that_forks_import_have_the_original_releases_meaning():
     x, shift, scale = torch.randn(4, 4, 8), torch.randn(4, 8), torch.randn(4, 8)  # as many samples as tokens
     expected = torch.stack([x[i] * (1 + scale[i]) + shift[i] for i in range(4)])
     torch.testing.assert_close(modulate(x, shift, scale), expected)
+    torch.testing.assert_close(modulate(x, shift[:, None], scale[:, None]), expected)
     c = torch.randn(4, 8)
     assert DiTBlock(8, 2, mlp_ratio=2.0)(x, c).shape == x.shape
     assert FinalLayer(8, 2, 3)(x, c).shape == (4, 4, 12)
@@ -262,6 +263,17 @@ def test_names_that_forks_import_have_the_original_releases_meaning():
     larger = DiT(**{**SMALL, "input_size": 12})
     model.pos_embed = larger.pos_embed  # as forks do for another resolution
     assert model(torch.zeros(1, 4, 12, 12), torch.zeros(1), torch.tensor([1])).shape == (1, 8, 12, 12)
+
+
+def test_guidance_in_the_original_releases_form_takes_a_forward_that_returns_more():
+    class Fork(DiT):
+        def forward(self, x, t, y):
+            return super().forward(x, t, y), y
+
+    model, fork = fill(DiT(**SMALL)), Fork(**SMALL)
+    fork.load_state_dict(model.state_dict())
+    inputs = normal("x", 4, 4, 8, 8), torch.arange(4), torch.tensor([1, 2, 5, 5]), 1.5
+    assert torch.equal(fork.eval().forward_with_cfg(*inputs), model.eval().forward_with_cfg(*inputs))
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch calls the older ways deprecated; they are used
