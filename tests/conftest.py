@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from unittest import mock
 
 import pytest
@@ -15,6 +16,9 @@ from helpers import Ranks, call, make_autoencoder, make_images, make_inception
 from models import BLOCKS
 from training import watchers
 
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name):  # ignored under nohup, and by a job in the background; commands of tests inherit it
+        signal.signal(getattr(signal, name), handler)
 gc.set_threshold(50_000)  # as commands have it, see runtime/parser.py
 watchers.MAX_IMAGES = 48  # of held-out images: a validation of 512 takes a third of a second
 torch.set_num_threads(1)  # the numbers are small, and forked processes may not use OpenMP's threads

@@ -80,7 +80,6 @@ def test_ctrl_c_during_the_first_imports_ends_with_one_line(name, tmp_path):
     """Sent when the command imports its first module of more than a few lines, before it can handle signals."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'runtime.config':\n"
