@@ -95,7 +95,7 @@ def test_the_folder_is_as_documented(undisturbed, small_vae):
         assert arrays["image"].tolist() == [3 * number, 3 * number + 1, 3 * number + 2]
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(2, 1), (3, 0), (1, 2)])
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 1), (3, 0)])
 def test_bytes_do_not_depend_on_processes_or_workers(
     undisturbed, image_folder, small_vae, tmp_path, ranks, world_size, workers
 ):
@@ -213,7 +213,7 @@ def noting_reads(argv):
     train.main(argv)
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (2, 2)])
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2)])
 def test_processes_and_workers_share_the_latents_of_each_batch(
     undisturbed, small_vae, tmp_path, ranks, world_size, workers
 ):
@@ -317,9 +317,7 @@ def test_what_cannot_be_trained_on_is_refused(undisturbed, image_folder, small_v
         assert call(train.main, *TRAIN, "--data-path", folder, "--vae", small_vae, *extra) == 2
         assert message in one_line(capfd)
 
-    bad("--image-size 32: ", undisturbed, "--image-size", 32)
     bad("pass --image-size 16, or extract others", undisturbed, "--image-size", 32)
-    bad("--skip-bad-images: ", undisturbed, "--skip-bad-images")
     shutil.copytree(undisturbed, tmp_path / "unfinished")
     (tmp_path / "unfinished" / SHARDS[1]).unlink()
     bad("unfinished latents, 3 of 4 shards are there; run the same extract_latents.py", tmp_path / "unfinished")
@@ -330,34 +328,12 @@ def test_what_cannot_be_trained_on_is_refused(undisturbed, image_folder, small_v
     losses(tmp_path / "run", tmp_path / "straight", small_vae, "--no-flip", "--max-steps", 1)
 
 
-def test_mistakes_get_one_line(undisturbed, image_folder, small_vae, tmp_path, capfd, monkeypatch):
-    def bad(message, images=image_folder, vae=small_vae, out=tmp_path / "out", extra=()):
-        assert call(extract_latents.main, *command(images, vae, out, *extra)) == 2
-        assert message in one_line(capfd)
-
-    bad("holds other files already; choose a new folder", out=small_vae)
-    (small_vae / ".lock").unlink()
-    before = files(undisturbed)
-    bad("--image-size 16, now 24; use the same, or choose another folder", out=undisturbed, extra=["--image-size", 24])
-    bad("--dtype float16, now float32", out=undisturbed, extra=["--dtype", "float32"])
-    bad("--flip True, now False", out=undisturbed, extra=["--no-flip"])
-    shutil.copytree(image_folder, tmp_path / "images")
-    (tmp_path / "images/bee/1.png").rename(tmp_path / "images/bee/9.png")
-    bad(f"not the 12 that {undisturbed} was begun with, or with other names", images=tmp_path / "images", out=undisturbed)
-    assert files(undisturbed) == before
+def test_too_small_a_disk_is_told_before_anything_is_written(image_folder, small_vae, tmp_path, capfd, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    bad("0.4 MB are still to be written, the disk has 0.1 MB free", extra=["--image-size", 16 * 16, "--shard-size", 1])
-
-
-def test_another_autoencoder_is_refused(undisturbed, image_folder, small_vae, tmp_path, capfd):
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(small_vae)
-    torch.nn.init.ones_(vae.encoder.conv_out.bias)
-    vae.save_pretrained(tmp_path / "vae")
-    assert call(extract_latents.main, *command(image_folder, tmp_path / "vae", undisturbed)) == 2
-    assert f"not the autoencoder {small_vae} that {undisturbed} was begun with" in one_line(capfd)
+    argv = command(image_folder, small_vae, tmp_path / "out", "--image-size", 16 * 16, "--shard-size", 1)
+    assert call(extract_latents.main, *argv) == 2
+    assert "0.4 MB are still to be written, the disk has 0.1 MB free" in one_line(capfd)
 
 
 def test_what_is_left_out_of_the_images_is_told(undisturbed, image_folder, small_vae, tmp_path, capfd):

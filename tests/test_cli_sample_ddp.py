@@ -159,11 +159,10 @@ def test_the_folder_is_named_after_the_settings(tiny_checkpoint, tmp_path):
     assert (tmp_path / "DiT-1x16-2-0000004-size-8-vae-none-cfg-2.0-seed-7.npz").is_file()
 
 
-@pytest.mark.parametrize("change", [["--cfg-scale", 3], ["--num-sampling-steps", 4], ["--global-seed", 1]])
-def test_other_settings_may_not_share_the_folder(undisturbed, tiny_checkpoint, capsys, change):
+def test_other_settings_may_not_share_the_folder(undisturbed, tiny_checkpoint, capsys):
     before = (undisturbed / "set.npz").read_bytes()
-    assert call(sample_ddp.main, *command(tiny_checkpoint, undisturbed), *change) == 2
-    assert f"its images were made with {change[0]} " in capsys.readouterr().err
+    assert call(sample_ddp.main, *command(tiny_checkpoint, undisturbed), "--global-seed", 1) == 2
+    assert "its images were made with --global-seed 0, now 1" in capsys.readouterr().err
     assert (undisturbed / "set.npz").read_bytes() == before
 
 
@@ -198,8 +197,6 @@ def test_labels_can_be_chosen(tiny_checkpoint, tmp_path, capsys):
     assert json.loads((tmp_path / "set/options.json").read_text())["labels"] == [7, 1, 7]
     assert call(sample_ddp.main, *argv[:-1]) == 2
     assert "--labels [7, 1, 7], now None" in capsys.readouterr().err
-    assert call(sample_ddp.main, *argv, 7, "--balanced-labels") == 2
-    assert "--labels: does not go with --balanced-labels" in capsys.readouterr().err
 
 
 def test_a_folder_in_an_images_place_is_one_line(tiny_checkpoint, tmp_path, capsys):
@@ -262,14 +259,6 @@ def test_sets_are_mapped(undisturbed, tmp_path):
     for path, name, kind in (("a.npz", "c", KeyError), ("b.npz", "arr_0", ValueError), ("c.npz", "arr_0", ValueError)):
         with pytest.raises(kind):
             map_npz(tmp_path / path, name)
-
-
-def test_values_of_another_type_in_the_record_differ(undisturbed, tiny_checkpoint, tmp_path, capsys):
-    shutil.copytree(undisturbed / "set", tmp_path / "set")
-    record = json.loads((tmp_path / "set/options.json").read_text())
-    (tmp_path / "set/options.json").write_text(json.dumps({**record, "cfg_scale": ["1.5"], "eta": {}}))
-    assert call(sample_ddp.main, *command(tiny_checkpoint, tmp_path)) == 2
-    assert "--cfg-scale ['1.5'], now 1.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

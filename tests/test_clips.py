@@ -229,24 +229,6 @@ def test_too_long_a_clip_is_asked_for_and_then_a_shorter_one(clips, tmp_path, ca
     assert call(train.main, *command, "--num-frames", 2) == 0
 
 
-@pytest.mark.parametrize(
-    ("main", "options", "words"),
-    [
-        (train.main, "--data-path mnist --vae none --image-size 28 --num-frames 4", "mnist has images; leave it out"),
-        (train.main, "--data-path moving-mnist --num-frames 4 --patch-frames 3", "not a multiple of --patch-frames 3"),
-        (train.main, "--data-path mnist --patch-frames 3", "give --num-frames too"),
-        (train.main, "--data-path mnist --vae none --image-size 28 --frame-stride 3", "give --num-frames too"),
-        (sample.main, "--init-image assets/samples.png --strength 0.5", "draws clips; leave it out"),
-    ],
-)
-def test_mistakes_are_told_in_one_line(run, options, main, words, capsys):
-    more = ["--ckpt", run] if main is sample.main else []
-    assert call(main, *options.split(), *more) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
-
-
 def test_a_run_that_is_killed_three_times_is_an_undisturbed_one(tmp_path, ranks):
     """Two processes, killed by SIGKILL after each of the first three checkpoints."""
     options = [*TINY, "--max-steps", 9, "--ckpt-every", 2, "--log-every", 1]

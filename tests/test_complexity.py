@@ -161,13 +161,6 @@ def test_a_clip_is_counted_with_all_its_frames(run):
     assert "GMACs a clip" in out
 
 
-def test_wrong_options_are_refused_in_one_line(run):
-    status, out, err = run("--shard", "0")
-    assert (status, out) == (2, "")
-    assert "--shard: 0 is not a whole number, 1 or more" in err
-    assert err.count("\n") == 1
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # --shard
 

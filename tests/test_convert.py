@@ -68,9 +68,8 @@ def listing(folder):
 # Exact in both directions
 
 
-@pytest.mark.parametrize("name", [name for name in DiT_models if "-S/" in name])
-def test_values_are_equal_bit_for_bit_after_every_conversion(tmp_path, name):
-    model = filled(DiT_models[name], input_size=16, num_classes=10)
+def test_values_are_equal_bit_for_bit_after_every_conversion(tmp_path):
+    model = filled(DiT_models["DiT-S/4"], input_size=16, num_classes=10)
     torch.save(model.state_dict(), tmp_path / "start.pt")
     chain = ["start.pt", "a.safetensors", "folder", "b.safetensors", "end.pt"]
     for source, target in zip(chain, chain[1:], strict=False):
@@ -80,7 +79,7 @@ def test_values_are_equal_bit_for_bit_after_every_conversion(tmp_path, name):
         assert opened.model_config == model.config
         shutil.rmtree(tmp_path / source) if source == "folder" else os.remove(tmp_path / source)
     end = torch.load(tmp_path / "end.pt", weights_only=True)
-    DiT_models[name](input_size=16, num_classes=10).load_state_dict(end)  # as scripts for the original release do
+    DiT_models["DiT-S/4"](input_size=16, num_classes=10).load_state_dict(end)  # as scripts for the original release do
 
 
 @pytest.mark.parametrize("name", DiT_models)
@@ -424,17 +423,6 @@ def test_a_target_that_exists_is_kept_unless_it_may_be_replaced(ckpt, tmp_path, 
     assert call(convert.main, target, target, "--overwrite", "--num-heads", 2) == 0, "onto itself"
     assert_equal(Checkpoint.open(target, num_heads=2).weights, Checkpoint.open(ckpt).weights)
     assert {path.name for path in tmp_path.iterdir()} == {ckpt.name, target.name}, "no temporary file is left"
-
-
-def test_other_folders_and_files_are_never_replaced(ckpt, tmp_path, refuse):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/cat.jpg").write_bytes(b"cat")
-    (tmp_path / "x.pt").mkdir()
-    (tmp_path / "notes").write_text("notes")
-    for target in ("photos", "x.pt", "notes", "."):
-        assert "exists and is not" in refuse(ckpt, tmp_path / target, "--overwrite")
-    assert "folder does not exist" in refuse(ckpt, tmp_path / "absent/w.pt")
-    assert "name a .safetensors" in refuse(ckpt, tmp_path / "w.ckpt")
 
 
 @pytest.mark.parametrize("target", ["w.safetensors", "w.pt", "dit"])

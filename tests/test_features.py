@@ -226,22 +226,3 @@ def test_without_a_network_it_is_said_at_once(monkeypatch, tmp_path, name):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError, match=rf"^--features {name}.*no network: .* cannot be reached.*local-dir:FOLDER"):
         load_network(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("vgg", "--features vgg: no such network; take one of inception, efficientnet-lite0, clip, timm"),
-        ("timm", "--features timm: names no model; give one, such as timm:"),
-        ("timm:resnet5", "--features timm:resnet5: timm cannot make it (Unknown model (resnet5)"),
-        ("timm:local-dir:nowhere", "--features timm:local-dir:nowhere: timm cannot make it ("),
-    ],
-)
-def test_networks_that_do_not_exist_get_one_line(tmp_path, capfd, name, what):
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    for i in range(1, 4):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-    assert call(evaluate.main, tmp_path, tmp_path, "--features", name, "--device", "cpu") == 2
-    lines = capfd.readouterr().err.strip().splitlines()
-    assert what in lines[-1]
-    assert "Traceback" not in "".join(lines)

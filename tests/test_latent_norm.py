@@ -113,8 +113,3 @@ def test_a_damaged_record_is_refused(trained, tmp_path, record):
     torch.save({**state, "latents": record}, tmp_path / "broken.pt")
     with pytest.raises(Exception, match=r"damaged: its latents' (mean|std) is .*, not 4 such numbers"):
         Checkpoint.open(tmp_path / "broken.pt")
-
-
-def test_pixels_have_no_statistics(image_folder, tmp_path, capfd):
-    assert run(image_folder, "none", tmp_path / "run", "--latent-norm", "channel") == 2
-    assert "--latent-norm channel: pixels are no latents; leave the option out" in capfd.readouterr().err

@@ -176,11 +176,6 @@ def refused(capfd, *argv):
     return lines[-1]
 
 
-def test_latents_are_refused_with_the_reason(capfd, tmp_path):
-    ckpt = save_model(tmp_path / "latents.pt", in_channels=4)
-    assert "works on latents" in refused(capfd, "--ckpt", ckpt, "--data-path", "digits")
-
-
 def class_numbers(ckpt, folder):
     data = DataConfig(data_path=str(folder))
     return Checkpoint.open(ckpt).condition.for_data(load_dataset(data, 8), data).numbers

@@ -119,18 +119,6 @@ def test_classes_that_the_base_lacks_are_trained_too(tiny_checkpoint, tmp_path):
     assert table in latest(tmp_path / "run")["model"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--lora-rank", 2], "--lora-rank 2: needs --init-from"),
-        (["--init-from", "x", "--lora-rank", 2, "--shard"], "--shard"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(options, message, tmp_path, capfd):
-    assert call(train.main, *RUN, *options, "--run-dir", tmp_path / "run") == 2
-    assert message in capfd.readouterr().err
-
-
 def test_the_plan_counts_what_is_trained_and_stored(tiny_checkpoint, capsys):
     assert call(train.main, *RUN, "--init-from", tiny_checkpoint, "--lora-rank", 2, "--dry-run") == 0
     assert "parameters              512 trainable" in capsys.readouterr().out

@@ -347,28 +347,6 @@ def test_an_embedder_of_slower_time_imitates_a_smooth_one():
     assert (slow(t) - fast(t)).norm() < 0.1 * (fast(t) - fast(t).mean(0)).norm()
 
 
-@pytest.mark.parametrize(
-    ("command", "words", "message"),
-    [
-        (train.main, [*TINY, "--guidance-in-target", "2"], "--guidance-in-target 2.0: is for --objective meanflow"),
-        (train.main, [*MEANFLOW, "--num-classes", "0"], "--guidance-in-target 2.0: is for --objective meanflow with"),
-        (train.main, [*MEANFLOW, "--label-dropout", "0"], "--guidance-in-target 2.0: guidance needs null labels"),
-        (train.main, [*MEANFLOW, "--guidance-in-target", "0.5"], "--guidance-in-target"),
-        (train.main, [*MEANFLOW, "--sample-every", "2", "--sample-cfg-scale", "3"], "--sample-cfg-scale 3.0: the model is"),
-        (sample_command.main, ["--ckpt", "MEAN", "--cfg-scale", "4"], "--cfg-scale 4.0: "),
-        (sample_command.main, ["--ckpt", "MEAN", "--guide-ckpt", "MEAN"], "which learns its guidance in training"),
-        (convert.main, ["MEAN", "folder"], "--objective meanflow"),
-        (train.main, [*TINY, "--init-from", "MEAN", "--objective", "flow"], "--objective flow: "),
-    ],
-)
-def test_mistakes_get_one_line(command, words, message, tmp_path, mean_checkpoint, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = [mean_checkpoint if word == "MEAN" else word for word in words]
-    assert call(command, *words, *(["--max-steps", 2, "--run-dir", "run"] if command is train.main else [])) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error
-
-
 def test_its_sampler_is_for_meanflows_alone():
     with pytest.raises(UserError, match="--sampler meanflow: the model is no meanflow; choose flow-heun or another"):
         SamplerConfig("meanflow").completed("flow")

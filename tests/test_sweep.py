@@ -208,13 +208,6 @@ def test_the_best_is_named_with_what_cannot_be_told_from_it():
 @pytest.mark.parametrize(
     ("extra", "what"),
     [
-        (["--guidance-interval", 0, 1, 0.5], "--guidance-interval: takes 2 values, or several times 2, not 3"),
-        (["--average", "ema9"], "ema9"),
-        (["--cfg-scale", 1, -1], "-1.0 is not a number, 0 or more"),
-        (["--sampler", "ddim", "dpm-solver++", "--eta", 0.5], "--sampler dpm-solver++: "),
-        (["--num-fid-samples", 1], "--num-fid-samples 1: one image has no covariance; draw 2 or more"),
-        (["--features", "vgg"], "--features vgg: no such network; take one of"),
-        (["--ref", "none.npz"], "--ref none.npz: no such file or folder"),
         (["--ref", "large.npz"], "large.npz: 16x16 pixels, the model draws 8x8"),
         (["--ref", "statistics.npz"], "its mu and sigma are of the Inception network, cells needs images"),
         (["--output", "damaged"], "results.json: damaged; delete it, or choose another --output"),

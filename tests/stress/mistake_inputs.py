@@ -20,9 +20,9 @@ NAN, INF, HUGE = float("nan"), float("inf"), 10**9
 SPECIAL = ("pipe", "socket", "broken-link", "link-loop", "empty", "text", "bytes", "folder")
 SPOILED = ("pipe", "folder", "link-loop", "missing", "empty", "text", "bytes")
 NAMES = ("caf\udce9", "new\nline", "\u202e", "a b")
-CHECKPOINTS = ("truncated.pt", "half.pt", "tail.pt", "zip.pt", "code.pt", "pickle.pt", "list.pt", "number.pt", "tensor.pt",
-    "png.pt", "npz.pt", "truncated.safetensors", "header.safetensors", "metadata.safetensors", "other.safetensors",
-    "text.safetensors")  # fmt: skip
+CHECKPOINTS = ("truncated.pt", "flipped.pt", "half.pt", "tail.pt", "zip.pt", "code.pt", "pickle.pt", "list.pt",
+    "number.pt", "tensor.pt", "png.pt", "npz.pt", "truncated.safetensors", "header.safetensors", "metadata.safetensors",
+    "other.safetensors", "text.safetensors")  # fmt: skip
 PICTURES = ("truncated.png", "text.png", "empty.png", "bomb.png", "pipe.png", "broken-link.png", "link-loop.png",
     "bytes.jpg", "caf\udce9.png", "new\nline.png")  # fmt: skip
 DIT = {  # what is wrong with a folder in diffusers' format: what the error says
@@ -51,7 +51,9 @@ ARRAYS = {  # what is wrong with an .npz file: what the error says
 }  # fmt: skip
 WORDS = {  # what the error says of each choice in a list
     "folders": DIT, "arrays": ARRAYS,
-    "checkpoints": dict.fromkeys(("code.pt", "pickle.pt"), "refused, it carries code (posix.system)"),
+    "checkpoints": dict.fromkeys(("code.pt", "pickle.pt"), "refused, it carries code (posix.system)")
+    | {"flipped.pt": "damaged: the checksum of"},
+    "broken": {"list": "no usable autoencoder", "number": "no usable autoencoder", "nan": "not finite"},
     "pictures": {"truncated.png": "not a readable image (image file is truncated)", "text.png": "not a readable image"},
 }  # fmt: skip
 ROWS = {"garbage": b"not JSON\n", "numbers": b"3\nnull\n", "nested": b"[" * 100_000 + b"\n", "bytes": b"\xff\xfe\n"}
@@ -148,15 +150,21 @@ RESUMED = {  # that only matter when a run is resumed
 }  # fmt: skip
 AUTOENCODERS = values_of(
     change, scaling_factor=("x", 0, NAN), latent_channels=("4", 0, [4], 8), block_out_channels=(8, ["a"], [], None),
-    in_channels=(1,), shift_factor=("x",), down_block_types=(["x"] * 4,),
+    in_channels=(1,), shift_factor=("x",), down_block_types=(["x"] * 4,), _class_name=("VQModel",),
+    latents_mean=([1.0] * 3,), latents_std=([1.0, 1.0, 1.0, 0.0],),
 )  # fmt: skip
+WORDS["autoencoders"] = {name: name.rpartition("-")[0].replace("_", "-") for name in AUTOENCODERS}
+WORDS["autoencoders"] |= {  # where the value has the right type
+    "latent_channels-3": "", "in_channels-0": "takes 1 channels", "down_block_types-0": "no usable autoencoder",
+    "_class_name-0": "it is of the kind VQModel", "latents_mean-0": "3 numbers, for 4 channels",
+}  # fmt: skip
 INDEXES = {"list": lambda record: [1], "empty": lambda record: {}, "no-settings": without("settings")}
 INDEXES |= values_of(change, version=(9, "1"), crc32=("x", 3), settings=("text", "[1]", None)) | values_of(
     stored, images=("x", 10**9), image_size=(10**9,), dtype=("complex64",), classes=(3, ["ant"]), scaling=([NAN], []),
     factor=(0,), channels=(10**6,), flip=(False, "x"), moments=(3,),
 )  # fmt: skip
 SETTINGS = values_of(
-    change, cfg_scale=(7,), checkpoint_crc32=(3, None), num_sampling_steps=("2",), global_seed=([0],)
+    change, cfg_scale=(7, ["1.5"]), checkpoint_crc32=(3, None), num_sampling_steps=("2",), global_seed=([0],)
 )  # fmt: skip
 
 
@@ -208,10 +216,10 @@ def npz_files():
         "mu-huge": {"mu": mu + 1e35, "sigma": sigma}, "mu-complex": {"mu": mu * 1j, "sigma": sigma},
         "sigma_s-nan": {"mu": mu, "sigma": sigma, "mu_s": mu[:2023], "sigma_s": np.full((2023, 2023), NAN, np.float32)},
     }  # fmt: skip
-    flipped = bytearray(good)
-    flipped[len(good) // 3] ^= 4
+    crc = bytearray(good)
+    crc[len(good) // 3] ^= 4
     return {
-        "truncated": good[:-30], "crc": bytes(flipped), "encrypted": patched(1, 6, 8), "method": patched(99, 8, 10),
+        "truncated": good[:-30], "crc": bytes(crc), "encrypted": patched(1, 6, 8), "method": patched(99, 8, 10),
         "empty-zip": npz_bytes({}), "object": shaped("(6, 8, 8, 3)", "|O"), "7TiB": shaped("(10000000, 512, 512, 3)"),
         "huge": shaped(f"({2**62}, 8, 8, 3)"), "negative": shaped("(-6, 8, 8, 3)"), "shape-text": shaped("'six'"),
         "version": shaped("(6, 8, 8, 3)", version=9), "notnpy": npz_bytes({}, arr_0=b"not an array"),
@@ -287,11 +295,18 @@ def rewritten(shard, damage):
     return len(words).to_bytes(8, "little") + words + content[size:]
 
 
+def flipped(content):
+    """One bit in the middle of a file is another one."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 def kinds(*names):
     return {name: name for name in names}
 
 
 def model_file(path, args=(), class_names=None, **config):
+    from checkpoint.opened import record_of
     from models import DiT
 
     torch.manual_seed(0)
@@ -301,8 +316,7 @@ def model_file(path, args=(), class_names=None, **config):
         if not parameter.any():  # zero at first, so that class and guidance would change nothing
             nn.init.normal_(parameter, std=0.1)
     record = {"vae": "none", "image_size": 8, **dict(args)}
-    state = {"ema": model.state_dict(), "model_config": model.config, "args": record}
-    torch.save(state | ({"class_names": class_names} if class_names else {}), path)
+    torch.save({"ema": model.state_dict(), "args": record, **record_of(model, class_names)}, path)
 
 
 def make_inputs(root, run_cases):
@@ -359,13 +373,26 @@ def make_inputs(root, run_cases):
 
 
 def make_checkpoints(inputs):
+    from data.condition import Texts
+    from data.text_encoder import TextEncoder
+    from studies.text_digits import make_encoder
+
     model_file(inputs / "tiny.pt")  # until a run's takes its place
     model_file(inputs / "no-null.pt", class_dropout_prob=0.0)
     model_file(inputs / "unconditional.pt", num_classes=0)
     latent = {"in_channels": 4, "input_size": 2, "patch_size": 1, "depth": 2}
     model_file(inputs / "latent.pt", {"vae": "in/vae", "image_size": 16}, **latent)
+    model_file(inputs / "fixed.pt", learn_sigma=False)
+    model_file(inputs / "mean.pt", objective="meanflow", predict="v", learn_sigma=False)
+    model_file(inputs / "clips.pt", input_size=(4, 8, 8), patch_size=(2, 2, 2))
     model_file(inputs / "colour.pt", {"image_size": 16}, ["ant", "bee", "cat"], in_channels=3, input_size=16, num_classes=3)
     torch.save(torch.load(inputs / "tiny.pt")["ema"], inputs / "no-heads.pt")
+    for name, width, seed in (("encoder", 16, 0), ("encoder-other", 16, 1), ("encoder-wide", 24, 0)):
+        make_encoder(inputs / name, width, seed)
+    encoder = TextEncoder(str(inputs / "encoder"), 16).to("cpu")
+    for name, place in (("text", "in/encoder"), ("text-moved", "gone/encoder")):
+        text = Texts(16, 16, place, encoder.crc32, null_text=encoder.null)
+        model_file(inputs / f"{name}.pt", num_classes=0, condition=text)
 
 
 class Code:
@@ -386,8 +413,8 @@ def make_records(inputs):
     save_file({"a": torch.zeros(3)}, inputs / "bytes/other.safetensors")
     save_file(tiny["ema"], inputs / "bytes/metadata.safetensors", {"model_config": "{not JSON"})
     contents = {
-        "truncated.pt": whole[:-200], "half.pt": whole[: len(whole) // 2], "tail.pt": whole[500:],
-        "zip.pt": b"PK\x05\x06" + bytes(18), "png.pt": (inputs / "image.png").read_bytes(),
+        "truncated.pt": whole[:-200], "flipped.pt": flipped(whole), "half.pt": whole[: len(whole) // 2],
+        "tail.pt": whole[500:], "zip.pt": b"PK\x05\x06" + bytes(18), "png.pt": (inputs / "image.png").read_bytes(),
         "npz.pt": npz_bytes({"arr_0": np.zeros(3)}), "pickle.pt": pickle.dumps(Code(), protocol=2),
         "truncated.safetensors": weights.read_bytes()[:-100],
         "header.safetensors": b"\xff" * 8 + b"{}", "text.safetensors": b"some text",
@@ -465,9 +492,7 @@ def make_variants(inputs):
     variants(run, "run-rows", "metrics.jsonl", {name: rows + more for name, more in ROWS.items()})
     variants(run, "run-all", "status.json", {"damaged": b"{}"})
     for path in (inputs / "run-all-damaged/checkpoints").iterdir():
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        path.write_bytes(flipped(path.read_bytes()))
 
     variants(dit, "dit", "transformer/config.json", {
         "config-missing": "missing", "config-list": lambda config: [1], "config-sizes": change(num_layers="x"),
