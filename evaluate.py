@@ -6,8 +6,7 @@ newer distances, between the features of one network or several.
     torchrun --nproc_per_node=gpu evaluate.py REFERENCE SAMPLES     # all GPUs share the work
 
 Each input is an .npz file (arr_0: uint8 images (N, H, W, 3); or mu, sigma, mu_s, sigma_s; or both) or a folder of images.
-The numbers, and what they were made from, are written to SAMPLES.metrics.json.
-"""
+The numbers, and what they were made from, are written to SAMPLES.metrics.json."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import sys

@@ -10,8 +10,7 @@ T = H W / P^2 tokens, D width.
     model = DiT_models["DiT-XL/2"](input_size=32, num_classes=1000)
     eps_and_variance = model(x_t, t, y)      # (N, 2C, H, W)
 
-With another `condition` y is a text or a vector in place of the class: data/condition.py.
-"""
+With another `condition` y is a text or a vector in place of the class: data/condition.py."""
 
 import copy
 import dataclasses

@@ -7,8 +7,7 @@
     python sample.py --init-image photo.jpg --strength 0.6 --labels 88
     python sample.py --ckpt results/text --prompt "a robin" --prompt "a wren in the snow" --captions
 
-With the same weights and seed these are the original release's images, on the CPU; for sets of images see sample_ddp.py.
-"""
+With the same weights and seed these are the original release's images, on the CPU; for sets of images see sample_ddp.py."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import sys

@@ -3,8 +3,7 @@
     torchrun --nproc_per_node=8 sample_ddp.py --num-fid-samples 50000 --cfg-scale 1.5
     python sample_ddp.py --ckpt results/000-DiT-S-2 --balanced-labels --num-fid-samples 1000
 
-Image i depends on the seed and on i alone. After an interruption the same command draws the images that are missing.
-"""
+Image i depends on the seed and on i alone. After an interruption the same command draws the images that are missing."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 from concurrent.futures import ThreadPoolExecutor

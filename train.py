@@ -4,8 +4,7 @@
     python train.py --data-path digits --vae none --image-size 8 --model DiT-S/2 --max-steps 1500
 
 The recipe is the paper's (section 4): AdamW, constant learning rate 1e-4, no weight decay, batch 256, horizontal flips, EMA
-0.9999. A command with --run-dir, given again, resumes where the run stopped.
-"""
+0.9999. A command with --run-dir, given again, resumes where the run stopped."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import sys

@@ -5,8 +5,7 @@
     vae/, scheduler/                   the autoencoder, which a model of pixels lacks, and DDIM's settings
 
 The weights are the same tensors under other names, with two differences: the embedders of timestep and class are copied
-into every block, and the position embedding is not stored.
-"""
+into every block, and the position embedding is not stored."""
 
 import dataclasses
 import os

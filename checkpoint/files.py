@@ -4,8 +4,7 @@
     model_config   DiT's arguments            args    all options of the run
     class_names    list of str                step, images_seen, data    where the run stands in which data
 
-It is written atomically, and every byte is verified before it is used. Nothing that is loaded can run code.
-"""
+It is written atomically, and every byte is verified before it is used. Nothing that is loaded can run code."""
 
 import argparse
 import errno

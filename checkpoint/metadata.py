@@ -3,8 +3,7 @@
 The record of a model is a dict with some of `model_config` (the arguments of models.DiT), `class_names` (list of str),
 `vae` (as --vae names it), `image_size` (pixels), `condition` (of data/condition.py, where it is not the class), `latents`
 (statistics of each channel, where the latents were normalised by these) and `drawing` (options of sample.py by name, which
-it takes where the command line gives no others).
-"""
+it takes where the command line gives no others)."""
 
 import json
 

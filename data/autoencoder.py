@@ -5,8 +5,7 @@
     x_0 = space.encode(images)               # (N, 3, H, W) in [-1, 1] -> (N, C, H/8, W/8), about unit variance
     images = space.decode(x_0)
 
-Another kind of autoencoder is a line in AUTOENCODERS, and a class where its encoder gives something else.
-"""
+Another kind of autoencoder is a line in AUTOENCODERS, and a class where its encoder gives something else."""
 
 import functools
 import inspect
@@ -55,13 +54,11 @@ class LatentSpace:
         self.channels, self.factor, self.scaling, self.shift = channels, factor, per_channel(scaling), per_channel(shift)
 
     def to(self, device):
-        values = (self.scaling, self.shift)
-        self.scaling, self.shift = (value.to(device) if torch.is_tensor(value) else value for value in values)
+        self.scaling, self.shift = (v.to(device) if torch.is_tensor(v) else v for v in (self.scaling, self.shift))
         return self
 
     def normalise_by(self, statistics):
-        """Take each channel's measured mean and standard deviation in place of the autoencoder's numbers: x_0 = (latent -
-        mean) / std."""
+        """Take measured statistics of each channel in place of the autoencoder's numbers: x_0 = (latent - mean) / std."""
         self.statistics = statistics
         self.scaling, self.shift = per_channel([1 / std for std in statistics["std"]]), per_channel(statistics["mean"])
 
@@ -75,8 +72,7 @@ class LatentSpace:
 
     def normalisation(self, ndim):
         """(scaling, shift) for latents (N, C, ...) of so many dimensions."""
-        values = self.scaling, self.shift
-        return (v.view(-1, *[1] * (ndim - 2)) if torch.is_tensor(v) else v for v in values)
+        return (v.view(-1, *[1] * (ndim - 2)) if torch.is_tensor(v) else v for v in (self.scaling, self.shift))
 
 
 def per_frame(function, x):
@@ -120,8 +116,7 @@ class AutoencoderConfig(Config):
 
 class Autoencoder(LatentSpace):
     """A frozen autoencoder of diffusers, `vae`, whose posterior is a Gaussian or whose encoder gives the latent. name: of
-    its folder or on the hub. kind: of the class in diffusers. side: of the images in pixels where it takes one size alone,
-    else None."""
+    its folder or on the hub. kind: of the class in diffusers. side: of the images in pixels, if it takes one size alone."""
 
     side = None
 
@@ -268,8 +263,7 @@ AUTOENCODERS = {
 
 
 def load_autoencoder(name):
-    """The Autoencoder of a local folder or hub name, by its config. Raises UserError, in one line, where there is none, or
-    where it cannot be fetched."""
+    """The Autoencoder of a local folder or hub name, by its config. Raises UserError where none can be had."""
 
     def read(diffusers):
         found = diffusers.AutoencoderKL.load_config(name)

@@ -88,8 +88,7 @@ def read_captions(root, names):
 
 
 def read_prompts(path):
-    """The prompts of a file, a list: the lines of a .txt file, or the "text" of those of a .jsonl file. Raises
-    UserError."""
+    """The prompts of a file, a list: the lines of a .txt file, or the "text" of a .jsonl file's. Raises UserError."""
     where, is_json = f"--prompts {path}", str(path).endswith(".jsonl")
     try:
         files.check_regular(path)

@@ -6,8 +6,7 @@ never ask which it is. Another condition is one subclass and its line in CONDITI
     null = condition.null(y)                                         # "no condition", for guidance
 
 In training y comes from a batch of the data. In sampling it comes from choices: a list of what --labels, --prompt or
---vector names, which `parse` makes of words and `encode` turns into y.
-"""
+--vector names, which `parse` makes of words and `encode` turns into y."""
 
 import dataclasses
 import re
@@ -160,9 +159,8 @@ def draw(seed, indices, count):
 
 
 class Classes(Condition):
-    """One of num_classes classes; with 0 there is no condition at all. names: of the classes by number, as many as are
-    known. numbers: the class of each label of the data, where that is another. y: (N,) int64, or (N, num_classes + 1) float
-    weights of the classes' embeddings."""
+    """One of num_classes classes; with 0 there is no condition. names: of the classes by number, as many as are known.
+    numbers: the class of each label of the data, if another. y: (N,) int64, or (N, num_classes + 1) float weights."""
 
     kind = "classes"
     IMAGENET = (207, 360, 387, 974, 88, 979, 417, 279)  # what the original release's sample.py draws
@@ -282,8 +280,7 @@ class Classes(Condition):
 
 class Texts(Condition):
     """A text, of which an encoder makes up to `length` tokens of `width` numbers. name, crc32: of the encoder. encoder: a
-    TextEncoder or StoredTexts. null_text: (L, W + 1), the empty text. dataset: where training's texts come from. y:
-    (N, L, W + 1), see `TextEmbedder`."""
+    TextEncoder or StoredTexts. null_text: (L, W + 1), the empty text. dataset: of training. y: see `TextEmbedder`."""
 
     kind, option = "text", "--prompt"
     negative = None  # a text to guide away from, in place of the empty one
@@ -412,8 +409,7 @@ class Vectors(Condition):
         return self.encode(self.rows[batch.get("source", batch["index"])], device)
 
     def for_data(self, dataset, config):
-        rows = Vectors.of_data(config, dataset, 0).rows
-        return Vectors(self.size, self.fit(rows, f"{config.data_path}/{self.FILE}"))
+        return Vectors(self.size, self.fit(Vectors.of_data(config, dataset, 0).rows, f"{config.data_path}/{self.FILE}"))
 
     def fit(self, rows, where):
         """rows (N, size), if they are of this size."""

@@ -24,8 +24,7 @@ from runtime.shapes import sides
 
 
 def extract(config, context):
-    """Make the folder of latents that an ExtractConfig names, or what is missing of it. All ranks call this. Raises
-    UserError."""
+    """Make the folder of latents of an ExtractConfig, or what is missing of it. All ranks call this. Raises UserError."""
     with context.together():
         dataset, space = prepare(config, context)
         text, folder = dataset.open_text(config), Path(config.out)
@@ -58,8 +57,7 @@ def prepare(config, context):
 
 
 def begin(config, folder, dataset, space, text=None):
-    """The Settings of the folder: those that it was begun with, if any shard is there. Raises UserError where they are
-    other ones."""
+    """The Settings of the folder: those that it was begun with, if any shard is there. Raises UserError for others."""
     images = {"images": len(dataset), "names_crc32": dataset.checksum, "classes": dataset.folders}
     images["captions_crc32"] = text and dataset.captions.checksum
     encoder = space.encoder_settings()
@@ -110,8 +108,7 @@ def remove_damaged(context, folder, settings, missing):
 
 def encode(config, context, dataset, writer, missing):
     """Make the missing shards, every world_size-th on this process. The processes take their batches in step, so that an
-    error of one stops all at once. A batch never reaches over a shard's end: what is stored does not depend on the number
-    of processes."""
+    error of one stops all at once. A batch ends with its shard, so that any number of processes stores the same."""
     shares = [missing[rank :: context.world_size] for rank in range(context.world_size)]
     plans = [[batch for number in share for batch in shard_batches(writer.settings, number)] for share in shares]
     order = ([(index, 0) for index in batch] for batch in plans[context.rank])
@@ -137,8 +134,7 @@ def shard_batches(settings, number):
 
 
 class ShardWriter:
-    """Collects encoded batches, in order, and writes a shard when it is full. text: the encoder of the images' texts, or
-    None."""
+    """Collects encoded batches, in order, and writes a shard when it is full. text: the encoder of texts, or None."""
 
     def __init__(self, folder, settings, dataset, space, text=None):
         self.folder, self.settings, self.dataset, self.space, self.text = folder, settings, dataset, space, text
@@ -162,8 +158,7 @@ class ShardWriter:
         exact = torch.stack([per_frame(self.space.moments, view) for view in views], dim=1).cpu()  # (N, F, M, C, h, w)
         self.sums += channel_sums(exact, axis=2)
         exact = exact.numpy()
-        where = f"images {indices[0]} to {indices[-1]}"
-        stored = self.rounded(exact, where, "latents", "look at them, and at --vae")
+        stored = self.rounded(exact, f"images {indices[0]} to {indices[-1]}", "latents", "look at them, and at --vae")
         self.moments[first : first + len(indices)] = stored
         error = stored.astype(np.float64) - exact
         self.errors += np.square(error[:, :, 0]).sum(), np.square(error[:, :, 1:] / exact[:, :, 1:]).sum()
@@ -224,11 +219,7 @@ def finish(folder, settings, dataset, missing):
         space = LatentSpace(settings.channels, settings.factor, settings.scaling, settings.shift)
         found = torch.tensor([*statistics.values()])[:, :, None, None]  # (2, C, 1, 1)
         means, stds = (found[0] - space.shift) * space.scaling, found[1] * space.scaling
-        what += (
-            f"; with the autoencoder's factor the channels' means are from {means.min():.2f} to {means.max():.2f}, their "
-        )
-        what += f"standard deviations from {stds.min():.2f} to {stds.max():.2f}"
-    return (
-        f"{what}; rounding to {settings.dtype} changed the mean by {mean * scaling:.1e} (RMS, in units of the scaled "
-        f"latents, whose variance is about 1), the standard deviation by {std:.1e} of itself (RMS)"
-    )
+        what += f"; with the autoencoder's factor the channels' means are from {means.min():.2f} to {means.max():.2f}"
+        what += f", their standard deviations from {stds.min():.2f} to {stds.max():.2f}"
+    what += f"; rounding to {settings.dtype} changed the mean by {mean * scaling:.1e} (RMS, in units of the scaled latents"
+    return f"{what}, whose variance is about 1), the standard deviation by {std:.1e} of itself (RMS)"

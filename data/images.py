@@ -129,8 +129,7 @@ class ImageDataset(Dataset):
         self.ratios = context.on_main(read)
 
     def divide(self, shapes):
-        """Crop each image to the one of `shapes`, (height, width), whose form is nearest to its own. Returns a line that
-        counts them."""
+        """Crop each image to the one of `shapes`, (height, width), whose form is nearest to its own. Returns a line."""
         forms = np.log([width / height for height, width in shapes])
         self.shapes, self.shape_of = shapes, np.abs(np.log(self.ratios)[:, None] - forms).argmin(1).astype(np.uint8)
         counts = np.bincount(self.shape_of, minlength=len(shapes))

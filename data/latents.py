@@ -16,8 +16,7 @@ text      uint8, a list in JSON of the texts, a list, of each image
 tokens    (T, W), as `moments`: the tokens, without padding, of all these texts one after the other, and of the empty text
 length    (number of texts + 1,) int64: their numbers of tokens
 
-The metadata are the Settings, the same in every shard, and the CRC-32 of the shard's arrays.
-"""
+The metadata are the Settings, the same in every shard, and the CRC-32 of the shard's arrays."""
 
 import contextlib
 import functools
@@ -130,8 +129,7 @@ def parse_settings(text):
 
 
 class Shard:
-    """A shard, mapped, not read, with its `settings` and `crc32`. Raises DamagedError, and UserError where the system
-    cannot read the file."""
+    """A shard, mapped, not read: `settings`, `crc32`. Raises DamagedError; UserError where the system cannot read it."""
 
     def __init__(self, folder, number):
         self.path, self.number = shard_path(folder, number), number
@@ -197,8 +195,7 @@ def is_complete(folder, number, settings):
 
 
 def read_settings(folder):
-    """The Settings of a folder of latents, those of its first shard that is not damaged. Raises UserError: DamagedError
-    where there is none."""
+    """The Settings of the first shard that is not damaged. Raises UserError: DamagedError where there is none."""
     problem = DamagedError(f"{folder}: no latents; {AGAIN}")
     for number in sorted(int(n) for p in Path(folder).glob("shard-*.safetensors") if (n := p.stem[6:]).isdecimal()):
         try:
@@ -280,11 +277,9 @@ class StoredLatents(Dataset):
         if image_size != stored:
             way_out = f"pass --image-size {stored}, or extract others"
             raise UserError(f"--image-size {image_size}", f"{holds} of {stored} pixels", way_out)
-        found = self.settings.num_frames, self.settings.frame_stride
-        if (num_frames, frame_stride) != found:
-            asked, stored = (
-                f"--num-frames {n} --frame-stride {stride}" for n, stride in ((num_frames, frame_stride), found)
-            )
+        asked, found = (num_frames, frame_stride), (self.settings.num_frames, self.settings.frame_stride)
+        if asked != found:
+            asked, stored = ("--num-frames {} --frame-stride {}".format(*pair) for pair in (asked, found))
             way_out = f"pass {stored}" if found[0] else "leave it out"
             raise UserError(asked, f"{holds} of {f'clips with {stored}' if found[0] else 'images'}", way_out)
         if skip_bad:

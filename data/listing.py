@@ -38,8 +38,7 @@ class Names:
 class Listing:
     """The images of a folder. names: their paths relative to it, for `to_path`. labels: (N,) int64, positions in `folders`,
     the names of the class folders. checksum: CRC-32 of names and labels, as eight hexadecimal digits. notes: lines about
-    what was left out. captions: the images' texts, where they are read. table: the `data.table.Table` whose rows the images
-    are."""
+    what was left out. captions: the images' texts, where they are read. table: whose rows the images are."""
 
     names: Names
     labels: np.ndarray
@@ -95,8 +94,7 @@ def clips_in(folder, names):
 def list_images(root, loose=False, clips=False):
     """The Listing of an image folder. Each folder in it is a class, whose images are in it or in folders below it; classes
     are in the order of their names. Hidden files and folders are ignored, and folders without images are no classes. loose:
-    images beside the folders are a class too, called ".". clips: of a folder of clips, as `clips_in` finds them. Raises
-    UserError where there are none at all."""
+    images beside the folders are a class too, ".". clips: what `clips_in` finds. Raises UserError where there are none."""
     if not os.path.isdir(root):
         problem = "is a file, and neither a .parquet nor an .arrow file" if os.path.lexists(root) else "no such folder"
         raise UserError(f"--data-path {root}", problem, "name a folder with one folder of images for each class")

@@ -120,10 +120,6 @@ def _without_ctrl_c():
         handler(*pressed[0])
 
 
-def _unchanged(batch):
-    return batch
-
-
 def make_loader(dataset, order, num_workers=0, pin_memory=False):
     """Yield a dataset's batches in the given order, read ahead by worker processes, of which there are none for a dataset
     that is `in_memory`. They start with the first batch, so that `next_batch` reports what goes wrong with that. A dataset
@@ -132,7 +128,8 @@ def make_loader(dataset, order, num_workers=0, pin_memory=False):
     if num_workers and len(os.fsencode(folder)) > MAX_FOLDER:
         way_out = f"set it to a folder of up to {MAX_FOLDER} characters, or pass --num-workers 0"
         raise UserError(f"TMPDIR {folder}", "too long for the sockets of data workers", way_out)
-    collate, others = _unchanged if hasattr(dataset, "__getitems__") else None, set(multiprocessing.active_children())
+    # what `__getitems__` returns is the batch, a dict already
+    collate, others = dict if hasattr(dataset, "__getitems__") else None, set(multiprocessing.active_children())
     options = {"num_workers": num_workers, "pin_memory": pin_memory, "worker_init_fn": _start_worker}
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: as the user asked for
     batches = DataLoader(dataset, batch_sampler=order, collate_fn=collate, **options)
@@ -158,8 +155,7 @@ ADVICE = {  # by what the system or PyTorch says
 
 
 def next_batch(batches):
-    """(batch, None), or (None, what went wrong in one line). An error is not raised yet, because another rank may be
-    waiting for this one."""
+    """(batch, None), or (None, what went wrong in one line): not raised yet, because another rank may wait for this one."""
     try:
         return next(batches), None
     except (UserError, RuntimeError, OSError, EOFError) as error:

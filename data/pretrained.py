@@ -27,8 +27,7 @@ def attempt(option, name, what, way_out, read, library, cached=None):
 
 
 def check_network(name, cached=None):
-    """Raises OSError where nothing of a hub name has been downloaded and the hub cannot be reached, which its client would
-    try for half a minute."""
+    """Raises OSError where a hub name was not downloaded and no hub is reached; its client would try for half a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(try_to_load_from_cache(name, "config.json"), str) if cached is None else cached

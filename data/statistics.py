@@ -13,8 +13,7 @@ BATCH_SIZE = 16  # any number of processes encodes the same batches
 
 
 def channel_sums(moments, axis=1):
-    """The sums of z and of z^2 over all but the channels: moments (N, M, C, ...), or with M at another axis -> (2, C)
-    float64, on the CPU."""
+    """Sums of z and of z^2 over all but the channels: moments (N, M, C, ...), M at `axis` -> (2, C) float64 on the CPU."""
     mean, *std = moments.cpu().double().unbind(axis)
     squares = mean**2 + sum(values**2 for values in std)
     return torch.stack([values.movedim(axis, 0).flatten(1).sum(1) for values in (mean, squares)])
@@ -28,8 +27,7 @@ def channel_statistics(sums, count):
 
 def measure(dataset, space, seed, context, num_workers=0):
     """(statistics, number of images): of the first images in the order of a run with this seed, flipped as there. Ranks
-    take whole batches in turn, and their sums are added in order: the number of ranks does not change a bit. All ranks call
-    it. Raises UserError."""
+    take whole batches in turn, whose sums are added in order: their number changes no bit. All call. Raises UserError."""
     chosen = seeds.generator(seed, seeds.DATA_ORDER, 0).permutation(len(dataset))[:NUM_IMAGES].tolist()
     order = [[(index, 0) for index in batch] for batch in batches_of_one_shape(dataset, chosen, BATCH_SIZE)]
     mine, found, count = order[context.rank :: context.world_size], [], 0

@@ -39,8 +39,7 @@ def split_of(path):
 
 
 def parquet_files(path):
-    """{split: Parquet files} of a folder of them, or of a folder with data/, as repositories of the hub have it; or of one
-    such file."""
+    """{split: Parquet files} of a folder of them, or with data/, as repositories of the hub have it; or of one file."""
     found, own = defaultdict(list), [Path(path)] if str(path).endswith(".parquet") and os.path.isfile(path) else []
     for file in sorted(own + [file for pattern in ("*.parquet", "data/*.parquet") for file in Path(path).glob(pattern)]):
         word = re.match(r"[a-z]*", file.name)[0]
@@ -167,8 +166,7 @@ class Table:
         return len(self.data)
 
     def file(self, row):
-        """An image as PIL opens it: its bytes, mapped, so that a header alone may be read; or the path of a file that the
-        table names."""
+        """An image as PIL opens it: its bytes, mapped, so that a header alone may be read; or its path."""
         data, path = self.data[row].as_buffer(), self.paths and self.paths[row].as_py()
         return path if path and not data else io.BufferedReader(MappedBytes(data or b""))
 

@@ -51,8 +51,7 @@ def find_minilm():
 
 class TextEncoder:
     """name: a local folder, with model and tokenizer, a hub name, or "minilm". length: tokens of a text that are used, at
-    most (default: 120, or as many as the encoder takes). width: W of a token. Raises UserError, in one line, where there
-    is no such encoder or it cannot be fetched."""
+    most (default: 120, or as many as the encoder takes). width: W of a token. Raises UserError where none can be had."""
 
     def __init__(self, name, length=None):
         self.name, self.encoder, self.often, self.known = name, None, [], {}
@@ -156,8 +155,7 @@ _loaded = {}  # {(name, length): the TextEncoder}, one at most
 
 
 def load_text_encoder(name, length=None):
-    """The TextEncoder with its weights, read once: the training data and the held-out data share it. length: None for the
-    encoder's own. Raises UserError."""
+    """The TextEncoder with its weights, read once for all data. length: None for the encoder's own. Raises UserError."""
     if (name, length) not in _loaded:
         encoder = TextEncoder(name, length).to("cpu")
         _loaded.clear()

@@ -4,8 +4,7 @@ Symbols: beta_t schedule, alpha_t = 1 - beta_t, alpha_bar_t their product up to 
 noise (t = 0 is the least noise), eps the noise in x_t. A model maps (x_t, t) to eps, or to x_0 or to
 v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, appendix D), as `predict` says, and, where the
 variance is learned, to as many channels again. References: DDPM is Ho et al. 2020, DDIM Song et al. 2021,
-IDDPM Nichol and Dhariwal 2021.
-"""
+IDDPM Nichol and Dhariwal 2021."""
 
 import math
 
@@ -69,8 +68,7 @@ class GaussianDiffusion:
     betas: (num_timesteps,) float64. timestep_map: the timesteps that the model is told, by default 0, 1, 2, ...; a
     process that skips steps passes the originals. variance: "learned" (interpolated by the model), or fixed: "large"
     (beta) or "small" (the posterior's). use_kl: the loss is the bound alone. vb_weight: weight of the bound in the
-    hybrid loss, IDDPM, eq. 16. predict: "eps", "x0" or "v", what the model maps to.
-    """
+    hybrid loss, IDDPM, eq. 16. predict: "eps", "x0" or "v", what the model maps to."""
 
     def __init__(self, betas, timestep_map=None, variance="learned", predict="eps", use_kl=False, vb_weight=1.0):
         self.betas = betas = np.asarray(betas, dtype=np.float64)

@@ -3,8 +3,7 @@
     denoiser = guided_denoiser(model, y, null_class, cfg_scale=4.0, channels=3, interval=(0.1, 0.6))
     x_0 = samplers.last(sample("ddpm", denoiser, x_T, num_steps=250))
 
-A denoiser maps (x_t, t) to the model's output; t, the same for the batch, is a Python number.
-"""
+A denoiser maps (x_t, t) to the model's output; t, the same for the batch, is a Python number."""
 
 import torch
 import torch.nn.functional as F

@@ -9,8 +9,7 @@
 
 After every step it yields a dict of `sample`, x at the next level, at the end x_0; `pred_xstart`, x_0 as predicted at the
 step's start; and `step`. So progress, previews and early stopping are the caller's. `diffusion.sample` makes the arguments;
-`registry.SAMPLERS` names the samplers.
-"""
+`registry.SAMPLERS` names the samplers."""
 
 import torch
 from tqdm.auto import tqdm

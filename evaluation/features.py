@@ -3,8 +3,7 @@
 network = load_network("efficientnet-lite0")
 pooled, spatial, logits = network(images)                     # uint8 (N, H, W, 3)
 
-Another network is a subclass of FeatureNetwork and its line in NETWORKS: docs/extending.md shows one.
-"""
+Another network is a subclass of FeatureNetwork and its line in NETWORKS: docs/extending.md shows one."""
 
 import functools
 import hashlib

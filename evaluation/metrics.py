@@ -3,8 +3,7 @@
 fid = frechet_distance(reference.mu, reference.sigma, samples.mu, samples.sigma)     # Statistics of both sets
 precision, recall = precision_recall(reference_features, sample_features)
 
-METRICS is the table of all that evaluate.py measures; another metric is a function and its line there.
-"""
+METRICS is the table of all that evaluate.py measures; another metric is a function and its line there."""
 
 import contextlib
 import math

@@ -1,6 +1,5 @@
 """One checkpoint under many settings: each combination of the listed averages, samplers and guidance draws images of the
-same labels from the same noise, and is measured against a reference. The work of tools/sweep.py.
-"""
+same labels from the same noise, and is measured against a reference. The work of tools/sweep.py."""
 
 import itertools
 import json

@@ -6,8 +6,7 @@
         clip_grad_norm: float | None = option(None, "scale gradients down to this norm (default: off)", above=0)
 
 A field's type, bounds and choices are checked whenever a config is made: from the command line (runtime/parser.py), from a
-file, or in code. Field names are the flags' names, with _ for -. Configs may be nested.
-"""
+file, or in code. Field names are the flags' names, with _ for -. Configs may be nested."""
 
 import ast
 import dataclasses

@@ -3,8 +3,7 @@
     pipeline = Pipeline.load("results/000-DiT-XL-2")           # the newest checkpoint of a run, or a checkpoint's path
     images = pipeline.draw(["golden retriever", "88"], seed=0)  # PIL images
 
-Commands make an `Opened` first, which checks everything, and then call `Pipeline.build`.
-"""
+Commands make an `Opened` first, which checks everything, and then call `Pipeline.build`."""
 
 import math
 from functools import partial

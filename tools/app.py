@@ -4,8 +4,7 @@
     python -m tools.app                                # assets/mnist.safetensors; the others below demo/ and results/
     python -m tools.app --ckpt results/xl2 --precision bf16 --port 8000
 
-The page shows what sample.py draws for the same settings. Only this machine can open it, unless --host says otherwise.
-"""
+The page shows what sample.py draws for the same settings. Only this machine can open it, unless --host says otherwise."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import contextlib

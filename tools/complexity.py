@@ -5,8 +5,7 @@ PyTorch's meta device, which computes shapes and no values.
     python -m tools.complexity --image-size 64 --vae none    # a model of pixels
 
 The paper's "Gflops" are GMACs: 1e9 multiply-accumulates of the matrix products, the attention and the patch convolution in
-one forward pass of one image. A MAC is two FLOPs. studies/published.py compares our counts with the paper's.
-"""
+one forward pass of one image. A MAC is two FLOPs. studies/published.py compares our counts with the paper's."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import json

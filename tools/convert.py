@@ -5,8 +5,7 @@
     python -m tools.convert facebook/DiT-XL-2-256 DiT-XL-2-256x256.pt
 
 The weights are the averaged ones where there are any, and every conversion is exact but that of --dtype.
-docs/interchange.md tells what each form holds, and how the folder is used with diffusers.
-"""
+docs/interchange.md tells what each form holds, and how the folder is used with diffusers."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import os

@@ -6,8 +6,7 @@
 Of a diffusion it is the variational bound (DDPM, Ho et al. 2020, eq. 5), with one draw of noise per image and timestep; of
 a flow the density along its ODE (Chen et al. 2018), with one random probe per image for the divergence. Weights are the
 averaged ones, and pixels have 256 levels. (The digits have 17 levels, spread over the 256.) The total, the prior, the term
-of every timestep and their standard errors over the images are written to --output, and a plot of the terms beside it.
-"""
+of every timestep and their standard errors over the images are written to --output, and a plot of the terms beside it."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 from evaluation.config import LikelihoodConfig

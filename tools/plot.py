@@ -5,8 +5,7 @@ samples of a run change: an animation of the grids that train.py --sample-every 
     python -m tools.plot results/a results/b --x hours --smooth 20
     python -m tools.plot results/000-DiT-XL-2 --animate samples.gif
 
-The numbers are those of metrics.jsonl in the run folders. The panels for which no run has numbers are left out.
-"""
+The numbers are those of metrics.jsonl in the run folders. The panels for which no run has numbers are left out."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 import json

@@ -7,8 +7,7 @@
 Options of the samplers take lists of values. Each setting draws the images of sample_ddp.py, of the same labels from the
 same noise, and measures them in memory: FD with its standard error, precision, recall and more. Rows are
 printed as they come and kept in --output, from where the same command resumes. In the end curves are drawn, and the best
-setting is named, with the commands that draw it.
-"""
+setting is named, with the commands that draw it."""
 
 import runtime  # noqa: F401 -- first: from here on Ctrl-C prints a line  # isort: skip
 from evaluation.config import SweepConfig

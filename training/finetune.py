@@ -1,8 +1,7 @@
 """Fine-tuning: start from the weights of another model (--init-from), and train only a part of the parameters (--freeze).
 
 All weights are taken over exactly, with two exceptions: the label table, where the classes differ, and the position
-embedding, where the grid of patches differs.
-"""
+embedding, where the grid of patches differs."""
 
 import dataclasses
 import fnmatch
