@@ -48,9 +48,8 @@ class PatchEmbed(nn.Module):
 
 def position_embedding(width, grid):
     """Fixed sine-cosine embedding, computed in float64. grid: tokens along each side, or of a square's side. Returns
-    (T, D): a part of D for each side, the last side (the column) first, each as [sin, cos] of
-    position / 10000^(i / (D/4)) for two sides. Of three sides the first, the time, has no part: all frames have the same
-    rows, those of a picture."""
+    (T, D): a part of D for each side, the last side (the column) first, each as [sin, cos] of position / 10000^(i / (D/4))
+    for two sides. Of three sides the first, the time, has no part: all frames have the same rows, those of a picture."""
     grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
     sides = grid[-2:]
     half = width // (2 * len(sides))  # sines of a side
@@ -163,9 +162,7 @@ class TextEmbedder(nn.Module):
         super().__init__()
         self.null_text = nn.Parameter(torch.zeros(text_length, text_width + 1), requires_grad=False)
         self.null_text.data[0, -1] = 1  # a token to attend to, until the encoder's are put here
-        self.mlp = nn.Sequential(
-            nn.Linear(text_width, hidden_size), nn.GELU(approximate="tanh"), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(text_width, hidden_size), nn.GELU("tanh"), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, y):
         if not y.is_floating_point():
@@ -219,8 +216,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, c, text=None, **positions):
         """x: (N, T, D). c: the condition: unused here, whose tokens are among x; (N, 2, D) in cross-attention; else (N, D).
-        text: (tokens, mask) as of `TextEmbedder`, for blocks made with `text`. positions: `rope`, the rotations of x's
-        tokens, where the model has them."""
+        text: (tokens, mask) as of `TextEmbedder`, for blocks made with `text`. positions: `rope`, x's rotations."""
         x = self.add_text(x + self.attn(self.norm1(x), **positions), text)
         return x + self.mlp(self.norm2(x))
 

@@ -59,11 +59,10 @@ class TrainConfig(Config):
             raise UserError(f"--lora-rank {self.finetune.lora_rank}", "does not go with --shard", "leave one of them out")
         if self.recipe.latent_norm and self.vae == "none":
             raise UserError(f"--latent-norm {self.recipe.latent_norm}", "pixels are no latents", "leave the option out")
-        if self.monitor.watch_average not in (None, *self.recipe.ema_decays):
-            problem = f"the averages of this run are {', '.join(self.recipe.ema_decays)}"
-            raise UserError(
-                f"--watch-average {self.monitor.watch_average}", problem, "name one, or add it with --more-ema-decays"
-            )
+        watched, averages = self.monitor.watch_average, self.recipe.ema_decays
+        if watched not in (None, *averages):
+            problem = f"the averages of this run are {', '.join(averages)}"
+            raise UserError(f"--watch-average {watched}", problem, "name one, or add it with --more-ema-decays")
         for name in ("eval_cfg_scale", "sample_cfg_scale", "guidance_in_target"):
             scale = self.flat()[name]
             if scale not in (None, 1) and self.recipe.label_dropout == 0 and self.model.num_classes != 0:

@@ -171,8 +171,7 @@ def newer_options(checkpoint):
 
 
 def transformer_config(checkpoint):
-    """The arguments of diffusers' DiTTransformer2DModel for a checkpoint. Raises CheckpointError where that class has no
-    place for the model."""
+    """The arguments of diffusers' DiTTransformer2DModel for a checkpoint. Raises CheckpointError if it cannot hold it."""
     config = checkpoint.model_config
     width, pos_embed = config["hidden_size"], checkpoint.weights["pos_embed"].float()
     for problem, applies in {

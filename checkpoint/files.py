@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import zipfile
-import zlib
 from pathlib import Path
 
 import safetensors.torch
@@ -34,8 +33,7 @@ class UnreadableError(RunError):
 def load(path, mmap=True, verify=True):
     """The dict in `path` (.pt, or .safetensors for weights alone) on the CPU. Of classes, only the argparse.Namespace of
     the original release's files is let in. mmap: map tensors where that is possible. verify: compare every byte with the
-    file's checksums first. Raises CheckpointError for a file that is missing, damaged or something else, UnreadableError
-    where the system fails to read it."""
+    file's checksums first. Raises CheckpointError for one missing, damaged or other, UnreadableError if reading fails."""
     path = Path(path)
     check_regular_file(path)
     try:
@@ -98,11 +96,7 @@ def header(path):
 
 def checksum_of(tensors):
     """CRC-32 of the names and values of {name: tensor}, as eight hexadecimal digits."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
+    return files.checksum_of_arrays({name: x.reshape(-1).view(torch.uint8).numpy() for name, x in tensors.items()})
 
 
 def check_regular_file(path):
@@ -131,8 +125,7 @@ def _check_bytes(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # a flipped byte in the archive's tables can make zipfile raise almost anything
-        what = f"truncated or damaged ({str(error) or type(error).__name__})"
-        raise _explain(path, error, what) from None
+        raise _explain(path, error, f"truncated or damaged ({str(error) or type(error).__name__})") from None
     if damaged:
         raise CheckpointError(f"{path}: damaged: the checksum of {damaged} does not match")
 
@@ -159,9 +152,8 @@ def newest_first(folder, folders=False):
 
 def load_newest(folder, warn):
     """(path, state) of the latest checkpoint in `folder` that is not damaged; (None, None) where there are no checkpoints.
-    warn(line) is called for each damaged one. The state is read into memory, so that the file may be pruned.
-    Raises CheckpointError where all are damaged: starting anew would silently give up the run; UnreadableError where one
-    cannot be read: it is not passed over."""
+    warn(line) is called for each damaged one. The state is read into memory, so that the file may be pruned. Raises
+    CheckpointError where all are damaged: starting anew would give up the run; UnreadableError where one cannot be read."""
     found = newest_first(folder)
     for path in found:
         try:
@@ -177,8 +169,7 @@ def load_newest(folder, warn):
 
 def set_aside(folder, step, warn):
     """Rename the checkpoints of later steps than `step`, from which the run continues: they are damaged, or belong to a
-    continuation that --resume PATH has abandoned. As `*.pt.aside` they are neither resumed from nor counted when
-    pruning."""
+    continuation that --resume PATH has abandoned. As `*.pt.aside` they are not resumed from, nor counted when pruning."""
     for path in newest_first(folder, folders=True):  # which the run could not replace
         if int(path.stem) > step:
             aside = path.with_name(f"{path.name}.aside")

@@ -23,12 +23,9 @@ class LowRank(nn.Module):
 
 def add(model, rank, base=None):
     """Freeze what a DiT has from its base, a state dict (default: everything), and add pairs of this rank, from torch's
-    random stream. Sets `model.own`, the names in its state dict of what a checkpoint has to hold. Returns a line for the
-    log."""
-    state = model.state_dict()
-    taken = {
-        name for name in state if base is None or (name in base and torch.equal(state[name], base[name].to(state[name])))
-    }
+    random stream. Sets `model.own`, the names in its state dict that a checkpoint has to hold. Returns a line to log."""
+    state = model.state_dict().items()
+    taken = {name for name, x in state if base is None or (name in base and torch.equal(x, base[name].to(x)))}
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and name not in taken)
     for name, module in [*model.blocks.named_modules()]:

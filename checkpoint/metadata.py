@@ -24,8 +24,7 @@ def of(checkpoint, vae=None):
 
 
 def to_text(record, weights):
-    """The metadata of a .safetensors file of these weights: the record; their checksum, which `files.load` compares; and
-    "format", which diffusers asks for."""
+    """The metadata of a .safetensors file: the record, the weights' checksum, and "format", which diffusers asks for."""
     own = {"format": "pt", "crc32": files.checksum_of(weights)}
     return own | {name: json.dumps(record[name]) for name in NAMES if record.get(name) is not None}
 

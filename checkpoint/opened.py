@@ -39,8 +39,7 @@ class Checkpoint:
     def open(cls, where, num_heads=None, verify=True, average=None, base=None):
         """Read a .pt or .safetensors file; the newest checkpoint of a run's folder; or a model in diffusers' format: a
         folder, or its name on the hub. Tensors are mapped if possible. verify: as `files.load`. average: the weights to
-        take, a name in `averages` (default: the first). base: where the model is now that LoRA weights belong to (default:
-        where it was). Raises CheckpointError."""
+        take, a name in `averages` (default: the first). base: of LoRA weights, where it moved. Raises CheckpointError."""
         where = newest_of_run(where)
         if os.path.isdir(where) or diffusers_folder.is_hub_name(where):
             weights, record, paths = diffusers_folder.read(diffusers_folder.fetch(where))
@@ -91,8 +90,7 @@ class Checkpoint:
 
     @property
     def latents(self):
-        """Each channel's measured statistics, {"mean": numbers, "std": numbers}, by which the latents were normalised; None
-        where by the autoencoder's own."""
+        """Each channel's {"mean": numbers, "std": numbers} that normalised the latents; None: the autoencoder's own."""
         record = self._recorded("latents", dict, self.state, self.metadata)
         if record is not None:
             for name, low in (("mean", -math.inf), ("std", 0)):
@@ -331,8 +329,7 @@ def newest_of_run(where):
 
 
 def record_of(model, class_names=None):
-    """What a checkpoint stores of a model beside its weights: `model_config`, `class_names`, and `condition` where it is
-    not the class."""
+    """What a checkpoint stores of a model beside its weights; `condition` where it is not the class."""
     condition = {"condition": {"kind": model.condition.kind, **model.condition.record()}} if model.condition else {}
     return {"model_config": model.config, "class_names": class_names, **condition}
 

@@ -9,7 +9,6 @@ Another kind of autoencoder is a line in AUTOENCODERS, and a class where its enc
 
 import functools
 import inspect
-import zlib
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from data.pretrained import attempt
 from runtime.config import Config, option
 from runtime.errors import UserError
+from runtime.files import checksum_of_arrays
 from runtime.shapes import bucket_shapes, plain_size, sides
 
 RELEASED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -154,12 +154,11 @@ class Autoencoder(LatentSpace):
 
     def encoder_settings(self):
         """What decides on the latents: statistics, sizes, and the CRC-32 of the encoder's weights, names and values."""
-        crc = 0
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            if not name.startswith(("decoder.", "post_quant_conv.")):
-                crc = zlib.crc32(tensor.cpu().numpy().tobytes(), zlib.crc32(name.encode(), crc))
+        state = self.vae.state_dict()
+        encoder = [name for name in state if not name.startswith(("decoder.", "post_quant_conv."))]
         number = self.moments(torch.zeros(1, 3, self.factor, self.factor, device=self.vae.device)).shape[1]  # 2, or 1
-        found = {"encoder_crc32": f"{crc:08x}", "channels": self.channels, "factor": self.factor, "moments": number}
+        found = {"channels": self.channels, "factor": self.factor, "moments": number}
+        found["encoder_crc32"] = checksum_of_arrays({name: state[name].cpu().contiguous().numpy() for name in encoder})
         statistics = {"scaling": self.scaling, "shift": self.shift}
         return found | {k: v.flatten().tolist() if torch.is_tensor(v) else [v] for k, v in statistics.items()}
 

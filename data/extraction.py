@@ -183,12 +183,12 @@ class ShardWriter:
         """The arrays of the shard that is full."""
         names = "\0".join(self.dataset.names[source] for source in self.sources)
         arrays = {"moments": self.moments, "label": np.array(self.labels), "image": np.array(self.sources)}
-        arrays |= {"errors": self.errors, "name": to_bytes(names.encode("utf-8", "surrogateescape"))}
+        arrays |= {"errors": self.errors, "name": np.frombuffer(names.encode("utf-8", "surrogateescape"), np.uint8)}
         arrays["sums"] = self.sums.numpy()
         if self.text:
             texts = [self.dataset.captions.of(source) for source in self.sources]
             tokens, lengths = self.encode_texts([*(text for entry in texts for text in entry), ""])
-            arrays |= {"text": to_bytes(json.dumps(texts).encode()), "tokens": tokens, "length": lengths}
+            arrays |= {"text": np.frombuffer(json.dumps(texts).encode(), np.uint8), "tokens": tokens, "length": lengths}
         return arrays
 
     def encode_texts(self, texts):
@@ -199,10 +199,6 @@ class ShardWriter:
             tokens.append(self.rounded(exact.cpu().numpy(), "texts", "tokens", "look at them, and at --text-encoder"))
             lengths += found.tolist()
         return np.concatenate(tokens), np.array(lengths)
-
-
-def to_bytes(data):
-    return np.frombuffer(data, np.uint8)
 
 
 def finish(folder, settings, dataset, missing):

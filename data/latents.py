@@ -22,7 +22,6 @@ import contextlib
 import functools
 import json
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +101,7 @@ def shard_path(folder, number):
 
 def write_shard(folder, number, settings, arrays):
     """Write a shard atomically. arrays: {name: array}, as above. Raises OSError."""
-    record = {"version": VERSION, "settings": json.dumps(settings.flat()), "crc32": checksum(arrays)}
+    record = {"version": VERSION, "settings": json.dumps(settings.flat()), "crc32": files.checksum_of_arrays(arrays)}
     metadata = {"latents": json.dumps(record)}  # one entry, since the library writes several in any order
 
     def write(file):
@@ -112,14 +111,6 @@ def write_shard(folder, number, settings, arrays):
             raise OSError(str(error)) from None
 
     files.replace_file(shard_path(folder, number), write)
-
-
-def checksum(arrays):
-    """CRC-32 of all arrays of a shard, as eight hexadecimal digits."""
-    crc = 0
-    for name in sorted(arrays):
-        crc = zlib.crc32(np.ascontiguousarray(arrays[name]), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
 
 
 @functools.lru_cache(maxsize=2)
@@ -182,7 +173,8 @@ class Shard:
                 shapes["tokens"] = (int(lengths.sum()), settings.text_width), DTYPES[settings.dtype]
             arrays = {name: self.file.get_slice(name) for name in shapes}
             fits &= {name: (tuple(a.get_shape()), a.get_dtype()) for name, a in arrays.items()} == shapes
-            if not fits or (every_byte and self.crc32 != checksum({n: read(n) for n in self.file.keys()})):  # noqa: SIM118
+            every = fits and every_byte and {name: read(name) for name in self.file.keys()}  # noqa: SIM118
+            if not fits or (every and self.crc32 != files.checksum_of_arrays(every)):
                 raise ValueError
         return [name.decode("utf-8", "surrogateescape") for name in names], labels, texts, lengths
 

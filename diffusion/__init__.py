@@ -23,8 +23,7 @@ def create_diffusion(timestep_respacing, noise_schedule="linear", use_kl=False, 
     noise_schedule: "linear" or "squaredcos_cap_v2". use_kl: train on the variational bound alone. sigma_small: with
     learn_sigma=False, the posterior's variance instead of beta. predict_xstart: the model's output is x_0, not eps.
     rescale_learned_sigmas: weigh the bound in the hybrid loss by the number of kept steps / 1000. predict: "eps", "x0" or
-    "v".
-    Raises ValueError for an unknown schedule or an impossible spacing."""
+    "v". Raises ValueError for an unknown schedule or an impossible spacing."""
     from .gaussian_diffusion import get_named_beta_schedule
     from .original import OriginalDiffusion
     from .respace import respaced_betas, space_timesteps
@@ -80,8 +79,7 @@ def check_sampler(name, num_steps, eta=0.0, spacing=None):
 
 
 def sampling_process(sampler, num_steps, spacing=None, create=create_diffusion, time_shift=1.0):
-    """What a Sampler gets as its process: num_steps steps of `create`'s process, or of a flow. Raises ValueError where they
-    are impossible."""
+    """What a Sampler gets as its process: num_steps steps of `create`'s process, or of a flow. Raises ValueError."""
     if sampler.flow:
         from .flow import Flow
 

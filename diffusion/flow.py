@@ -23,8 +23,7 @@ def shift_time(t, shift):
 
 class Flow:
     """The flow in num_timesteps steps, equal before `shift_time`, and its training objective: the mean squared error of v.
-    Step i goes from s = (i + 1) / num_timesteps to i / num_timesteps. Timesteps t = 1000 s, which the model is told, are
-    real numbers."""
+    Step i goes from s = (i + 1) / num_timesteps to i / num_timesteps. The model is told t = 1000 s, a real number."""
 
     def __init__(self, predict="v", learn_sigma=False, num_timesteps=1000, time_shift=1.0):
         if (predict, learn_sigma) != ("v", False):
@@ -55,8 +54,7 @@ class Flow:
         return torch.randn(number, device=device).sigmoid() * 1000
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """The losses at t: (N,) for clean x_start: (N, C, ...). Returns a dict of (N,) tensors: `loss`, and the same as
-        `mse`."""
+        """The losses at t: (N,) for clean x_start: (N, C, ...): a dict of (N,) tensors, `loss`, and the same as `mse`."""
         noise = torch.randn_like(x_start) if noise is None else noise
         s = per_sample(t / 1000, x_start).to(x_start.dtype)
         x_s = (1 - s) * x_start + s * noise

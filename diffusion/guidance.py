@@ -26,8 +26,7 @@ def rescale_to(guided, cond, phi):
 
 def scale_at(t, cfg_scale, interval=None, schedule="constant"):
     """The guidance scale at the timestep t, a number: 1 outside of `interval`, in it 1 + (cfg_scale - 1) times the share
-    that `registry.GUIDANCE_SCHEDULES` gives. interval: (low, high) in t / 1000, both ends included (Kynkäänniemi et al.
-    2024)."""
+    that `registry.GUIDANCE_SCHEDULES` gives. interval: (low, high) in t / 1000, inclusive (Kynkäänniemi et al. 2024)."""
     time = t / 1000
     if interval is not None and not interval[0] <= time <= interval[1]:
         return 1.0

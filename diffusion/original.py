@@ -2,8 +2,7 @@
 guidance and the bound, by its names and with its arguments in its order. New code calls `diffusion.sample`.
 
 Everywhere below, x is (N, C, ...) at step t: (N,) int64; clip_denoised, denoised_fn and model_kwargs are those of
-`p_mean_variance`; cond_fn(x, t, **model_kwargs) is the gradient of log p(y | x_t) with respect to x, times its scale, for t
-of the full process."""
+`p_mean_variance`; cond_fn(x, t, **model_kwargs), t of the full process, is the scaled gradient of log p(y | x_t) by x."""
 
 import math
 
@@ -29,8 +28,7 @@ class OriginalDiffusion(GaussianDiffusion):
     # Classifier guidance
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """The mean of p_mean_var, a result of `p_mean_variance`, shifted by the variance times the gradient: Dhariwal and
-        Nichol 2021, algorithm 1."""
+        """The mean of a `p_mean_variance`, shifted by variance times gradient: Dhariwal and Nichol 2021, algorithm 1."""
         return p_mean_var["mean"] + p_mean_var["variance"] * self._gradient(cond_fn, x, t, model_kwargs)
 
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
@@ -66,8 +64,7 @@ class OriginalDiffusion(GaussianDiffusion):
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
                             eta=0.0):  # fmt: skip
-        """One step of DDIM towards noise, from t to t + 1: eq. 12 with sigma = 0. Raises ValueError for another eta than 0,
-        with which there is no way back."""
+        """One step of DDIM towards noise, from t to t + 1: eq. 12 with sigma = 0. Raises ValueError for another eta."""
         if eta != 0:
             raise ValueError(f"eta {eta}: only the deterministic DDIM, with eta 0, can be reversed")
         pred_xstart = self._ddim_prediction(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)

@@ -85,8 +85,7 @@ class Objective:
     make: a class, or where it is, as text; an object of it is made by `make_objective`, which says what it must have.
     predicts: what the model's output may be, the default first. default_sampler: (name, number of steps) to draw with where
     none is chosen. flow: whether the output is the velocity of `diffusion.flow`; average: whether it is its average over an
-    interval, for a model that takes r too: `diffusion.meanflow`. target_passes: forward passes of an image that make the
-    target of the loss, without guidance."""
+    interval, for a model that takes r too: `diffusion.meanflow`. target_passes: forward passes for the unguided target."""
 
     make: Callable | str
     predicts: tuple[str, ...]

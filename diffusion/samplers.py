@@ -130,8 +130,7 @@ FIRST_TIMESTEP, FIRST_OF_FEW, FEW_STEPS = 900, 500, 10
 
 class SolverSteps:
     """The steps of diffusers' scheduler of a sampler, of `registry.SAMPLERS`, for the process of `betas`: its timesteps are
-    set, its sigma is sqrt(1 / alpha_bar - 1). Raises ValueError where the spacing has no such number of distinct timesteps,
-    or starts far from the last one."""
+    set, its sigma is sqrt(1 / alpha_bar - 1). Raises ValueError where it repeats a timestep or starts far from the last."""
 
     def __init__(self, sampler, betas, num_steps, spacing=None):
         spacing, refused = spacing or DEFAULT_SPACING, f"{sampler.name} cannot make {num_steps} steps"

@@ -83,19 +83,16 @@ def check(reference, samples):
         if 0 < len(images) < FEWEST:
             raise UserError(images.path, f"{len(images)} images; at least {FEWEST} are needed")
     if 0 < len(samples) < PAPER_SAMPLES:
-        yield (
-            f"{len(samples)} samples, fewer than {PAPER_SAMPLES}: with fewer images FD and sFD grow and the "
-            "Inception Score shrinks; compare only with numbers from as many, not with published ones"
-        )
+        text = f"{len(samples)} samples, fewer than {PAPER_SAMPLES}: with fewer images FD and sFD grow and the Inception"
+        yield f"{text} Score shrinks; compare only with numbers from as many, not with published ones"
     if reference.size and samples.size and reference.size != samples.size:
         (h1, w1), (h2, w2) = reference.size, samples.size
         yield f"reference images have {w1}x{h1} pixels, samples {w2}x{h2}: the difference in sharpness is in every number"
     for images in (reference, samples):
         if images.labels is not None and len(images) > 1 and len(np.unique(images.labels)) == 1:
-            yield (
-                f"{images.path}: all images have the label {images.labels[0]}; the numbers compare one class with all "
-                "classes of the other set, and the Inception Score, which rewards variety of classes, means nothing"
-            )
+            text = f"{images.path}: all images have the label {images.labels[0]}; the numbers compare one class with all"
+            text += " classes of the other set"
+            yield f"{text}, and the Inception Score, which rewards variety of classes, means nothing"
         if not len(images):
             yield f"{images.path}: statistics without images; only FID and sFID of the Inception network compare with them"
     if in_order(samples.labels):
@@ -103,10 +100,8 @@ def check(reference, samples):
     # of the files in a folder; the images of an .npz file may come from anywhere
     jpeg = [images.jpeg for images in (reference, samples)]
     if None not in jpeg and abs(jpeg[0] - jpeg[1]) > 0.1:
-        yield (
-            f"{jpeg[0]:.0%} of the reference are JPEG files, {jpeg[1]:.0%} of the samples: the traces of that compression "
-            "are part of every number; save both sets in one format"
-        )
+        text = f"{jpeg[0]:.0%} of the reference are JPEG files, {jpeg[1]:.0%} of the samples: the traces of that"
+        yield f"{text} compression are part of every number; save both sets in one format"
 
 
 def in_order(labels):
@@ -121,10 +116,8 @@ def check_predictions(name, logits):
     """Yields a warning where a network sees one class in most samples, which labels do not tell: mode collapse, say."""
     counts = torch.zeros(1) if logits is None else torch.bincount(logits.argmax(dim=1)) / len(logits)
     if (share := counts.max().item()) > 0.5:
-        yield (
-            f"{name} puts {share:.0%} of the samples into one class ({counts.argmax().item()}): with one class only, FD "
-            "and recall measure what is missing rather than how good the images are"
-        )
+        text = f"{name} puts {share:.0%} of the samples into one class ({counts.argmax().item()}): with one class only, FD"
+        yield f"{text} and recall measure what is missing rather than how good the images are"
 
 
 def features_of(images, networks, context, config, keys, warnings):
@@ -176,8 +169,7 @@ def measure(reference, samples, resamples, path):
         values = metric.measure(reference, samples)
         numbers |= zip(metric.titles, values, strict=True)
         if not all(map(math.isfinite, values)):
-            titles = ", ".join(metric.titles.values())
-            raise UserError(path, f"{titles} is not finite; the statistics or features overflow")
+            raise UserError(path, f"{', '.join(metric.titles.values())} is not finite; the statistics or features overflow")
         count = 0 if samples.pooled is None else len(samples.pooled)
         if metric.halves and resamples and count >= HALVES_FROM:
             halves = standard_errors(lambda part, of=metric.measure: of(reference, samples.part(part)), count, resamples)

@@ -51,12 +51,8 @@ class MeasureConfig(InceptionConfig):
 class EvaluateConfig(MeasureConfig):
     """evaluate.py's options."""
 
-    reference: str = option(
-        help=".npz file, folder of images, or Parquet or Arrow data to compare with", positional=True, metavar="REFERENCE"
-    )
-    samples: str = option(
-        help=".npz file, folder, or Parquet or Arrow data of the images to measure", positional=True, metavar="SAMPLES"
-    )
+    reference: str = option(help=".npz file, folder of images, or Parquet or Arrow data to compare with", positional=True)
+    samples: str = option(help=".npz file, folder, or Parquet or Arrow data of the images to measure", positional=True)
     device: str | None = option(None, "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
 
 

@@ -51,8 +51,7 @@ class FID:
             weights, names = config.inception_weights, config.eval_features
             self.networks = {name: load_network(name, weights, context.device) for name in names}
             missing = need_images(self.networks, reference, "--eval-reference")
-        title = "features of the reference"
-        features = extract_all(missing, reference, context, self.batch_size, title) if missing else {}
+        features = missing and extract_all(missing, reference, context, self.batch_size, "features of the reference")
         self.references = {}  # {network: mean and covariance}, on rank 0
         for name, network in self.networks.items() if context.is_main else ():
             completed = complete(features.get(name), reference, network, context.device)
@@ -72,8 +71,7 @@ class FID:
 
     def measure(self, model):
         """{"fid": FID of `model`, "fid_samples": number of images} on rank 0, of other networks than Inception by the names
-        of `name_of`; a line where a stop was asked for; None on other ranks. Raises UserError, on all ranks, for images
-        that are not finite."""
+        of `name_of`; a line where a stop was asked for; None on other ranks. Raises UserError for images not finite."""
         assert not model.training, "labels would be dropped"
         statistics, found = self.draw(model), {}
         if isinstance(statistics, str) or statistics is None:

@@ -81,10 +81,8 @@ class TimmFeatures(FeatureNetwork):
         self.filter = config["interpolation"] if config["interpolation"] == "bilinear" else "bicubic"
         for name in ("mean", "std"):
             self.register_buffer(name, 255 * torch.tensor(config[name]).view(3, 1, 1), persistent=False)
-        self.preprocessing = (
-            f"shorter side to {self.side} px, {self.filter}, antialiased, 8 bits; centre of {self.size}x{self.size} px; "
-            f"mean {list(config['mean'])}, deviation {list(config['std'])}"
-        )
+        sizes = f"shorter side to {self.side} px, {self.filter}, antialiased, 8 bits; centre of {self.size}x{self.size} px"
+        self.preprocessing = f"{sizes}; mean {list(config['mean'])}, deviation {list(config['std'])}"
 
     def outputs(self, images):
         x = (resize(images, self.side, self.size, self.filter) - self.mean) / self.std

@@ -61,10 +61,8 @@ def open_reference(path, option, image_size, column=None):
 
 
 def need_images(networks, images, option):
-    """{name: network} of the networks whose statistics the images do not bring. Raises UserError where there are no images
-    to compute them from."""
-    known = "mu" in images.statistics
-    found = {name: network for name, network in networks.items() if not (known and network.published)}
+    """{name: network} of those whose statistics the images do not bring. Raises UserError where there are no images."""
+    found = {name: network for name, network in networks.items() if not (network.published and "mu" in images.statistics)}
     if found and len(images) < 2:
         problem = f"its mu and sigma are of the Inception network, {', '.join(found)} needs images"
         raise UserError(f"{option} {images.path}", problem, "give 2 images or more")
@@ -162,10 +160,9 @@ class NpzImages:
                     size = min(shape[0], 16) * math.prod(shape[1:]) * dtype.itemsize
                     first = np.frombuffer(stream.read(size), dtype)
                     values = f" with values from {first.min():.4g} to {first.max():.4g} in its first images"
-                raise ValueError(
-                    f"is {dtype}{values}; must be uint8, 0 to 255. Converted as they are, such images become black or "
-                    "noise; for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"
-                )
+                must = "must be uint8, 0 to 255. Converted as they are, such images become black or noise"
+                way_out = "for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"
+                raise ValueError(f"is {dtype}{values}; {must}; {way_out}")
         self.length, self.frames, self.size = math.prod(shape[:-3]), math.prod(shape[1:-3]), shape[-3:-1]
 
     def __len__(self):
@@ -251,10 +248,9 @@ class FolderImages:
     def _check_size(self, name, size):
         if size != self.size:
             first = self.path / self.names[0]
-            raise UserError(
-                f"{name}: {size[1]}x{size[0]} pixels, but {first} has {self.size[1]}x{self.size[0]}; the network "
-                "squeezes each image to one square, so a number over mixed sizes means little: crop to one size"
-            )
+            text = f"{size[1]}x{size[0]} pixels, but {first} has {self.size[1]}x{self.size[0]}; the network squeezes"
+            text += " each image to one square, so a number over mixed sizes means little: crop to one size"
+            raise UserError(name, text)
 
     def batches(self, start, stop, batch_size):
         """Yield the images [start, stop) as uint8 (up to batch_size, H, W, 3). Raises UserError for a damaged file."""

@@ -80,8 +80,7 @@ def choose(num_images, wanted, seed):
 
 def measure(model, terms, dataset, condition, indices, config, context):
     """The terms of the images `indices` of the dataset, in their order, on every rank. The ranks take whole batches in
-    turn, so that the number of ranks does not change the result in any bit. terms: `bound` or `flow_terms` with its first
-    argument."""
+    turn, so that their number changes no bit of the result. terms: `bound` or `flow_terms` with its first argument."""
     batches = [indices[first : first + config.batch_size] for first in range(0, len(indices), config.batch_size)]
     mine, rows = batches[context.rank :: context.world_size], []
     total = sum(map(len, mine)) * config.num_timesteps * (2 if OBJECTIVES[model.objective].flow else 1)

@@ -234,8 +234,7 @@ def _distance_blocks(a, b):
         with full_precision():
             distances = torch.addmm(squares_b, a[rows], b.T, alpha=-2)
         distances += squares_a[rows, None]
-        floor = noise * (squares_a[rows, None] + squares_b)
-        yield rows, distances.masked_fill_(distances < floor, 0)
+        yield rows, distances.masked_fill_(distances < noise * (squares_a[rows, None] + squares_b), 0)
 
 
 @contextlib.contextmanager

@@ -26,8 +26,7 @@ from sampling.pipeline import Pipeline
 
 
 def sweep(config, context):
-    """Measure those settings of a SweepConfig that results.json in its folder lacks, print a table of all of them, and draw
-    curves.png. Raises UserError."""
+    """Measure the settings of a SweepConfig that its results.json lacks, print a table, draw curves. Raises UserError."""
     with context.together():
         listed = settings(config)
         opened = open_all([setting for _, setting in listed])

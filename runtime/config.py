@@ -83,9 +83,10 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def _label(field):
+def label(field):
     """How a message names the option of a field."""
-    return field.metadata["metavar"] if field.metadata.get("positional") else flag(field.name)
+    positional = field.metadata.get("positional")
+    return field.metadata["metavar"] or field.name.upper() if positional else flag(field.name)
 
 
 def check_value(value, kind, metadata):
@@ -138,7 +139,7 @@ class Config:
                 else:
                     value = tuple(check_value(entry, kind, field.metadata) for entry in value)
             except ValueError as error:
-                raise UserError(_label(field), error) from None
+                raise UserError(label(field), error) from None
             object.__setattr__(self, field.name, value)
         self.check()
 
@@ -152,9 +153,9 @@ class Config:
             kind, paths = field.metadata.get("path"), values[field.name]
             for path in [paths] if isinstance(paths, str) else (kind and paths) or []:
                 if kind == "output":
-                    files.check_output(path, _label(field))
+                    files.check_output(path, label(field))
                 elif kind:
-                    files.check_input(path, _label(field), kind)
+                    files.check_input(path, label(field), kind)
 
     def flat(self):
         """{field name: value} of this config and the configs nested in it, as plain JSON values, None included."""
@@ -166,8 +167,7 @@ class Config:
 
     @classmethod
     def from_flat(cls, values):
-        """The config of flat values, such as those of a file. Missing ones take their defaults, unknown ones are ignored.
-        Raises UserError."""
+        """The config of flat values, as of a file. Missing ones are defaults, unknown ones ignored. Raises UserError."""
         own, values = {}, cls.defaults() | values
         for field in dataclasses.fields(cls):
             kind = field_types(cls)[field.name][0]
@@ -220,9 +220,8 @@ def as_lists(config_class, names=None):
 
 
 def combinations(config_class, values):
-    """Every combination of the lists of values that the options of `as_lists(config_class)` take, the first option changing
-    slowest: an iterator of dicts. values: {name: list of values, None, or one value of an option that takes no list}.
-    Raises UserError for half a pair."""
+    """Every combination of the lists that the options of `as_lists(config_class)` take, the first option changing slowest:
+    dicts. values: {name: list of values, None, or one value of an option without}. Raises UserError for half a pair."""
     lists = []
     for name, (_, count, _) in field_types(config_class).items():
         given = values[name]

@@ -37,8 +37,7 @@ def set_precision(precision, device):
 
 
 def use_deterministic_kernels():
-    """From now on, in this process, an operation gives the same bits each time on a GPU too. PyTorch raises RuntimeError
-    for one that has no such kernel."""
+    """From now on an operation gives the same bits each time on a GPU too; one without such kernels raises RuntimeError."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two values that cuBLAS is deterministic with
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, for the sake of code that reads such memory

@@ -111,8 +111,7 @@ class Context:
         assert len(set(found)) == 1, f"the ranks run different blocks of together(), at depths {found}"
 
     def on_main(self, function, *args):
-        """function(*args) of rank 0 alone. Its value, which must be picklable, or the UserError that it raises, on every
-        rank."""
+        """function(*args) of rank 0 alone: its value, which must be picklable, or its UserError, on every rank."""
         with self.together():
             value = function(*args) if self.is_main else None
         return self.broadcast(value, nested=True)

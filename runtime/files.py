@@ -102,8 +102,7 @@ def write_errors(what, consequence=""):
 
 def write_json(path, value):
     """Write a value as JSON, atomically. Raises OSError."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    replace_file(path, lambda file: file.write(text.encode()))
+    replace_file(path, lambda file: file.write(f"{json.dumps(value, indent=2, default=str)}\n".encode()))
 
 
 def read_json(path, kind=dict):
@@ -136,6 +135,14 @@ def checksum(path):
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
             crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+def checksum_of_arrays(arrays):
+    """CRC-32 of the names and values of {name: contiguous array}, as eight hexadecimal digits."""
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(arrays[name], zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
 

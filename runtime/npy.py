@@ -53,5 +53,4 @@ def map_npz(path, name):
     with open(path, "rb") as file:
         file.seek(member.header_offset + 26)  # its name's and its extra field's length, which differ from the directory's
         sizes = np.frombuffer(file.read(4), "<u2")
-    data = member.header_offset + 30 + int(sizes.sum()) + header
-    return np.memmap(path, dtype, "r", data, shape)
+    return np.memmap(path, dtype, "r", member.header_offset + 30 + int(sizes.sum()) + header, shape)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-from runtime.config import Config, check_value, field_types, flag
+from runtime.config import Config, check_value, field_types, flag, label
 from runtime.errors import RunError, UserError
 from runtime.launch import launched
 
@@ -25,8 +25,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 class Output:
-    """A text stream whose failed writes are dropped: a run does not end because its output does, as with `| head`, a closed
-    terminal or a full disk."""
+    """A text stream that drops failed writes: a run does not end with its output, as with `| head` or a full disk."""
 
     def __init__(self, stream):
         # None where the shell has closed it; what is opened next would take its number and get what libraries print
@@ -105,8 +104,7 @@ class Parser(argparse.ArgumentParser):
     """The parser of a command whose options are the fields of `config_class`; a nested config is a group of options.
 
     description: the command's docstring. presets: {field name: {value of that field: other defaults}}, for options that
-    stand for several; in place of the inner dict a function of all values that returns the other defaults, and may raise
-    UserError."""
+    stand for several; or {field name: function of all values that returns the other defaults, and may raise UserError}."""
 
     def __init__(self, config_class, description, presets=None):
         # abbreviations would change their meaning with every new option
@@ -129,7 +127,7 @@ class Parser(argparse.ArgumentParser):
             required = default is dataclasses.MISSING
             text = field.metadata["help"].replace("%", "%%")
             if field.metadata["positional"]:
-                name = field.metadata["metavar"] or field.name.upper()
+                name = label(field)
                 self.add_argument(field.name, metavar=name, help=text, nargs=count)
                 self.usage += f" {name}"
                 continue

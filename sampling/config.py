@@ -237,8 +237,7 @@ class SampleConfig(DrawConfig):
 
 
 def recorded_drawing(values):
-    """Of the options `values` of sample.py, those of RECORDED that the file of --ckpt records; {name: value}. Raises
-    UserError."""
+    """{name: value} of RECORDED that the file of --ckpt in `values`, options of sample.py, records. Raises UserError."""
     from checkpoint.opened import Checkpoint  # imports torch
 
     if not (values["ckpt"] or "").endswith(".safetensors"):

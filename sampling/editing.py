@@ -20,8 +20,7 @@ def draw_noise(pipeline, choices, editing, columns, generator=None):
     stream is the original's: x_T, then at every step the noise of a doubled batch, whose second half, that of the
     unconditional images, is not used.
 
-    editing: an EditingConfig. columns: images in a row that interpolates. generator: of the pipeline's device (default:
-    torch's own)."""
+    editing: an EditingConfig. columns: images in an interpolating row. generator: on the device (default: torch's own)."""
     draw = partial(torch.randn, device=pipeline.device, generator=generator)
     condition, row = pipeline.condition, columns if editing.interpolate else 1
     z = draw(len(choices), *pipeline.shape)

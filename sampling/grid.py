@@ -54,8 +54,7 @@ def image_format(path):
 
 
 def check_files(config, number, size, frames=None):
-    """Raises UserError, before any work, where the files of a SampleConfig could not hold `number` images of a size, or so
-    many clips of `frames`."""
+    """Raises UserError where the files of a SampleConfig could not hold `number` images of a size, or clips of `frames`."""
     (height, width), columns = [side * config.enlarge for side in sides(size)], config.columns
     strip = height, width * (frames or 1)
     size = (height, width) if image_format(config.output) in ANIMATED else strip
@@ -89,16 +88,14 @@ def write_picture(path, picture, **options):
 
 
 def write_animation(path, frames, duration=DURATION, last_duration=None):
-    """Write PIL images as an animation without an end. duration, last_duration: of a frame and of the last one, in
-    milliseconds."""
+    """Write PIL images as an endless animation. duration, last_duration: of a frame and the last one, in milliseconds."""
     options = {"lossless": True} if image_format(path) == "WEBP" else {}
     durations = [duration] * (len(frames) - 1) + [last_duration or duration]
     write_picture(path, frames[0], save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
 
 
 def write_images(path, images, columns, enlarge=1, titles=None):
-    """Write images (N, H, W, 3) uint8 as a grid; clips (N, F, H, W, 3) as a grid of strips, or to a file that can hold an
-    animation, .gif or .webp, as one."""
+    """Write images (N, H, W, 3) uint8 as a grid; clips (N, F, H, W, 3) as a grid of strips, or moving (.gif, .webp)."""
     if images.ndim == 4 or image_format(path) not in ANIMATED:
         return write_picture(path, draw_grid(as_pictures(images), columns, enlarge, titles))
     write_animation(path, [draw_grid(images[:, i], columns, enlarge, titles) for i in range(images.shape[1])])

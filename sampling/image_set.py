@@ -68,8 +68,7 @@ def is_complete(npz, shape):
 def write_npz(npz, folder, shape, label_of):
     """Write the images, of this shape (N, H, W, 3), or clips, (N, F, H, W, 3) from strips of their frames, as `arr_0` uint8
     and their labels, label_of(index), as `arr_1` (N,) int64, the same bytes as of numpy.savez, with one image in memory at
-    a time. Returns whether that is done: where images are damaged or missing, they are deleted instead, so that they are
-    drawn again."""
+    a time. Returns whether that is done: damaged images are deleted instead, to be drawn again with missing ones."""
     bad, number, (*frames, height, width) = [], shape[0], shape[1:-1]
 
     def images():

@@ -66,8 +66,7 @@ class Opened:
         return replace(self, config=replace(config, sampler=sampler, guidance=guidance))
 
     def made_with(self, given):
-        """What the images of a set are made with beside the checkpoint, a dict; of a SampleSetConfig. given: its
-        `choices_of_set`."""
+        """What images of a SampleSetConfig are made with beside the checkpoint, a dict. given: its `choices_of_set`."""
         by_class = self.condition.option == "--labels"
         settings = {name: value for name, value in self.config.flat().items() if name not in FREE} | self.settings
         settings["guide_ckpt"] = self.guide and self.guide.checksum
@@ -113,8 +112,7 @@ def open_checkpoint(source):
 
 
 def complete_guidance(options, checkpoint):
-    """The GuidanceConfig of a DrawConfig, with a scale that suits the model where none is given. Raises UserError where the
-    model cannot be guided so."""
+    """The GuidanceConfig of a DrawConfig, with the model's scale by default. Raises UserError if it cannot be guided so."""
     config = checkpoint.model_config
     conditional = config["num_classes"] or checkpoint.condition_record
     unguided = not options.guidance.guide_ckpt and conditional and config["class_dropout_prob"] == 0

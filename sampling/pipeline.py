@@ -87,12 +87,10 @@ class Pipeline:
 
     def noise(self, seed, indices):
         """(x_T, step_noise) of the images `indices` of the set that `seed` names: x_T (N, C, H, W) on the device, and the
-        function that gives the noise of each step. They depend on the seed and each image's index alone. Raises ValueError
-        for indices that are no list or range."""
+        function that gives each step's noise. They depend on (seed, index) alone. Raises ValueError for other indices."""
         if not hasattr(indices, "__len__"):
             raise ValueError(f"indices is {indices!r}, must be a list or a range, such as range({indices})")
-        deterministic = self.sampler.kind.is_deterministic(self.sampler.eta)
-        steps = 0 if deterministic else self.sampler.num_sampling_steps
+        steps = 0 if self.sampler.kind.is_deterministic(self.sampler.eta) else self.sampler.num_sampling_steps
         check_memory(4 * (steps + 1) * len(indices) * math.prod(self.shape), "lower --per-proc-batch-size")
         noise = image_noise(seed, indices, steps, self.shape)  # (steps + 1, N, C, H, W)
         if self.device.type == "cuda":

@@ -64,8 +64,7 @@ def find_checkpoints(first=None):
 
 def page_config(values, compute, vae=None):
     """The SampleConfig of the page's values, a dict with keys of TITLES; `samples_per_label` counts the images of each
-    class, or those of a row that interpolates. Lines of `prompt` take the place of classes. Raises UserError, in the page's
-    words."""
+    class, or those of a row that interpolates. Lines of `prompt` take the place of classes. Raises UserError."""
     with page_words():
         prompts = [line.strip() for line in (values.get("prompt") or "").splitlines() if line.strip()]
         labels, interpolate = prompts or values["labels"], values["interpolate"]
@@ -134,10 +133,8 @@ class Artist:
 
 def offers(ckpt, vae=None, compute=None):
     """What the page offers for a checkpoint: ([(text, word)] of its classes, default words, (sampler, steps, guidance),
-    sizes).
-    There are no classes for a model of texts or vectors. Raises UserError."""
-    values = {"ckpt": ckpt, "vae": vae, **(compute or ComputeConfig()).flat()}
-    opened = Opened.open(SampleConfig.from_flat(values))
+    sizes). There are no classes for a model of texts or vectors. Raises UserError."""
+    opened = Opened.open(SampleConfig.from_flat({"ckpt": ckpt, "vae": vae, **(compute or ComputeConfig()).flat()}))
     condition, objective = opened.condition, OBJECTIVES[opened.checkpoint.model_config["objective"]]
     (sampler, steps), choices = objective.default_sampler if objective.flow else SAMPLER, condition.all()
     settings = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": opened.config.guidance.cfg_scale}
@@ -194,9 +191,5 @@ def read_settings(path):
         raise UserError("this file holds no settings; choose a picture that this page or its download has made") from None
     values = {name: value for name, value in config.flat().items() if name in TITLES and name != "vector"}
     interpolate = config.editing.interpolate == "classes"
-    return values | {
-        "labels": values["labels"] or [],
-        "prompt": "\n".join(values["prompt"] or []),
-        "interpolate": interpolate,
-        "samples_per_label": config.columns if interpolate else config.samples_per_label,
-    }
+    values |= {"labels": values["labels"] or [], "prompt": "\n".join(values["prompt"] or []), "interpolate": interpolate}
+    return values | {"samples_per_label": config.columns if interpolate else config.samples_per_label}

@@ -199,8 +199,7 @@ def build_page(config):
                     load = gr.UploadButton("Settings from a picture", file_types=[".png"])
         page.load(offer_checkpoints, outputs=controls["ckpt"], show_progress="hidden")
         names = ("labels", "prompt", "sampler", "num_sampling_steps", "cfg_scale", "image_size")  # what `offer` returns
-        offered = [controls[name] for name in names]
-        controls["ckpt"].input(offer, controls["ckpt"], offered)
+        controls["ckpt"].input(offer, controls["ckpt"], [controls[name] for name in names])
         shown = [status, picture, singles, command, download]
         start.click(None, outputs=status, js="() => 'Waiting until the model is free'")
         drawing = start.click(draw, [*controls.values()], shown, show_progress="hidden")

@@ -25,9 +25,9 @@ class ConvertConfig(Config):
     """Options of convert.py."""
 
     source: str = option(help="a .pt or .safetensors file, a folder in diffusers' format, or the name of such a model on "
-        "the Hugging Face hub", positional=True, metavar="SOURCE")  # fmt: skip
+        "the Hugging Face hub", positional=True)  # fmt: skip
     target: str = option(help="what to write: a .safetensors or .pt file; any other name is a folder in diffusers' format",
-        positional=True, metavar="TARGET")  # fmt: skip
+        positional=True)  # fmt: skip
     overwrite: bool = option(False, "replace TARGET if it exists")
     vae: str | None = option(None, 'autoencoder of the model: "ema" or "mse" of the Stable Diffusion VAE, a folder or hub '
         'name of an AutoencoderKL; "none" leaves it out of the folder (default: the one that SOURCE records; for a model '

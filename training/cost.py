@@ -164,8 +164,7 @@ PEAK_TFLOPS = {
 
 def peak_tflops(device_name, precision):
     """TFLOP/s of a GPU at a precision by the table; None for one that is not in it. A more specific name comes first."""
-    found = (peaks for name, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
-    return next(found, {}).get(precision)
+    return next((of for name, of in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), {}).get(precision)
 
 
 def peak_images_per_second(model, context, precision, tflops=None, guidance=1.0):
@@ -178,5 +177,4 @@ def peak_images_per_second(model, context, precision, tflops=None, guidance=1.0)
     if tflops is None:
         return None
     model = build("DiT-S/2", **model.config)  # its own sizes replace all of that name's
-    flops = training_flops(model, forward_macs(model), guidance)
-    return context.world_size * tflops * 1e12 / flops
+    return context.world_size * tflops * 1e12 / training_flops(model, forward_macs(model), guidance)

@@ -15,8 +15,7 @@ except ImportError:  # Windows
 class Meter:
     """Sums since the last line of the log, kept on the device so that no step waits for it.
 
-    bad_in_a_row: how many of the latest updates were not finite, a tensor on the device. seconds: training time so far,
-    evaluations excluded."""
+    bad_in_a_row: number of the latest updates that were not finite, on the device. seconds: of training alone, so far."""
 
     def __init__(self, device, seconds=0.0, bad_in_a_row=0):
         self.device, self.seconds, self.names = device, seconds, ()
@@ -56,8 +55,7 @@ class Meter:
         *totals, counted = (sum(column) for column in zip(*(sums for sums, _ in gathered), strict=True))
         seconds = time.perf_counter() - self.start
         self.seconds += seconds
-        means = (total / counted if counted else float("nan") for total in totals)
-        values = dict(zip(self.names, means, strict=True))
+        values = {n: total / counted if counted else float("nan") for n, total in zip(self.names, totals, strict=True)}
         values["skipped_steps"] = self.steps - round(counted / len(gathered))
         values["steps_per_second"] = self.steps / seconds
         values["images_per_second"] = sum(images for _, images in gathered) / seconds
@@ -68,8 +66,7 @@ class Meter:
 
 
 def peak_memory(device):
-    """Bytes: the most that was allocated on a GPU since the last line of the log, else the most that the process has
-    held."""
+    """Bytes: the most allocated on a GPU since the last line of the log, else the most that the process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:

@@ -1,5 +1,4 @@
-"""The plan of a training run, which `train.py --dry-run` prints: data, cost, time, memory and disk, and what may be a
-mistake. Nothing is written."""
+"""The plan that `train.py --dry-run` prints: data, cost, time, memory, disk and likely mistakes. Nothing is written."""
 
 import math
 import os
@@ -32,8 +31,7 @@ STEPS, STEP_LIMIT, LIMIT = 3, 10.0, 20.0  # updates to measure; seconds that one
 
 
 def show(config, context, dataset=None, resumed=None):
-    """Print the plan on rank 0. All ranks call it. config: a TrainConfig that is resolved. resumed: the Checkpoint that the
-    run continues from. Raises UserError."""
+    """Print the plan on rank 0. All ranks call it. config, resumed: see `setup.resolve`. Raises UserError."""
     recipe, compute, images = config.recipe, config.compute, config.recipe.global_batch_size
     dataset, options = load_data(config.data, config.model, recipe, context, dataset)
     total_steps, done = recipe.total_steps(len(dataset)), (resumed and resumed.step) or 0

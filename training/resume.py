@@ -29,8 +29,7 @@ def find_checkpoint(how, folder, log):
 
 def peek(run, num_heads=None):
     """The Checkpoint that a run with this RunConfig will resume from, or an earlier one of the same model, not verified;
-    None where the run starts anew, or where every file is damaged, which find_checkpoint reports. num_heads: as of
-    `Checkpoint.open`."""
+    None where it starts anew, or where all are damaged, which find_checkpoint reports. num_heads: see `Checkpoint.open`."""
     how = run.how_to_resume
     if how not in ("auto", "none"):
         return Checkpoint.open(how, num_heads, verify=False)

@@ -7,8 +7,6 @@ with run_folder(config.run, config.model.name, context) as folder:
         run.watch()
 """
 
-import signal
-
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -49,8 +47,7 @@ class Run:
                 seconds, bad_steps = resume.restore(trainer, path, state, config, dataset.fingerprint(), self.log)
         self.saved_step = trainer.steps_made if path and path.parent == folder.checkpoints else None
         precision, peak = config.compute.precision, config.monitor.peak_tflops
-        guidance = config.recipe.guidance_in_target
-        self.peak_speed = peak_images_per_second(trainer.model, context, precision, peak, guidance)
+        self.peak_speed = peak_images_per_second(trainer.model, context, precision, peak, config.recipe.guidance_in_target)
         with context.together():
             folder.start({**self.options, "torch": torch.__version__}, trainer.steps_made)
         folder.step = trainer.steps_made
@@ -90,9 +87,6 @@ class Run:
             self.folder.outcome = "finished"
             return
         loader = iter(self._loader())
-        # a data worker's death would raise anywhere, in the middle of an update too; next_batch notices it by itself
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         shown = {"desc": "Training", "unit": "step", "disable": not self.context.is_main}
         self.bar = tqdm(total=total, initial=trainer.steps_made, **shown)
         try:

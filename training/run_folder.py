@@ -76,8 +76,7 @@ class RunFolder:
         return str(self.path)
 
     def check_shared(self, patience=10.0):
-        """Raises UserError where a rank does not see what rank 0 writes: nodes with folders of their own would train, and
-        fail only when they resume."""
+        """Raises UserError where a rank does not see what rank 0 writes: it would train, and fail only on resuming."""
         shared = self.path / f".shared-{self.context.broadcast(time.time_ns())}"
         try:
             with self.context.together(), files.write_errors(self.path):
@@ -95,8 +94,7 @@ class RunFolder:
                 shared.unlink(missing_ok=True)
 
     def start(self, options, step):
-        """Begin to record, in place of what later steps than `step` have left. Raises RunError, and UserError for a tracker
-        that cannot start."""
+        """Begin to record, in place of what later steps than `step` have left. Raises RunError; UserError of a tracker."""
         if not self.context.is_main:
             return
         with files.write_errors(self.path, "; checkpoints are untouched"):

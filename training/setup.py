@@ -25,8 +25,7 @@ from training.trackers import check_installed
 
 def resolve(config, context, resumed=None):
     """(config, source) of a TrainConfig: the config with the precision, the model's name and its design filled in, and what
-    `finetune.resolve` returns as the source of the first weights. resumed: the Checkpoint that the run continues from.
-    Raises UserError."""
+    `finetune.resolve` returns as the source of the first weights. resumed: the Checkpoint to continue. Raises UserError."""
     check_installed(config.monitor.report_to)
     check_batch(config.recipe, config.compute, context.world_size)
     compute = resolve_precision(config.compute, context.device)

@@ -59,8 +59,7 @@ def shard(model, mesh, precision="fp32"):
 
 def probe(context, mesh):
     """Compare the gradient of a tiny sharded model with the average of the processes' own gradients: some of the versions
-    of PyTorch before 2.15 crash on CPUs or sum the gradients, which Adam would hide. Every rank calls it. Raises UserError,
-    on all ranks, where they differ."""
+    of PyTorch before 2.15 crash on CPUs or sum them, which Adam would hide. All ranks call it. Raises UserError, on all."""
     random = torch.Generator().manual_seed(context.rank)
     x, y = torch.randn(2, 1, 4, 4, generator=random).to(context.device), torch.tensor([0, 1], device=context.device)
     try:

@@ -15,8 +15,7 @@ def write_status(folder, state, step=None):
 
 def mark_starting(run_dir):
     """Replace the status that an earlier process has left, such as "preempted", before anything can fail: a job script
-    would otherwise requeue a job that fails at its start, again and again. Raises UserError where another run holds the
-    folder."""
+    would requeue a job that fails at its start again and again. Raises UserError where another run holds the folder."""
     if run_dir and (Path(run_dir) / "status.json").exists() and launched()[0] == 0:
         with files.lock_folder(run_dir), files.write_errors(run_dir):
             write_status(run_dir, "starting")

@@ -75,8 +75,7 @@ def check_installed(names):
 
 class Trackers:
     """The trackers `names` of the run in `run_dir`, with the history that the folder holds. options: of the run. A tracker
-    that fails later is closed with a line of log(text), because training need not end for it; the next start adds what it
-    has missed."""
+    that fails later is closed with a line of log(text): training need not end for it, and the next start adds the rest."""
 
     def __init__(self, names, run_dir, options, log):
         self.log, self.open = log, {}
@@ -113,8 +112,7 @@ class Trackers:
 
 def image_paths(run_dir):
     """[(step, name, path)] of the images in a run's folder, as `RunFolder.write_image` names them."""
-    paths = sorted((Path(run_dir) / "samples").glob("*.png"))
-    parts = [(path.stem.rpartition("-"), path) for path in paths]
+    parts = [(path.stem.rpartition("-"), path) for path in sorted(Path(run_dir, "samples").glob("*.png"))]
     return [(int(step), name or "samples", path) for (name, _, step), path in parts if step.isdecimal()]
 
 

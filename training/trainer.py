@@ -32,8 +32,7 @@ class Trainer:
 
     recipe: RecipeConfig. compute: ComputeConfig, whose precision is fp32 where it names none. space: the latent space of
     batches. total_steps: of the run, for a cosine learning rate. condition: what the model draws by (default: its classes);
-    both on the device. Parameters that require no gradient are not trained. steps_made, images_seen: position of the run.
-    """
+    both on the device. Parameters that require no gradient are not trained. steps_made, images_seen: where the run is."""
 
     def __init__(self, recipe, compute, context, model, space, total_steps=None, condition=None):
         self.recipe, self.compute, self.context, self.space = recipe, compute, context, space
@@ -57,9 +56,8 @@ class Trainer:
         averages = recipe.ema_decays.items()
         self.emas = {name: EMA(model, decay, recipe.ema_warmup, copied and copied(model)) for name, decay in averages}
         self.ema = next(iter(self.emas.values()))
-        self.objective = make_objective(
-            model.objective, model.predict, model.learn_sigma, recipe.guidance_in_target, self.condition.null
-        )
+        guided = recipe.guidance_in_target, self.condition.null
+        self.objective = make_objective(model.objective, model.predict, model.learn_sigma, *guided)
         # all parameters, frozen ones too: their places are part of the layout of the optimizer state in checkpoints
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
@@ -101,8 +99,7 @@ class Trainer:
 
     def backward(self, x_0, t, noise, y):
         """Leave the gradient of the mean loss in the parameters. The batch is computed in --grad-accum parts; all that is
-        random was drawn for the whole batch, so their number changes the result by rounding alone. Returns the losses,
-        (N,) each."""
+        random was drawn for the whole batch, so their number changes the result by rounding alone. Returns losses (N,)."""
         self.optimizer.zero_grad()
         num_parts, found = self.compute.grad_accum, []
         parts = zip(*(values.tensor_split(num_parts) for values in (x_0, t, noise, y)), strict=True)
@@ -164,8 +161,7 @@ class Trainer:
         return self.sharding.gather(state, self.context.is_main) if self.compute.shard else state
 
     def load_state_dict(self, state):
-        """Restore such a state. The optimizer's hyperparameters stay those of this run's options. Raises ValueError where
-        the state does not fit."""
+        """Restore such a state, but keep this run's hyperparameters. Raises ValueError where the state does not fit."""
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         own = self.model.own
 

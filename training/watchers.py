@@ -77,8 +77,7 @@ class Samples:
         with context.together():
             for first in range(0, len(mine), self.batch_size):
                 indices = mine[first : first + self.batch_size]
-                images = to_uint8(pipeline(self.labels[list(indices)], *pipeline.noise(SEED, indices)))
-                drawn += [*as_pictures(images)]
+                drawn += as_pictures(to_uint8(pipeline(self.labels[list(indices)], *pipeline.noise(SEED, indices))))
         return np.stack(context.all_in_turn(drawn))
 
 
@@ -92,8 +91,7 @@ class Validation:
     """The loss of the trained weights, or of --watch-average, on held-out images, every --val-every steps and at the end.
     It rises while the training loss falls where a model begins to memorise its images, in fine-tuning above all.
 
-    config: MonitorConfig. data: DataConfig of the training images. model, vae: ModelOptions and autoencoder of the run.
-    channels: of its images.
+    config: MonitorConfig. data, model, vae, channels: DataConfig, ModelOptions, autoencoder, images' channels of the run.
     The held-out images are encoded once; each rank keeps its part on the CPU. Image, timestep and noise do not depend on
     --global-seed, so that runs can be compared. Raises UserError for images that cannot be used."""
 
@@ -131,10 +129,8 @@ class Validation:
         # the encoder's posterior is sampled from torch's stream, which each training step sets anew
         torch.manual_seed(seeds.torch_seed(0, seeds.VALIDATION, self.context.rank))
         order, device = [[(index, 0) for index in batch] for batch in self.batches], self.context.device
-        self.held_out = [
-            (encode_batch(space, batch, device).cpu(), condition.y(batch, device).cpu())
-            for batch in make_loader(dataset, order)
-        ]
+        loader = make_loader(dataset, order)
+        self.held_out = [(encode_batch(space, batch, device).cpu(), condition.y(batch, device).cpu()) for batch in loader]
 
     def __call__(self, trainer):
         return {f"val_loss{name}": loss for name, loss in self.losses(trainer).items()}
@@ -148,8 +144,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, trainer):
-        """Mean losses over all images, on all ranks: of all t "", of each range "_t_0_249", and of each shape "_256x384",
-        where there are several."""
+        """Mean losses over all images, on all ranks: "" of all t, "_t_0_249" of a range, "_256x384" of a shape."""
         model = trainer.averaged(self.average) if self.average else trainer.full(trainer.model)
         width, counts = NUM_TIMESTEPS // NUM_RANGES, [0] * len(self.shapes)
         sums = torch.zeros(NUM_RANGES, len(self.shapes), dtype=torch.float64)
