@@ -63,8 +63,7 @@ def fixed_positions(config):
 
 
 def from_diffusers(tensors, config):
-    """The state dict of models.DiT(**config) in diffusers' `tensors`, without arithmetic. Raises KeyError or ValueError
-    where there are fewer or more tensors than a DiT's."""
+    """The state dict of models.DiT(**config) in diffusers' `tensors`. Raises KeyError for fewer, ValueError for more."""
     tensors = dict(tensors)
     weights = {"pos_embed": fixed_positions(config)}
     for ours, names in layer_names(config["depth"]).items():

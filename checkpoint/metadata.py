@@ -15,8 +15,7 @@ OLD_NAMES = ("text_encoder", "text_encoder_crc32")  # of models of texts, before
 
 
 def of(checkpoint, vae=None):
-    """The record of an opened checkpoint. vae: in place of the autoencoder that it records. The image size is left out
-    where no autoencoder is known, because it is a guess then."""
+    """The record of an opened checkpoint. vae: in place of the recorded one; without any, the image size is a guess."""
     vae = vae or checkpoint.metadata.get("recorded_vae") or checkpoint.vae
     found = {"model_config": checkpoint.model_config, "class_names": checkpoint.class_names, "vae": vae}
     found |= {"condition": checkpoint.condition_record, "latents": checkpoint.latents, "drawing": checkpoint.drawing}

@@ -231,8 +231,7 @@ class Checkpoint:
             raise self._damaged(f"its record of the model: {error}") from None
 
     def _inferred_config(self):
-        """The config by the weights' shapes. What shapes leave open (the heads, and whether there is a null class) is taken
-        from the recorded options, or from the paper's table of sizes."""
+        """The config by the weights' shapes; heads and null class by the recorded options, or the paper's sizes."""
         tensors = self.weights
         try:
             hidden_size, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape

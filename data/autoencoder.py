@@ -293,8 +293,7 @@ SPACES = {"none": Pixels}  # by the name that --vae gives; made with the number 
 
 
 def load_space(vae, image_channels=3):
-    """The latent space that --vae names: one of SPACES, "ema" or "mse" (the released fine-tuned decoders), or a folder or
-    hub name of an autoencoder of diffusers."""
+    """The latent space that --vae names: one of SPACES, "ema" or "mse" (the released decoders), or a folder or hub name."""
     return SPACES[vae](image_channels) if vae in SPACES else load_autoencoder(RELEASED.get(vae, vae))
 
 

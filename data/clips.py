@@ -35,8 +35,7 @@ class ClipDataset(ImageDataset):
 
 
 def read_frames(path, number, stride, random):
-    """`number` RGB images of a clip, each stride-th, from a start that the numpy Generator `random` draws. Raises
-    ImageError where the file or folder holds no such clip."""
+    """`number` RGB images of a clip, each stride-th, from a start drawn by `random`, numpy's. Raises ImageError."""
 
     def wanted(count):
         span = (number - 1) * stride + 1
@@ -89,15 +88,14 @@ class MovingDigits(Mnist):
     its sides. Clip i shows digit i mod 5000; where it starts and how it moves, by whole pixels, is a function of (seed, i).
     Without num_frames images: the first frames."""
 
-    source, title, side, per_digit = "moving-mnist", "the moving digits", SIDE, 4
-    in_memory, captions, channels = True, None, 1
+    source, title, side, per_digit, channels = "moving-mnist", "the moving digits", SIDE, 4, 1
 
     def __init__(self, image_size, seed=0, num_frames=None):
         self.check_side(image_size)
         values, labels = self.load()
         self.digits = [shrink(digit) for digit in values]
         self.labels, self.classes = np.tile(labels, self.per_digit), [str(label) for label in range(10)]
-        self.folders, self.notes, self.seed, self.flip, self.num_frames = self.classes, (), seed, False, num_frames
+        self.folders, self.seed, self.flip, self.num_frames = self.classes, seed, False, num_frames
         self.checksum = files.checksum_of_text([self.source, str(seed), str(num_frames)])
 
     def read(self, index):

@@ -141,8 +141,7 @@ class ShardWriter:
 
     @devices.explain_out_of_memory("lower --batch-size or --shard-size")
     def add(self, batch, failure):
-        """Encode a batch, the images and their flips; None is no batch. Raises UserError for what went wrong with reading
-        it (failure), with its values or with writing."""
+        """Encode a batch, images and flips; None is no batch. Raises UserError for failed reading (failure) or writing."""
         if failure:
             raise UserError(failure)
         if batch is None:

@@ -198,8 +198,7 @@ def read_settings(folder):
 
 
 def read_statistics(folder, settings):
-    """Each channel's mean and standard deviation over all images and flips, as of `data.statistics`; None where the folder
-    has shards without sums. Raises UserError."""
+    """Each channel's mean and standard deviation over images and flips; None where shards lack sums. Raises UserError."""
     files = [Shard(folder, number).file for number in range(settings.num_shards)]
     if not all("sums" in file.keys() for file in files):  # noqa: SIM118
         return None

@@ -157,8 +157,7 @@ class GaussianDiffusion:
         return self.at("timestep_map", t, x).flatten()
 
     def split_output(self, output, x_t):
-        """A model's output as (prediction, variance's interpolation or None), each like x_t: whatever precision the model
-        computes in, the equations go on in x_t's."""
+        """A model's output as (prediction, variance's interpolation or None), each like x_t, in its precision."""
         parts = 2 if self.variance == "learned" else 1
         shape = (len(x_t), parts * x_t.shape[1], *x_t.shape[2:])
         output = check_shape(f"the model's output, with {self.variance} variance,", output, shape).to(x_t.dtype)

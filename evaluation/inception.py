@@ -18,8 +18,7 @@ from runtime.errors import UserError
 
 
 def inception_weights(path=None):
-    """Path of the network's weights: `path`, or torch-fidelity's file, downloaded to torch's hub folder if missing.
-    Raises UserError when it cannot be downloaded."""
+    """Path of weights: `path`, or torch-fidelity's file, downloaded to the hub folder if need be. Raises UserError."""
     if path is not None:
         return Path(path)
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(port.URL_INCEPTION_V3).name

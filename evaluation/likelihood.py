@@ -71,8 +71,7 @@ def pixel_space(config, checkpoint):
 
 
 def choose(num_images, wanted, seed):
-    """Indices of the images to measure: the first `wanted` of a shuffled order, so that a larger number keeps the images of
-    a smaller one. Raises UserError for one image."""
+    """The first `wanted` indices of a shuffled order: a larger number keeps those of a smaller one. Raises UserError."""
     if num_images < 2:
         raise UserError("--data-path", "holds one image; a standard error needs at least 2")
     return seeds.generator(seed, seeds.BOUND_CHOICE).permutation(num_images)[:wanted].tolist()
@@ -175,8 +174,7 @@ def write_report(report, output):
 
 
 def plot(report):
-    """A figure of the terms over the timesteps, with a band of one standard error. Both axes are logarithmic, but for the
-    terms of a flow, which may be negative."""
+    """A figure of the terms over the timesteps, with a band of one standard error. A flow's terms may be negative."""
     from matplotlib.figure import Figure  # takes a second to import; without pyplot there is no window and no state
 
     t, mean, error = (np.array(report["terms"][name]) for name in ("timestep", "mean", "standard_error"))

@@ -106,8 +106,7 @@ def write_json(path, value):
 
 
 def read_json(path, kind=dict):
-    """The value in a JSON file, which must be a `kind`. None where the file is missing, damaged or holds another kind.
-    Raises RunError where the system cannot read it."""
+    """The value in a JSON file; None where it is missing, damaged or no `kind`. Raises RunError where it is unreadable."""
     try:
         check_regular(path)
         value = json.loads(Path(path).read_bytes())

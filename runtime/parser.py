@@ -215,8 +215,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def report_errors(self):
-        """Print a UserError that is raised inside as one line and exit with its status; Ctrl-C exits with 130.
-        Errors of the system that no function foresees become one line too."""
+        """Print a UserError, or an unforeseen one of the system, as one line and exit with its status; Ctrl-C with 130."""
         try:
             yield
         except UserError as error:

@@ -9,8 +9,7 @@ from runtime.errors import UserError, about
 
 
 def given_choices(opened, labels, prompts, vectors):
-    """Choices, a list, that the words of --labels, --prompt or --vector name for an `Opened`; None where there are none.
-    Raises UserError, also for an option of another condition."""
+    """The choices that --labels, --prompt or --vector name for an `Opened`, a list or None. Raises UserError."""
     condition, given = opened.condition, {"--labels": labels, "--prompt": prompts, "--vector": vectors}
     for option, words in given.items():
         if words and option != condition.option:

@@ -168,8 +168,7 @@ def image_sizes(checkpoint, space):
 
 
 def settle(source, checkpoint, space, vae_name="the autoencoder"):
-    """The model's name, image_size and num_classes, as a dict. Raises UserError where the checkpoint, the latent space and
-    the options of `source`, a SourceConfig, contradict each other."""
+    """{"model", "image_size", "num_classes"}. Raises UserError where checkpoint, space and a SourceConfig contradict."""
     path, config = checkpoint.path, checkpoint.model_config
     cells = checkpoint.sizes.sides[-2:]  # of a frame, where it draws clips
     if len(cells) != 2:

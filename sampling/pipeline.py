@@ -108,8 +108,7 @@ class Pipeline:
         return to_uint8(self.space.decode(x_0.to(self.device)))
 
     def denoiser(self, choices):
-        """The guided model of these choices as a function of (x_t, t), for the sampler: it predicts eps, or for a sampler
-        of flows the velocity. See `diffusion.guidance.guided_denoiser`."""
+        """The guided model of these choices, (x_t, t) -> eps, or for a sampler of flows the velocity: `guided_denoiser`."""
         options, y = self.guidance, self.y(choices)
         channels = {"3": 3, "all": self.model.in_channels, None: self.model.guided_channels}[options.cfg_channels]
         denoise = guided_denoiser(
@@ -174,8 +173,7 @@ def image_noise(seed, indices, num_steps, shape):
 
 
 def check_finite(images):
-    """Raises UserError where a value of images or latents is not finite, or so large that it has overflowed elsewhere: the
-    norms of an autoencoder's decoder would hide that."""
+    """Raises UserError for values not finite, or so large that others overflowed: a decoder's norms would hide that."""
     if not (images.abs() < LARGEST).all():
         problem = "--cfg-scale is too large, or the weights are damaged"
         raise UserError("an image has values that are not finite", problem, "lower the scale, or try another checkpoint")

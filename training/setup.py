@@ -75,8 +75,7 @@ def load_data(data, model, recipe, context, dataset=None):
 
 
 def prepare(config, context, dataset, source=None):
-    """(latent space, condition, model, lines for the log) of a TrainConfig that is resolved. source: the Checkpoint of the
-    first weights. Raises UserError for what cannot work."""
+    """(latent space, condition, model, lines to log) of a resolved TrainConfig; source: as resolved. Raises UserError."""
     space = dataset.open_space(config.vae, decode=bool(config.evaluation.eval_every or config.monitor.sample_every))
     condition = open_condition(config.data, dataset, config.model.num_classes)
     check_size(config.model, config.recipe, config.compute, context, space, condition)

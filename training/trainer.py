@@ -137,8 +137,7 @@ class Trainer:
         return self.full((self.emas[name] if name else self.ema).module)
 
     def full(self, module):
-        """`module`, the model or an average's, with its full (unsharded) weights, for an evaluation: with --shard a copy,
-        which every rank has to make, else the module itself."""
+        """`module`, the model or an average's, with full (unsharded) weights: with --shard a copy, made by every rank."""
         if not self.compute.shard:
             return module
         module = self.sharding.copy_of(module, full=True)
@@ -147,8 +146,7 @@ class Trainer:
         return module
 
     def state_dict(self):
-        """The part of a checkpoint that the updates change. With --shard every rank calls it, and rank 0 alone gets the
-        tensors, as copies in the host's memory."""
+        """The part of a checkpoint that updates change. With --shard every rank calls it; rank 0 gets host copies."""
 
         def stored(module):
             values = module.state_dict()
