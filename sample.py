@@ -19,9 +19,7 @@ FEW_INVERSION_STEPS = 20  # with fewer, DDIM inversion and sampling are no inver
 
 
 def main(argv=None):
-    parser = Parser(SampleConfig, __doc__, presets={"ckpt": recorded_drawing})
-    config = parser.parse(argv)
-    with parser.report_errors():
+    with Parser(SampleConfig, __doc__, presets={"ckpt": recorded_drawing}).options(argv) as config:
         sample(config)
 
 

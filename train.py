@@ -80,8 +80,7 @@ def main(argv=None):
     signals = StopSignals()  # before the slow imports: a signal that comes during them is not lost
     with parser.report_errors():
         mark_starting(config.run.run_dir)
-        status = train(config, signals)
-    sys.exit(status)
+        sys.exit(train(config, signals))
 
 
 def train(config, signals=None, dataset=None, watchers=()):

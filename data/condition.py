@@ -333,8 +333,7 @@ class Texts(Condition):
         return self
 
     def null(self, y):
-        null = self.encode([self.negative], y.device)[0] if self.negative else self.null_text
-        return null.to(y).expand_as(y)
+        return (self.encode([self.negative], y.device)[0] if self.negative else self.null_text).to(y).expand_as(y)
 
     def y(self, batch, device):
         if "text_tokens" not in batch:

@@ -35,14 +35,13 @@ def inpainting_denoiser(denoiser, diffusion, x_0, mask):
 
     diffusion: the whole process, `create_diffusion("")`. x_0: (N, C, H, W). mask: (N or 1, 1, H, W), 0 or 1."""
     sigmas = diffusion.sqrt_recipm1_alphas_cumprod
-    known_part = mask.bool()
 
     def denoise(x_t, t):
         output = denoiser(x_t, t)
         sigma = np.interp(t, np.arange(len(sigmas)), sigmas).item()  # linear between timesteps, as diffusers' solvers do
         eps = ((1 + sigma**2) ** 0.5 * x_t - x_0) / sigma
         known = torch.cat([eps, torch.full_like(eps, -1.0)], dim=1)  # -1 is the posterior's variance: IDDPM, eq. 15
-        return torch.where(known_part, known[:, : output.shape[1]], output)
+        return torch.where(mask.bool(), known[:, : output.shape[1]], output)
 
     return denoise
 

@@ -56,9 +56,8 @@ class FID:
         for name, network in self.networks.items() if context.is_main else ():
             completed = complete(features.get(name), reference, network, context.device)
             self.references[name] = completed.mu, completed.sigma
-        shape = (self.batch_size, space.channels, *trainer.model.sizes.sides)
         with torch.no_grad():  # of stored latents nothing was decoded yet: now, rather than after thousands of steps
-            space.decode(torch.zeros(shape, device=context.device))
+            space.decode(torch.zeros(self.batch_size, space.channels, *trainer.model.sizes.sides, device=context.device))
 
     def __call__(self, trainer):
         with about("--eval-cfg-scale", option="--cfg-scale"):

@@ -157,8 +157,7 @@ class NpzImages:
             if dtype != np.uint8:
                 values = ""
                 if dtype.kind in "iuf":
-                    size = min(shape[0], 16) * math.prod(shape[1:]) * dtype.itemsize
-                    first = np.frombuffer(stream.read(size), dtype)
+                    first = np.frombuffer(stream.read(min(shape[0], 16) * math.prod(shape[1:]) * dtype.itemsize), dtype)
                     values = f" with values from {first.min():.4g} to {first.max():.4g} in its first images"
                 must = "must be uint8, 0 to 255. Converted as they are, such images become black or noise"
                 way_out = "for values in [-1, 1] save np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)"

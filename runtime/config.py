@@ -85,8 +85,8 @@ def flag(name):
 
 def label(field):
     """How a message names the option of a field."""
-    positional = field.metadata.get("positional")
-    return field.metadata["metavar"] or field.name.upper() if positional else flag(field.name)
+    named = field.metadata.get("positional") and (field.metadata["metavar"] or field.name.upper())
+    return named or flag(field.name)
 
 
 def check_value(value, kind, metadata):

@@ -195,11 +195,17 @@ class Parser(argparse.ArgumentParser):
             return config
 
     @contextlib.contextmanager
+    def options(self, argv=None):
+        """Parse, in a command of one process: the block gets the config, and its errors are reported."""
+        config = self.parse(argv)
+        with self.report_errors():
+            yield config
+
+    @contextlib.contextmanager
     def processes(self, argv=None):
         """Parse, and join the other processes of the command: the block gets (config, Context), and its errors are
         reported. It imports what it needs itself: torch takes seconds, and by then the command line is checked."""
-        config = self.parse(argv)
-        with self.report_errors():
+        with self.options(argv) as config:
             from runtime.distributed import processes
 
             with processes(config.flat()["device"]) as context:

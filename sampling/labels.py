@@ -29,8 +29,7 @@ def choose(config, opened):
 def choices_of_set(config, opened):
     """The choices that a SampleSetConfig names; None for all that there are. Raises UserError."""
     with about("--prompts", option="--prompt"):
-        prompts = config.prompts and read_prompts(config.prompts)
-        choices = given_choices(opened, config.labels, prompts, config.vector)
+        choices = given_choices(opened, config.labels, config.prompts and read_prompts(config.prompts), config.vector)
         return choices or (None if opened.condition.all() is not None else opened.condition.default())
 
 

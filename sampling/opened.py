@@ -116,8 +116,7 @@ def complete_guidance(options, checkpoint):
     config = checkpoint.model_config
     conditional = config["num_classes"] or checkpoint.condition_record
     unguided = not options.guidance.guide_ckpt and conditional and config["class_dropout_prob"] == 0
-    usual = 1.0 if unguided else options.usual_scale
-    guidance = options.guidance.completed(config["objective"], checkpoint.path, usual)
+    guidance = options.guidance.completed(config["objective"], checkpoint.path, 1.0 if unguided else options.usual_scale)
     if guidance.cfg_channels == "3" and config["in_channels"] < 3:
         raise UserError(f"--cfg-channels 3: the model has {config['in_channels']}; leave the option out")
     if unguided and guidance.cfg_scale != 1:

@@ -138,8 +138,7 @@ def offers(ckpt, vae=None, compute=None):
     condition, objective = opened.condition, OBJECTIVES[opened.checkpoint.model_config["objective"]]
     (sampler, steps), choices = objective.default_sampler if objective.flow else SAMPLER, condition.all()
     settings = {"sampler": sampler, "num_sampling_steps": steps, "cfg_scale": opened.config.guidance.cfg_scale}
-    recorded = opened.checkpoint.drawing or {}
-    settings = tuple(recorded.get(name, value) for name, value in settings.items())
+    settings = tuple((opened.checkpoint.drawing or {}).get(name, value) for name, value in settings.items())
     sizes = [*map(str, image_sizes(opened.checkpoint, opened.space))]
     if choices is None:
         return [], [], settings, sizes

@@ -49,9 +49,7 @@ class AppConfig(Config):
 
 
 def main(argv=None):
-    parser = Parser(AppConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
+    with Parser(AppConfig, __doc__).options(argv) as config:
         found = gradio_version()
         if found < (6, 24):
             what = f"6.24 or later, here is {'.'.join(map(str, found))}" if found else "which is not installed"

@@ -83,9 +83,7 @@ def print_cost(report):
 
 
 def main(argv=None):
-    parser = Parser(CostConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
+    with Parser(CostConfig, __doc__).options(argv) as config:
         report = cost(config)
         if config.json:
             print(json.dumps(report, indent=2))

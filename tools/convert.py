@@ -50,9 +50,7 @@ class ConvertConfig(Config):
 
 
 def main(argv=None):
-    parser = Parser(ConvertConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
+    with Parser(ConvertConfig, __doc__).options(argv) as config:
         check_target(config)
         convert(config, config.drawing and read_drawing(config.drawing))
 

@@ -186,9 +186,7 @@ def plot(config):
 
 
 def main(argv=None):
-    parser = Parser(PlotConfig, __doc__)
-    config = parser.parse(argv)
-    with parser.report_errors():
+    with Parser(PlotConfig, __doc__).options(argv) as config:
         plot(config)
 
 

@@ -86,8 +86,7 @@ class Trackers:
                 raise UserError(f"--report-to {name}", f"cannot start ({files.reason(error)})", "leave it out") from None
         path = Path(run_dir) / "metrics.jsonl"
         if self.open and path.exists():
-            rows = map(json.loads, path.read_text().splitlines())
-            history = [(row.pop("step"), row) for row in rows]
+            history = [(row.pop("step"), row) for row in map(json.loads, path.read_text().splitlines())]
             history += [(step, {name: path}) for step, name, path in image_paths(run_dir)]
             self.add(*sorted(history, key=lambda entry: entry[0]))
 

@@ -176,8 +176,7 @@ class Trainer:
             for name, ema in self.emas.items():  # an average that is new, with --allow-changes, starts at the weights
                 restore(ema.module, found.get(name, state["model"]))
             pairs = zip(state["opt"]["param_groups"], hyperparameters, strict=True)
-            groups = [{**theirs, **ours} for theirs, ours in pairs]
-            self.optimizer.load_state_dict({**state["opt"], "param_groups": groups})
+            self.optimizer.load_state_dict({**state["opt"], "param_groups": [{**theirs, **ours} for theirs, ours in pairs]})
             for p, saved in list(self.optimizer.state.items()):
                 if not p.requires_grad:  # frozen since: its state would be of no use
                     del self.optimizer.state[p]

@@ -77,7 +77,7 @@ class Samples:
         with context.together():
             for first in range(0, len(mine), self.batch_size):
                 indices = mine[first : first + self.batch_size]
-                drawn += as_pictures(to_uint8(pipeline(self.labels[list(indices)], *pipeline.noise(SEED, indices))))
+                drawn.extend(as_pictures(to_uint8(pipeline(self.labels[list(indices)], *pipeline.noise(SEED, indices)))))
         return np.stack(context.all_in_turn(drawn))
 
 
