@@ -55,7 +55,7 @@ class TextEncoder:
 
     def __init__(self, name, length=None):
         self.name, self.encoder, self.often, self.known = name, None, [], {}
-        self.place = find_minilm() if name == MINILM and not os.path.isdir(name) else name
+        self.where = find_minilm() if name == MINILM and not os.path.isdir(name) else name
         self.config, self.tokenizer = self._attempt(self._read_config)
         config = getattr(self.config, "text_config", self.config)
         limit = min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
@@ -70,11 +70,11 @@ class TextEncoder:
         except ImportError:
             raise UserError("--text-encoder", "needs the package transformers", 'pip install "transformers>=5.0"') from None
         way_out = f"pass {MINILM}, or a folder with a text model and its tokenizer, or a hub name, as --text-encoder"
-        return attempt("--text-encoder", self.place, "text encoder", way_out, read, transformers)
+        return attempt("--text-encoder", self.where, "text encoder", way_out, read, transformers)
 
     def _read_config(self, transformers):
-        config = transformers.AutoConfig.from_pretrained(self.place)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.place)
+        config = transformers.AutoConfig.from_pretrained(self.where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.where)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked: any token will do
         tokenizer.padding_side = "right"
         return config, tokenizer
@@ -85,7 +85,7 @@ class TextEncoder:
         transformers.logging.disable_progress_bar()
         kind = getattr(transformers, CLASSES.get(self.config.model_type, "AutoModel"))
         with torch.random.fork_rng(devices=[]):  # some versions draw weights before they read them
-            encoder, report = kind.from_pretrained(self.place, dtype=torch.float32, output_loading_info=True)
+            encoder, report = kind.from_pretrained(self.where, dtype=torch.float32, output_loading_info=True)
         transformers.logging.set_verbosity(verbosity)
         if self.config.is_encoder_decoder and kind is transformers.AutoModel:
             encoder = encoder.get_encoder()

@@ -16,7 +16,6 @@ from runtime.config import Config, option
 from runtime.errors import UserError
 from runtime.files import reason
 from runtime.parser import Parser
-from training.cost import count, rows
 
 DESIGN = [name for name in ModelOptions.defaults() if name not in ("model", "image_size", "num_classes", "block")]
 
@@ -47,6 +46,7 @@ def cost(config):
     from data.autoencoder import LatentSpace, load_space
     from data.condition import Texts
     from training.config import RecipeConfig
+    from training.cost import count
     from training.setup import build_model
 
     options, name, condition, texts = config.model, config.model.model or DEFAULT, None, {}
@@ -68,6 +68,8 @@ def cost(config):
 
 
 def print_cost(report):
+    from training.cost import rows
+
     changes = [f"{name.replace('_', ' ')} {report[name]}" for name in DESIGN if name in report]
     words = [report["model"], report["block"], *changes]
     words += [f"{report['frames']} frames"] if "frames" in report else []

@@ -9,18 +9,19 @@ complexity.py print the same rows.
 import math
 import re
 
-from diffusion.registry import OBJECTIVES
-from runtime.shapes import plain_size
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
-# PyTorch and the models take seconds to import: functions import them, so that complexity.py starts fast
+from diffusion.registry import OBJECTIVES
+from models import DiT_models
+from runtime.shapes import plain_size
 
 
 def build(name, **arguments):
     """A model of `DiT_models` on the meta device. Raises ValueError for sizes that cannot be built."""
-    import torch
-
-    from models import DiT_models
-
     with torch.device("meta"):
         return DiT_models[name](**arguments)
 
@@ -38,9 +39,6 @@ def trainable(model):
 
 def forward_macs(model, sides=None):
     """Multiply-accumulates of a forward pass of one image. sides: as of `inputs`."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs(model, 1, sides))
     return counter.get_total_flops() // 2
@@ -55,10 +53,6 @@ def training_flops(model, macs, guidance=1.0):
 def activation_bytes(model, batch_size, precision, sharded=False):
     """Bytes that autograd keeps from the forward to the backward pass of a training step, each storage once: activations
     and, in bf16, copies of the weights (not of the blocks with --shard, which are gathered in bf16), without parameters."""
-    import torch
-    import torch.nn.functional as F
-    from torch.multiprocessing.reductions import StorageWeakRef
-    from torch.overrides import TorchFunctionMode
 
     class GPUKernels(TorchFunctionMode):
         """Gives tensors on the meta device the dtypes and the attention kernel of a GPU. The meta device has no autocast:
@@ -171,8 +165,6 @@ def peak_images_per_second(model, context, precision, tflops=None, guidance=1.0)
     """Images per second of training that all processes' devices would reach at their peak; None where it is not known.
     tflops: of one device (default: the table's). guidance: see `training_flops`."""
     if tflops is None and context.device.type == "cuda":
-        import torch
-
         tflops = peak_tflops(torch.cuda.get_device_name(context.device), precision)
     if tflops is None:
         return None

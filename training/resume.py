@@ -41,12 +41,12 @@ def peek(run, num_heads=None):
     return None
 
 
-def restore(trainer, path, state, options, identity, log):
+def restore(trainer, path, state, options, fingerprint, log):
     """Restore the trainer from a checkpoint of ours, or of the original release, which records no position. Returns
     (training seconds so far, the latest updates that were skipped in a row).
 
     state: the file's dict, or None to read it here. options: of the run, a Config, to compare with the recorded ones.
-    identity: of the data. Raises UserError, before anything is changed, for another model, options or data."""
+    fingerprint: of the data. Raises UserError, before anything is changed, for another model, options or data."""
     # each process needs a part alone of what is sharded: mapped, the file is in the host's memory once
     state = files.load(path, mmap=bool(trainer.compute.shard), verify=False) if state is None else state
     checkpoint = Checkpoint(state, path, base=options.flat().get("init_from"))
@@ -67,7 +67,7 @@ def restore(trainer, path, state, options, identity, log):
     if trainer.recipe.lr_schedule == "cosine":
         ignored -= {"epochs", "max_steps"}  # the learning rate depends on the length of the run
     changes = differences(recorded, now, ignored)
-    if (data := state.get("data", identity)) != identity:
+    if (data := state.get("data", fingerprint)) != fingerprint:
         if not (isinstance(data, list) and len(data) == 2 and all(isinstance(value, int) for value in data)):
             raise UserError(f"{path}: damaged: its record of the data is {data!r:.50}")
         changes += [f"--data-path held {data[0]:,} images (checksum of names {data[1]:08x}), now other ones"]
