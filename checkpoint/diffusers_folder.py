@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from checkpoint import files, metadata
 from checkpoint.files import CheckpointError
+from data.pretrained import check_network
 from models import DiTConfig, position_embedding
 from runtime.files import read_json, reason, write_json
 
@@ -100,9 +101,10 @@ def fetch(where):
     """The folder itself, or that of the hub's model, downloaded when missing. Raises CheckpointError."""
     if not is_hub_name(where):
         return where
-    from huggingface_hub import snapshot_download  # takes long to import
+    from huggingface_hub import constants, snapshot_download  # takes long to import
 
     try:
+        check_network(where, os.path.isdir(f"{constants.HF_HUB_CACHE}/models--{str(where).replace('/', '--')}"))
         folder = snapshot_download(str(where), allow_patterns=["*.json", "*.safetensors"])
         if not any(Path(folder).glob(f"**/{WEIGHTS}*.safetensors")):  # an old upload
             folder = snapshot_download(str(where), allow_patterns=["*.json", "*.bin"])

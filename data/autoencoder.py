@@ -139,14 +139,17 @@ class Autoencoder(LatentSpace):
         return super().to(device)
 
     def _read_weights(self, diffusers):
-        read = functools.partial(getattr(diffusers, self.kind).from_pretrained, self.name, low_cpu_mem_usage=False)
+        kind, options = getattr(diffusers, self.kind), {"low_cpu_mem_usage": False, "output_loading_info": True}
+        read = functools.partial(kind.from_pretrained, self.name, **options)
         try:
-            vae = read()
+            vae, report = read()
         except OSError as error:
             try:
-                vae = read(variant="fp16")  # there may be half-precision files alone
+                vae, report = read(variant="fp16")  # there may be half-precision files alone
             except Exception:
                 raise error from None
+        if missing := report["missing_keys"]:
+            raise ValueError(f"the weights {min(missing)} are missing")  # they would be drawn at random
         for name, tensor in vae.state_dict().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"the weights {name} are not finite")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import extract_latents
 import train
+from checkpoint.opened import Checkpoint
 from data.autoencoder import latent_sides, load_space, to_model_range
 from data.images import ImageDataset
 from data.latents import StoredLatents
@@ -154,6 +155,17 @@ def test_each_kind_is_normalised_as_in_diffusers_pipelines(tmp_path, name):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["encoder.conv_in.bias", "decoder.conv_out.weight", "quant_conv.weight"])
+def test_weights_that_are_missing_are_not_drawn_at_random(small_vae, tmp_path, name):
+    shutil.copytree(small_vae, tmp_path / "vae")
+    file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file)
+    with pytest.raises(UserError, match=f"no usable autoencoder in that folder .the weights {name} are missing"):
+        load_space(str(tmp_path / "vae")).to("cpu")
+
+
 def test_features_without_a_grid_and_images_of_another_size_are_refused(tmp_path, image_folder, capfd):
     diffusers.AutoencoderRAE(**FEATURES, reshape_to_2d=False).save_pretrained(tmp_path / "tokens")
     with pytest.raises(UserError, match="its latents have no grid: reshape_to_2d is off"):
@@ -183,6 +195,8 @@ def test_without_a_network_it_is_said_at_once(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="^--vae no/such-model: .*no network: .* cannot be reached"):
         load_space("no/such-model")
+    with pytest.raises(UserError, match="^no/such-DiT: no such file or folder, nor .*no network: .* cannot be reached"):
+        Checkpoint.open("no/such-DiT")
 
 
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest():
