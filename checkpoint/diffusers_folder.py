@@ -221,6 +221,8 @@ def write(folder, checkpoint, record, vae=None):
             vae.save_pretrained(folder / "vae")
         shutil.copyfile(Path(__file__).with_name("diffusers_pipeline.py"), folder / "pipeline.py")
         write_json(folder / "model_index.json", index)
+        for path in folder.rglob("*.safetensors"):  # which safetensors 0.8 makes for their owner alone
+            shutil.copymode(folder / "model_index.json", path)
 
     _replace_folder(Path(os.path.abspath(folder)), fill)
 

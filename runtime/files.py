@@ -30,8 +30,12 @@ def replace_file(path, write):
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
             write(file)
-            file.flush()
+        # safetensors 0.8 puts a file of its own in this one's place, which its owner alone may read
+        with open(temporary, "rb+") as file:
+            if os.fstat(file.fileno()).st_mode != mode:
+                os.chmod(temporary, stat.S_IMODE(mode))
             with do_without(f"{path.parent}: its file system cannot flush files to the disk"):
                 os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,6 +1,7 @@
 """data/autoencoder.py against small autoencoders of diffusers."""
 
 import json
+import shutil
 import socket
 
 import diffusers

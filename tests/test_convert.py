@@ -211,6 +211,10 @@ def test_folders_that_others_wrote_are_read(folder, tmp_path, form):
     assert (opened.class_names, opened.vae, opened.model_config["num_classes"]) == (None, None, 3)
 
 
+def test_all_files_of_a_folder_have_the_same_permissions(folder):
+    assert len({path.stat().st_mode for path in folder.rglob("*") if path.is_file()}) == 1
+
+
 def test_a_name_on_the_hub_is_fetched_once_it_is_no_folder(folder, monkeypatch):
     import huggingface_hub
 

@@ -414,6 +414,27 @@ def test_threads_wait_with_a_short_spin_unless_the_user_says_how(monkeypatch):
     assert int(os.environ["GOMP_SPINCOUNT"]) > 0
 
 
+def test_a_file_that_a_library_puts_in_place_is_flushed_and_readable_as_others_are(tmp_path, monkeypatch):
+    """As safetensors 0.8 does. Otherwise latents on a cluster are their writer's alone, and a power failure loses them."""
+    flushed, fsync = [], os.fsync
+
+    def write(file):
+        (tmp_path / "own").write_bytes(b"weights")
+        (tmp_path / "own").chmod(0o600)
+        os.replace(tmp_path / "own", file.name)
+
+    def remember(number):
+        flushed.append(os.fstat(number).st_ino)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    (tmp_path / "usual").touch()
+    files.replace_file(tmp_path / "x", write)
+    assert (tmp_path / "x").read_bytes() == b"weights"
+    assert (tmp_path / "x").stat().st_ino in flushed
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 def test_memory_that_was_freed_is_used_again_unless_the_user_says_how(monkeypatch):
     """Counted in pages that the kernel had to fill: eight strings of 16,384 pages, one after the other."""
