@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -555,7 +556,9 @@ def test_how_much_of_the_colours_is_there():
     assert latents.explained(images, 255 - images) == pytest.approx(-3), "the opposite colours: 1 - |-2 c|^2 / |c|^2"
 
 
-def test_lora_is_compared_with_all_weights(tmp_path):
+def test_lora_is_compared_with_all_weights(tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # a process that is spawned would import PyTorch
+    monkeypatch.setattr(lora.multiprocessing, "get_context", lambda kind: fork)
     digits = np.random.default_rng(0).integers(0, 256, (2, 28, 28), dtype=np.uint8)
     assert (lora.turn(lora.turn(digits)) == digits).all()
     assert lora.real("enlarged", 100) == lora.real("turned", 50) == 1, "what is turned or enlarged is still recognised"

@@ -101,12 +101,12 @@ def stored(**values):
     return lambda record: {**record, "settings": json.dumps({**json.loads(record["settings"]), **values})}
 
 
-ARGS = values_of(change, args=("text", [1], 3, None))  # harmless for who wants the weights alone
+ARGS = values_of(change, args=("text", [1], 3))  # harmless for who wants the weights alone
 RECORDS = {  # that every reader of a checkpoint refuses
     **values_of(args, vae=(3, ["none"]), image_size=("8x", 8.5)),
     **values_of(change, class_names=(3, "cat", [1, 2]), model_config=("text", [1])),
     **values_of(
-        model, num_heads=(3, 0, "2", None), hidden_size=(HUGE, 65536), depth=(10**6, 512, 0), mlp_ratio=(1e30, NAN, "4"),
+        model, num_heads=(3, 0, "2", None), hidden_size=(HUGE, 65536), depth=(10**6, 64, 0), mlp_ratio=(1e30, NAN, "4"),
         block=("unknown", 1), input_size=(HUGE, 16), patch_size=(0,), num_classes=(10**12, 10**7, -1),
         class_dropout_prob=(2.0, "x"), learn_sigma=("yes",), in_channels=(0,),
     ),
