@@ -3,10 +3,14 @@
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+from helpers import call
 from PIL import Image
+
+import train
 
 nbformat = pytest.importorskip("nbformat", reason="the package nbformat is not installed")
 shells = pytest.importorskip("IPython.core.interactiveshell", reason="the package ipython is not installed")
@@ -47,11 +51,17 @@ def test_the_training_is_that_of_the_demo(notebook):
 
 
 def run_cells(argv):
-    """Prints what the last expression of each cell is. Forked, with all imports made; train.py is started anew."""
+    """Prints what the last expression of each cell is. Forked, with all imports made; train.py runs here too."""
     (folder,) = argv
     os.environ |= {"DIT_RUN_DIR": f"{folder}/run", "DIT_MAX_STEPS": "3", "IPYTHONDIR": f"{folder}/ipython"}
     os.chdir(ROOT)
     shell = shells.InteractiveShell.instance()
+
+    def run_command(text):
+        python, script, *words = shlex.split(shell.var_expand(text, depth=0).replace("\\\n", " "))
+        assert (python, script, call(train.main, *words)) == (sys.executable, "train.py", 0)
+
+    shell.system = run_command  # of the lines that begin with "!"
     for cell in code(nbformat.read("run_dit.ipynb", as_version=4)):
         found = shell.run_cell(cell.source)
         found.raise_error()

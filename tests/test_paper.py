@@ -16,8 +16,6 @@ from studies.paper import SHAPES, PaperConfig, Results
 from studies.scaling import SCALING
 from training import setup
 
-QUICK = {"steps": 4, "batch_size": 2, "samples": 20, "seeds": 1, "quick": True}
-
 
 @functools.cache
 def costs():
