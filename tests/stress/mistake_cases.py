@@ -84,7 +84,8 @@ def value_cases(*commands):
         for field in own.all_fields():
             name, bounds = flag(field.name), field.metadata
             if field.default is dataclasses.MISSING:
-                yield Case(command, "values", (), bounds["metavar"] if bounds["positional"] else name)
+                word = (bounds["metavar"] or field.name.upper()) if bounds["positional"] else name
+                yield Case(command, "values", (), word)
             if bounds["positional"]:
                 continue
             kind, count, _ = kinds[field.name]
