@@ -1,4 +1,4 @@
-"""The small model in assets/: its card tells the truth, its images stay, and README's command draws them."""
+"""The small models in assets/: their cards tell the truth, their images stay, and README's command draws them."""
 
 import hashlib
 import re
@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from helpers import call
 from PIL import Image
@@ -16,24 +17,26 @@ from sampling.config import GuidanceConfig, SamplerConfig, SourceConfig
 from sampling.pipeline import Pipeline, to_uint8
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "assets/mnist.safetensors"
+MODELS = [ROOT / "assets/mnist.safetensors", ROOT / "assets/moving.safetensors"]
 
 
-def test_the_card_belongs_to_the_file():
-    card, checkpoint = MODEL.with_suffix(".md").read_text(), Checkpoint.open(MODEL)
-    assert hashlib.sha256(MODEL.read_bytes()).hexdigest() in card
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_the_card_belongs_to_the_file(path):
+    card, checkpoint = path.with_suffix(".md").read_text(), Checkpoint.open(path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card
     trained = {name: tensor for name, tensor in checkpoint.weights.items() if name != "pos_embed"}
     assert f"{sum(tensor.numel() for tensor in trained.values()):,} parameters" in card
     assert {tensor.dtype for tensor in trained.values()} == {torch.bfloat16}
-    assert MODEL.stat().st_size < 8e6
+    assert path.stat().st_size < 8e6
 
 
-def test_its_images_have_not_changed_by_more_than_rounding():
-    """tests/golden/README.md says how the file was made. Other kernels than there move few pixels by a shade or two."""
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_their_images_have_not_changed_by_more_than_rounding(path):
+    """tests/golden/README.md says how the files were made. Other kernels than there move few pixels by a shade or two."""
     sampler, guidance = SamplerConfig("dpm-solver++", 6), GuidanceConfig(cfg_scale=2.0)
-    pipeline = Pipeline.load(SourceConfig(ckpt=str(MODEL)), sampler, guidance)
-    pixels = to_uint8(pipeline(range(10), *pipeline.noise(seed=0, indices=range(10))))[..., 0]
-    with np.load(ROOT / "tests/golden/mnist_model.npz") as golden:
+    pipeline = Pipeline.load(SourceConfig(ckpt=str(path)), sampler, guidance)
+    pixels = to_uint8(pipeline(range(10), *pipeline.noise(seed=0, indices=range(10))))[..., 0].squeeze()
+    with np.load(ROOT / f"tests/golden/{path.stem}_model.npz") as golden:
         difference = np.abs(pixels.astype(int) - golden["pixels"])
     assert difference.max() <= 3
     assert (difference > 0).mean() < 0.02
