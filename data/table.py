@@ -111,8 +111,8 @@ def beside_the_data():
     try:
         yield
     except UserError as error:
-        name = "name one with --image-column"
-        error.way_out = (error.way_out or "").replace(name, f"{name}, if --data-path has it too, or give data with one")
+        also = r"\1, if --data-path has it too, or give data with one"
+        error.way_out = re.sub(r"(name one with --\w+-column)", also, error.way_out or "")
         raise
 
 

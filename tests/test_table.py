@@ -19,6 +19,7 @@ import train
 from data.config import DataConfig
 from data.images import ImageDataset, load_dataset
 from data.order import GlobalOrder, make_loader
+from data.table import beside_the_data
 from evaluation.image_sets import open_images
 from runtime.errors import UserError
 
@@ -355,6 +356,9 @@ def test_tables_beside_the_data_follow_its_column_where_they_have_one_of_that_na
         assert call(train.main, *command, *words) == 2
         advice = "name one with --image-column, if --data-path has it too, or give data with one; its columns are a"
         assert advice in capsys.readouterr().err
+    for option in ("--label-column", "--caption-column"):  # of held-out data, whose other columns are looked for, too
+        with pytest.raises(UserError, match=f"name one with {option}, if --data-path has it too"), beside_the_data():
+            raise UserError("--data-path x", "has 2 columns", f"name one with {option}; its columns are a, b")
     for held_out, reference in ((pair, one), (one, pair)):
         words = [pair, "--val-data-path", held_out, "--eval-reference", reference, "--image-column", "a"]
         assert call(train.main, *command, *words, "--run-dir", tmp_path / f"{held_out.name}-run") == 0
