@@ -81,8 +81,9 @@ paper: setup
 	OMP_NUM_THREADS=1 $(VENV)/python -m studies.paper --jobs 2
 	OMP_NUM_THREADS=1 $(VENV)/python -m studies.caching --jobs 2
 
+# By whole files: what the tests of a file share is made and imported by one process
 test: setup
-	$(VENV)/python -m pytest -n 3 --dist loadgroup
+	$(VENV)/python -m pytest -n 3 --dist loadfile
 
 # --no-build: where the lowest version has no wheel for this Python, the next one that has is tested
 TESTS ?= tests
@@ -93,7 +94,7 @@ test-lowest test-newest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-$*/bin/uv pip install --python .venv-$*/bin/python --no-build --resolution $(RESOLUTION) \
 	    --requirements pyproject.toml --group dev
-	.venv-$*/bin/python -m pytest -n 3 --dist loadgroup $(TESTS)
+	.venv-$*/bin/python -m pytest -n 3 --dist loadfile $(TESTS)
 
 lint: setup
 	$(VENV)/ruff check .

@@ -30,7 +30,6 @@ from runtime import download, files
 from runtime.errors import UserError
 from runtime.npy import read_npy_header
 
-pytestmark = pytest.mark.xdist_group("cli_evaluate")  # features are extracted once
 ROOT = Path(__file__).parent.parent
 COUNTS = {"reference": 7, "samples": 5}  # a fifth of a second each; precision and recall need four
 

@@ -32,7 +32,6 @@ from runtime.parser import Parser
 from sampling.opened import Opened
 from training.run_folder import drop_later_metrics
 
-pytestmark = pytest.mark.xdist_group("mistakes")  # the inputs take seconds, and are made once
 ANYTHING = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

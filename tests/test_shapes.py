@@ -31,8 +31,6 @@ from sampling import web
 from sampling.config import ComputeConfig
 from tools import complexity, convert, likelihood
 
-pytestmark = pytest.mark.xdist_group("shapes")  # fixtures of seconds are made once
-
 # images are 24 to 26 wide and 20 to 23 high
 WIDE = "--vae none --image-size 8x12 --hidden-size 16 --depth 1 --num-heads 2 --global-batch-size 4 --lr 1e-3 --device cpu "
 WIDE = (WIDE + "--log-every 2 --ema-warmup --patch-size 2 --num-workers 0 --rope").split()

@@ -25,10 +25,7 @@ from training.config import ComputeConfig, RecipeConfig
 from training.cost import build, training_memory
 from training.trainer import Trainer
 
-pytestmark = [
-    pytest.mark.xdist_group("sharding"),  # fixtures of seconds are made once
-    pytest.mark.skipif(not SHARDS, reason="this version of PyTorch does not shard models on CPUs"),
-]
+pytestmark = pytest.mark.skipif(not SHARDS, reason="this version of PyTorch does not shard models on CPUs")
 
 OPTIONS = {
     "plain": {},
